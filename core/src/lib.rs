@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Observing, judging and placing the memory of KVM guests.
+//!
+//! Data flows one way: [`sampler`] → [`heat`] → [`plan`] → [`migrate`], under a
+//! [`policy`] that [`domain`] reads from libvirt. The modules between are pure.
+
+pub mod bitmap;
+#[cfg(feature = "libvirt")]
+pub mod domain;
+pub mod heat;
+pub mod migrate;
+pub mod plan;
+pub mod policy;
+pub mod process;
+pub mod sampler;
+pub mod topology;
+pub mod uapi;
+pub mod units;
+pub mod wire;

@@ -1,0 +1,330 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What travels over the daemon's control socket, and what `--json` prints.
+//!
+//! One JSON object per line in each direction, at most [`MAX_LINE_BYTES`]; the
+//! daemon answers each line with one line, in order.
+
+use serde::{Deserialize, Serialize};
+
+/// Version of this protocol; a different major is refused.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Where the daemon listens unless it is told otherwise.
+pub const DEFAULT_SOCKET: &str = "/run/ept-virt/ept-virt.sock";
+
+/// Longest line either side accepts, in bytes, the newline included.
+pub const MAX_LINE_BYTES: usize = 4 << 20;
+
+/// Longest line the daemon accepts from a client, in bytes.
+pub const MAX_REQUEST_BYTES: usize = 64 << 10;
+
+/// A request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    /// [`PROTOCOL_VERSION`] of the sender.
+    pub v: u32,
+    /// What is asked.
+    #[serde(flatten)]
+    pub command: Command,
+}
+
+/// What can be asked of the daemon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "cmd", rename_all = "kebab-case")]
+pub enum Command {
+    /// Answered with [`Reply::Status`].
+    Status {
+        /// Name or UUID; all domains without it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        domain: Option<String>,
+    },
+    /// Answered with [`Reply::Map`]: the class and place of every page.
+    Map {
+        /// Name or UUID.
+        domain: String,
+    },
+    /// The hook's word that something happened; answered with [`Reply::Done`]
+    /// at once. The daemon then looks at libvirt itself.
+    Nudge {
+        /// libvirt's operation: started, stopped, release, reconnect...
+        op: String,
+        /// The domain's name.
+        domain: String,
+    },
+}
+
+/// An answer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Response {
+    /// [`PROTOCOL_VERSION`] of the daemon.
+    pub v: u32,
+    /// The result.
+    #[serde(flatten)]
+    pub reply: Reply,
+}
+
+/// The result of a request.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "kebab-case")]
+pub enum Reply {
+    /// To [`Command::Status`].
+    Status(Box<Status>),
+    /// To [`Command::Map`].
+    Map(MemoryMap),
+    /// Done, nothing to tell.
+    Done,
+    /// The request could not be served.
+    Error(WireError),
+}
+
+/// Why a request could not be served.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WireError {
+    /// For programs.
+    pub kind: ErrorKind,
+    /// For people: the operation, the object, the cause.
+    pub message: String,
+    /// For people: what they can do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+}
+
+/// Kinds of [`WireError`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ErrorKind {
+    /// The line is not a request of this protocol.
+    BadRequest,
+    /// No such domain is running.
+    NoDomain,
+    /// The domain is known but not observed; the message says why.
+    NotObserved,
+    /// Something failed in the daemon.
+    Internal,
+}
+
+/// The whole daemon.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The daemon itself.
+    pub daemon: DaemonStatus,
+    /// One entry for each running domain, sorted by name.
+    pub domains: Vec<DomainStatus>,
+}
+
+/// The daemon itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DaemonStatus {
+    /// Crate version.
+    pub version: String,
+    /// Process id.
+    pub pid: u32,
+    /// Seconds since it started.
+    pub uptime_s: u64,
+    /// libvirt connection URI.
+    pub libvirt_uri: String,
+    /// "connected", or why not.
+    pub libvirt: String,
+    /// The kernel module, if it answers.
+    pub module: Option<ModuleStatus>,
+    /// Why the kernel module does not answer, and what to do.
+    pub module_error: Option<String>,
+    /// Nudges received from the hook.
+    pub nudges: u64,
+    /// The last nudge, as "OP DOMAIN".
+    pub last_nudge: Option<String>,
+    /// NUMA nodes of the fast tier.
+    pub fast_nodes: Vec<u32>,
+    /// NUMA nodes of the slow tier.
+    pub slow_nodes: Vec<u32>,
+    /// Where the tiers come from: "memory tiers of the kernel",
+    /// "nodes without CPUs", or why there is only one tier.
+    pub tiers_from: String,
+    /// What stands in the way of good results on this host, in plain words.
+    pub warnings: Vec<String>,
+}
+
+/// The kernel module.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModuleStatus {
+    /// ABI version, as "1.0".
+    pub abi: String,
+    /// "EPT" or "NPT".
+    pub format: String,
+    /// "table walk".
+    pub back_end: String,
+}
+
+/// What the daemon does with a domain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DomainState {
+    /// Pages are observed; none is moved.
+    Observing,
+    /// Pages are observed and moved.
+    Placing,
+    /// The policy says off.
+    Off,
+    /// It can not be observed; `reason` says why. The guest runs on.
+    Unobserved,
+}
+
+/// One domain.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DomainStatus {
+    /// libvirt's name.
+    pub name: String,
+    /// libvirt's UUID.
+    pub uuid: String,
+    /// Process id of QEMU.
+    pub pid: Option<i32>,
+    /// What is done with it.
+    pub state: DomainState,
+    /// Why it is not observed, or what is wrong, in plain words.
+    pub reason: Option<String>,
+    /// Where the policy comes from: "domain XML" or "default".
+    pub policy_from: String,
+    /// The effective policy in one line of plain words.
+    pub policy: String,
+    /// What is wrong with the policy and where, when it could not be read. The
+    /// domain is then observed by default.
+    pub policy_error: Option<String>,
+    /// Guest memory by its memory slots, in bytes (ROMs left out).
+    pub memory_bytes: u64,
+    /// Number of memory slots.
+    pub slots: u32,
+    /// The last round; none before the first has ended.
+    pub round: Option<RoundStatus>,
+    /// Totals since the daemon found the domain.
+    pub moves: MoveTotals,
+    /// Guest physical memory in equal parts, from the lowest slot to the
+    /// highest, without holes: a picture for the terminal.
+    pub strip: Vec<StripCell>,
+}
+
+/// One round of observing.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RoundStatus {
+    /// Rounds since the daemon found the domain.
+    pub number: u64,
+    /// Time between this round and the one before, in milliseconds.
+    pub interval_ms: u64,
+    /// Time that this round took, in microseconds, wall clock.
+    pub took_us: u64,
+    /// Of it, time in the kernel's table walk and flush, in microseconds.
+    pub harvest_us: u64,
+    /// Table entries read.
+    pub entries_read: u64,
+    /// TLB flushes.
+    pub flushes: u32,
+    /// Bytes mapped in the second-level tables.
+    pub mapped_bytes: u64,
+    /// Of them, by entries of 2 MiB and above.
+    pub mapped_huge_bytes: u64,
+    /// Bytes accessed since the round before.
+    pub accessed_bytes: u64,
+    /// Bytes written since last cleaned, by the dirty bit.
+    pub dirty_bytes: u64,
+    /// Bytes by class of temperature. Cold includes what was never seen.
+    pub hot_bytes: u64,
+    /// See [`RoundStatus::hot_bytes`].
+    pub warm_bytes: u64,
+    /// See [`RoundStatus::hot_bytes`].
+    pub cold_bytes: u64,
+    /// Bytes known to lie on the fast tier.
+    pub fast_bytes: u64,
+    /// Bytes known to lie on the slow tier.
+    pub slow_bytes: u64,
+    /// Bytes that are not resident, or not known yet.
+    pub absent_bytes: u64,
+    /// DRAM that the policy grants, in bytes; none without a limit.
+    pub dram_target_bytes: Option<u64>,
+}
+
+/// Pages moved. Tried = moved + refused.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MoveTotals {
+    /// Bytes that were to be moved to the slow tier.
+    pub demote_tried_bytes: u64,
+    /// Bytes that the kernel moved to the slow tier.
+    pub demoted_bytes: u64,
+    /// Bytes that were to be moved to the fast tier.
+    pub promote_tried_bytes: u64,
+    /// Bytes that the kernel moved to the fast tier.
+    pub promoted_bytes: u64,
+    /// Why the rest was not moved; sorted by reason.
+    pub refused: Vec<Refusal>,
+}
+
+/// Pages that were not moved, for one reason.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// For programs: "not-permitted", "node-full", "busy", "not-present",
+    /// "shared", "already-there", "failed".
+    pub reason: String,
+    /// Bytes.
+    pub bytes: u64,
+    /// For people: what it means and what can be done.
+    pub explanation: String,
+}
+
+/// One part of [`DomainStatus::strip`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StripCell {
+    /// Mean temperature of the hottest eighth of the part's pages, 0 to 255.
+    pub heat: u8,
+    /// Share of its resident pages on the slow tier, 0 to 255.
+    pub slow: u8,
+    /// Share of its pages that are resident, 0 to 255.
+    pub resident: u8,
+}
+
+/// The class and place of every page of a domain.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryMap {
+    /// The domain's name.
+    pub name: String,
+    /// The round that it shows.
+    pub round: u64,
+    /// Runs in ascending order, without overlaps; holes between slots are left out.
+    pub runs: Vec<MapRun>,
+}
+
+/// Neighbouring pages of one class, place and slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MapRun {
+    /// First guest frame number.
+    pub gfn: u64,
+    /// Number of 4 KiB pages.
+    pub pages: u64,
+    /// Address in the QEMU process.
+    pub hva: u64,
+    /// Temperature.
+    pub class: Class,
+    /// Tier.
+    pub place: Place,
+}
+
+/// Class of temperature.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Class {
+    /// Accessed in most of the rounds of the last half-life.
+    Hot,
+    /// Accessed now and then.
+    Warm,
+    /// Not accessed for several half-lives, or never.
+    Cold,
+}
+
+/// Where a page lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Place {
+    /// On the fast tier.
+    Fast,
+    /// On the slow tier.
+    Slow,
+    /// Not resident, or not known yet.
+    Absent,
+}

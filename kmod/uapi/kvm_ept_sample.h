@@ -1,0 +1,228 @@
+/* SPDX-License-Identifier: (GPL-2.0-only WITH Linux-syscall-note) OR MIT */
+/*
+ * kvm_ept_sample: which pages of a KVM guest were accessed, as the hardware
+ * wrote it into the second-level page tables (EPT on Intel, NPT on AMD).
+ *
+ * This file is the ABI and its manual.
+ *
+ * THE FILE
+ *
+ * /proc/kvm_ept_sample, mode 0600. Every open file is a session of its own and
+ * is attached to at most one VM. All state dies with the file. No call changes
+ * what the guest sees; the worst a call can cost a guest is the TLB flush that
+ * the caller asked for (KES_HARVEST_FLUSH).
+ *
+ * RULES
+ *
+ * - All structures have the same layout for 32-bit and 64-bit programs. A
+ *   pointer travels as a __u64.
+ * - Reserved fields and unknown flag bits must be zero, or the call fails with
+ *   EINVAL. They are how later versions grow.
+ * - A call that fails has changed nothing, with one exception: a harvest that
+ *   ends in EFAULT may have cleared bits of the chunk that it could not hand
+ *   over.
+ * - GFN: guest frame number, guest physical address >> 12. Always 4 KiB units,
+ *   whatever size the page is mapped with.
+ * - Bitmaps are arrays of native-endian __u64 words; bit (i % 64) of word
+ *   (i / 64) stands for GFN gfn_start + i. A harvest overwrites the bits of the
+ *   range that it covers, including the unused bits of the last word (zero).
+ *
+ * ERRORS OF ALL CALLS
+ *
+ *   ENOTTY      unknown command: this module is older than the program
+ *   EINVAL      a reserved field, a flag or a range is not valid
+ *   EFAULT      a pointer is not valid
+ *   ENOTCONN    the call needs an attached VM
+ *   ESRCH       the VM's process has exited; what it had can not be observed
+ *   ENOMEM      no memory for the session's buffers
+ */
+#ifndef _UAPI_KVM_EPT_SAMPLE_H
+#define _UAPI_KVM_EPT_SAMPLE_H
+
+#include <linux/ioctl.h>
+#include <linux/types.h>
+
+#define KES_PROC_NAME		"kvm_ept_sample"
+
+/*
+ * The ABI's version: major in the upper, minor in the lower 16 bits. A new
+ * minor only adds; programs check that the major is theirs.
+ */
+#define KES_ABI_VERSION		0x00010000U
+
+#define KES_IOC_MAGIC		0xE7
+
+/*
+ * KES_GET_INFO: what this module is and can do. Needs no VM.
+ *
+ * @abi_version: KES_ABI_VERSION of the module.
+ * @features:    KES_FEATURE_*.
+ * @entry_format: KES_FORMAT_EPT or KES_FORMAT_NPT, by the host's CPU.
+ * @chunk_pages: pages a harvest walks between two looks at signals; the
+ *               granularity of partial results.
+ * @sessions:    open files that are attached to a VM now, on the whole host.
+ */
+#define KES_FEATURE_HARVEST	(1ULL << 0)	/* KES_HARVEST by table walk */
+#define KES_FEATURE_CLEAR_DIRTY	(1ULL << 1)	/* KES_HARVEST_CLEAR_DIRTY */
+
+#define KES_FORMAT_EPT		1
+#define KES_FORMAT_NPT		2
+
+struct kes_info {
+	__u32 abi_version;
+	__u32 entry_format;
+	__u64 features;
+	__u32 chunk_pages;
+	__u32 sessions;
+	__u64 reserved[5];
+};
+
+/*
+ * KES_ATTACH: binds this session to a VM. Needs CAP_SYS_ADMIN.
+ *
+ * @vm_fd: a descriptor of the caller that refers to a KVM VM ("kvm-vm"), as
+ *         pidfd_getfd(2) takes it from the VMM. It may be closed afterwards:
+ *         the session holds the VM itself, which does not keep the VMM's
+ *         memory or process alive.
+ * @flags: must be zero.
+ *
+ *   EPERM       no CAP_SYS_ADMIN
+ *   EBADF       vm_fd is not open
+ *   ENODEV      vm_fd is not a KVM VM
+ *   EISCONN     this session is attached already
+ *   ENXIO       KVM shadows this VM's page tables (kvm.tdp_mmu=N, or no EPT or
+ *               NPT in use): there are no second-level tables to read
+ *   EACCES      the guest has private memory (SNP, TDX, guest_memfd)
+ */
+struct kes_attach {
+	__s32 vm_fd;
+	__u32 flags;
+	__u64 reserved[3];
+};
+
+/*
+ * KES_DETACH (no argument): unbinds; ENOTCONN when nothing is attached.
+ */
+
+/*
+ * KES_GET_MEMSLOTS: the guest's memory as KVM knows it.
+ *
+ * @slots:    in: pointer to @capacity entries; may be 0 when @capacity is 0.
+ * @capacity: in: how many entries fit.
+ * @count:    out: how many slots the VM has. When it is above @capacity
+ *            nothing is written to @slots and the call succeeds: call again.
+ * @generation: out: changes whenever the set of slots changes.
+ *
+ * Slots of KVM itself (APIC page, TSS, identity map) and of system management
+ * mode are left out. The slots are sorted by address.
+ */
+#define KES_SLOT_READONLY	(1U << 0)	/* KVM_MEM_READONLY: a ROM */
+#define KES_SLOT_DIRTY_LOG	(1U << 1)	/* dirty logging is on */
+
+struct kes_memslot {
+	__u64 gfn_start;
+	__u64 page_count;
+	__u64 hva;		/* address of the first byte in the VMM */
+	__u32 id;
+	__u32 flags;		/* KES_SLOT_* */
+};
+
+struct kes_memslots {
+	__u64 slots;
+	__u32 capacity;
+	__u32 count;
+	__u64 generation;
+	__u64 reserved[2];
+};
+
+/*
+ * KES_HARVEST: one pass over the second-level tables of a range of GFNs.
+ *
+ * in:
+ * @gfn_start, @gfn_count: the range. Any alignment; at most KES_MAX_PAGES.
+ *             Holes are allowed: what is not mapped reads as zero.
+ * @accessed:  bitmap pointer or 0: the hardware's accessed bit.
+ * @dirty:     bitmap pointer or 0: the hardware's dirty bit.
+ * @mapped:    bitmap pointer or 0: the page is mapped for the guest. A page
+ *             that is resident in the VMM but that the guest did not touch
+ *             since KVM last unmapped it reads as zero.
+ * @on_nodes:  bitmap pointer or 0: mapped, and the frame lies on a NUMA node of
+ *             @nodes.
+ * @levels:    pointer or 0: one byte (KES_LEVEL_*) for each 2 MiB of guest
+ *             physical space that the range touches, that is for each value of
+ *             gfn >> 9 from gfn_start >> 9 on: the largest mapping found in it.
+ *             Within a 2M or 1G mapping one bit of the hardware stands for all
+ *             pages, and the bitmaps repeat it.
+ * @nodes:     pointer to a bitmap of NUMA nodes, needed with @on_nodes.
+ * @nodes_bits: length of @nodes in bits, at most 1024 (MAX_NUMNODES).
+ * @flags:     KES_HARVEST_*.
+ *
+ * out, also when only part of the range was done:
+ * @gfn_next:  first GFN that was not walked; gfn_start + gfn_count when all
+ *             was. A signal or @budget_ns ends a harvest early, with success,
+ *             after at least one chunk. Call again with the rest.
+ * @stats:     what this call did.
+ *
+ *   EOPNOTSUPP  the CPU keeps no accessed and dirty bits in this VM's tables,
+ *               or CLEAR_DIRTY is not possible on this kernel
+ *   EUCLEAN     KVM's structures are not laid out as this module knows them;
+ *               nothing was read on a guess. The kernel log says which
+ *   EACCES      as for KES_ATTACH, when the VM became private later
+ */
+#define KES_HARVEST_CLEAR_ACCESSED (1U << 0)	/* read and clear accessed */
+#define KES_HARVEST_CLEAR_DIRTY	(1U << 1)	/* read and clear dirty; the page
+						 * is marked dirty for the host
+						 * first, so no data is lost */
+#define KES_HARVEST_FLUSH	(1U << 2)	/* one flush of the guest's TLBs at
+						 * the end, if bits were cleared:
+						 * without it a cached translation
+						 * hides accesses for a while */
+
+#define KES_MAX_PAGES		(1ULL << 34)	/* 64 TiB */
+
+#define KES_LEVEL_NONE		0		/* nothing is mapped here */
+#define KES_LEVEL_4K		1
+#define KES_LEVEL_2M		2
+#define KES_LEVEL_1G		3
+
+/* Counts in pages of 4 KiB unless said otherwise. */
+struct kes_harvest_stats {
+	__u64 mapped_4k;	/* pages mapped by 4 KiB entries */
+	__u64 mapped_2m;	/* pages mapped by 2 MiB entries */
+	__u64 mapped_1g;	/* pages mapped by 1 GiB entries */
+	__u64 accessed;		/* pages with the accessed bit */
+	__u64 dirty;		/* pages with the dirty bit */
+	__u64 on_nodes;		/* pages on @nodes */
+	__u64 entries_read;	/* leaf and non-leaf entries looked at */
+	__u64 entries_cleared;	/* entries in which a bit was cleared */
+	__u64 time_ns;		/* spent walking and flushing */
+	__u32 roots;		/* root tables walked, the most in one chunk */
+	__u32 flushes;		/* TLB flushes of the whole VM */
+	__u32 chunks;		/* RCU read sections used */
+	__u32 reserved;
+};
+
+struct kes_harvest {
+	__u64 gfn_start;
+	__u64 gfn_count;
+	__u64 accessed;
+	__u64 dirty;
+	__u64 mapped;
+	__u64 on_nodes;
+	__u64 levels;
+	__u64 nodes;
+	__u32 nodes_bits;
+	__u32 flags;
+	__u64 budget_ns;	/* 0: no limit */
+	__u64 gfn_next;
+	__u64 reserved[4];
+	struct kes_harvest_stats stats;
+};
+
+#define KES_GET_INFO		_IOR(KES_IOC_MAGIC, 0x00, struct kes_info)
+#define KES_ATTACH		_IOW(KES_IOC_MAGIC, 0x01, struct kes_attach)
+#define KES_DETACH		_IO(KES_IOC_MAGIC, 0x02)
+#define KES_GET_MEMSLOTS	_IOWR(KES_IOC_MAGIC, 0x03, struct kes_memslots)
+#define KES_HARVEST		_IOWR(KES_IOC_MAGIC, 0x04, struct kes_harvest)
+
+#endif /* _UAPI_KVM_EPT_SAMPLE_H */
