@@ -1,2 +1,282 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! (to be written)
+//! The kernel module's ABI in Rust: a mirror of `kmod/uapi/kvm_ept_sample.h`,
+//! which is its manual, and the only file of the project that issues ioctls.
+//!
+//! `core/tests/abi.rs` compiles the header and compares every size, offset and
+//! number with this file.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use nix::libc;
+
+/// Path of the module's file.
+pub const PROC_PATH: &str = "/proc/kvm_ept_sample";
+
+/// Version of the ABI that this file mirrors: major in the upper 16 bits.
+pub const ABI_VERSION: u32 = 0x0001_0000;
+
+/// [`KesInfo::entry_format`]: Intel's extended page tables.
+pub const FORMAT_EPT: u32 = 1;
+/// [`KesInfo::entry_format`]: AMD's nested page tables.
+pub const FORMAT_NPT: u32 = 2;
+
+/// [`KesInfo::features`]: harvest by walking the tables.
+pub const FEATURE_HARVEST: u64 = 1 << 0;
+/// [`KesInfo::features`]: the dirty bit can be cleared.
+pub const FEATURE_CLEAR_DIRTY: u64 = 1 << 1;
+
+/// [`KesMemslot::flags`]: a ROM.
+pub const SLOT_READONLY: u32 = 1 << 0;
+/// [`KesMemslot::flags`]: dirty logging is on.
+pub const SLOT_DIRTY_LOG: u32 = 1 << 1;
+
+/// [`KesHarvest::flags`]: read and clear the accessed bit.
+pub const HARVEST_CLEAR_ACCESSED: u32 = 1 << 0;
+/// [`KesHarvest::flags`]: read and clear the dirty bit.
+pub const HARVEST_CLEAR_DIRTY: u32 = 1 << 1;
+/// [`KesHarvest::flags`]: one TLB flush at the end.
+pub const HARVEST_FLUSH: u32 = 1 << 2;
+
+/// Most pages of one harvest.
+pub const MAX_PAGES: u64 = 1 << 34;
+
+/// Level byte: nothing is mapped.
+pub const LEVEL_NONE: u8 = 0;
+/// Level byte: 4 KiB entries.
+pub const LEVEL_4K: u8 = 1;
+/// Level byte: a 2 MiB entry.
+pub const LEVEL_2M: u8 = 2;
+/// Level byte: a 1 GiB entry.
+pub const LEVEL_1G: u8 = 3;
+
+/// `struct kes_info`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct KesInfo {
+    /// ABI version of the module.
+    pub abi_version: u32,
+    /// [`FORMAT_EPT`] or [`FORMAT_NPT`].
+    pub entry_format: u32,
+    /// `FEATURE_*`.
+    pub features: u64,
+    /// Pages between two looks at signals.
+    pub chunk_pages: u32,
+    /// Attached sessions on this host.
+    pub sessions: u32,
+    /// Zero.
+    pub reserved: [u64; 5],
+}
+
+/// `struct kes_attach`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct KesAttach {
+    /// Descriptor of the VM.
+    pub vm_fd: i32,
+    /// Zero.
+    pub flags: u32,
+    /// Zero.
+    pub reserved: [u64; 3],
+}
+
+/// `struct kes_memslot`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KesMemslot {
+    /// First guest frame number.
+    pub gfn_start: u64,
+    /// Length in 4 KiB pages.
+    pub page_count: u64,
+    /// Address in the VMM.
+    pub hva: u64,
+    /// KVM's slot number, the address space in the upper 16 bits.
+    pub id: u32,
+    /// `SLOT_*`.
+    pub flags: u32,
+}
+
+/// `struct kes_memslots`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct KesMemslots {
+    /// Pointer to [`KesMemslot`] entries.
+    pub slots: u64,
+    /// Entries that fit.
+    pub capacity: u32,
+    /// Entries that there are.
+    pub count: u32,
+    /// Changes with the set of slots.
+    pub generation: u64,
+    /// Zero.
+    pub reserved: [u64; 2],
+}
+
+/// `struct kes_harvest_stats`; the header explains each field.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[allow(missing_docs)] // the header is the manual
+pub struct KesHarvestStats {
+    pub mapped_4k: u64,
+    pub mapped_2m: u64,
+    pub mapped_1g: u64,
+    pub accessed: u64,
+    pub dirty: u64,
+    pub on_nodes: u64,
+    pub entries_read: u64,
+    pub entries_cleared: u64,
+    pub time_ns: u64,
+    pub roots: u32,
+    pub flushes: u32,
+    pub chunks: u32,
+    pub reserved: u32,
+}
+
+/// `struct kes_harvest`; the header explains each field.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[allow(missing_docs)] // the header is the manual
+pub struct KesHarvest {
+    pub gfn_start: u64,
+    pub gfn_count: u64,
+    pub accessed: u64,
+    pub dirty: u64,
+    pub mapped: u64,
+    pub on_nodes: u64,
+    pub levels: u64,
+    pub nodes: u64,
+    pub nodes_bits: u32,
+    pub flags: u32,
+    pub budget_ns: u64,
+    pub gfn_next: u64,
+    pub reserved: [u64; 4],
+    pub stats: KesHarvestStats,
+}
+
+/// The ioctl numbers, for the test against the header.
+pub mod number {
+    use super::{KesAttach, KesHarvest, KesInfo, KesMemslots};
+
+    const MAGIC: u8 = 0xE7;
+
+    /// `KES_GET_INFO`.
+    pub const GET_INFO: u64 = nix::request_code_read!(MAGIC, 0x00, size_of::<KesInfo>());
+    /// `KES_ATTACH`.
+    pub const ATTACH: u64 = nix::request_code_write!(MAGIC, 0x01, size_of::<KesAttach>());
+    /// `KES_DETACH`.
+    pub const DETACH: u64 = nix::request_code_none!(MAGIC, 0x02);
+    /// `KES_GET_MEMSLOTS`.
+    pub const GET_MEMSLOTS: u64 = nix::request_code_readwrite!(MAGIC, 0x03, size_of::<KesMemslots>());
+    /// `KES_HARVEST`.
+    pub const HARVEST: u64 = nix::request_code_readwrite!(MAGIC, 0x04, size_of::<KesHarvest>());
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// `KES_GET_INFO`.
+pub fn get_info(file: &File) -> io::Result<KesInfo> {
+    let mut info = KesInfo::default();
+    // SAFETY: the descriptor is open for the length of the call, and the number
+    // encodes the size of exactly this structure, all of whose bit patterns are valid.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), number::GET_INFO, &mut info) })?;
+    Ok(info)
+}
+
+/// `KES_ATTACH`. `vm` may be closed afterwards.
+pub fn attach(file: &File, vm: BorrowedFd<'_>) -> io::Result<()> {
+    let request = KesAttach { vm_fd: vm.as_raw_fd(), ..Default::default() };
+    // SAFETY: as in `get_info`; the module only reads the structure.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), number::ATTACH, &request) })
+}
+
+/// `KES_DETACH`.
+pub fn detach(file: &File) -> io::Result<()> {
+    // SAFETY: takes no argument; the descriptor is open for the length of the call.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), number::DETACH) })
+}
+
+/// `KES_GET_MEMSLOTS`: the slots and their generation.
+pub fn get_memslots(file: &File) -> io::Result<(u64, Vec<KesMemslot>)> {
+    let mut slots: Vec<KesMemslot> = vec![KesMemslot::default(); 32];
+    // The set can grow between two calls, each time to a finite size; KVM's own
+    // limit is 32764 slots, which eleven doublings of 32 pass.
+    for _ in 0..16 {
+        let capacity = u32::try_from(slots.len()).unwrap_or(u32::MAX);
+        let mut request =
+            KesMemslots { slots: slots.as_mut_ptr() as u64, capacity, ..Default::default() };
+        // SAFETY: as in `get_info`; `slots` stays alive and unmoved during the
+        // call and has room for `capacity` entries.
+        check(unsafe { libc::ioctl(file.as_raw_fd(), number::GET_MEMSLOTS, &mut request) })?;
+        if request.count <= capacity {
+            slots.truncate(request.count as usize);
+            return Ok((request.generation, slots));
+        }
+        slots.resize((request.count as usize).next_power_of_two(), KesMemslot::default());
+    }
+    Err(io::Error::from_raw_os_error(libc::EAGAIN))
+}
+
+/// What one harvest call fills; every slice may be empty, then the module does
+/// not report that bitmap.
+pub struct HarvestBuffers<'a> {
+    /// One bit per page.
+    pub accessed: &'a mut [u64],
+    /// One bit per page.
+    pub dirty: &'a mut [u64],
+    /// One bit per page.
+    pub mapped: &'a mut [u64],
+    /// One bit per page; needs `nodes`.
+    pub on_nodes: &'a mut [u64],
+    /// One byte per 2 MiB.
+    pub levels: &'a mut [u8],
+    /// The NUMA nodes that `on_nodes` asks about.
+    pub nodes: &'a [u64],
+}
+
+/// Number of 2 MiB units that a range of GFNs touches.
+pub fn level_count(gfn_start: u64, gfn_count: u64) -> usize {
+    if gfn_count == 0 { 0 } else { (((gfn_start + gfn_count - 1) >> 9) - (gfn_start >> 9) + 1) as usize }
+}
+
+/// `KES_HARVEST`, once: the result's `gfn_next` says how far it came.
+///
+/// Fails with `EINVAL` when a slice that is not empty is too short for the range.
+pub fn harvest(
+    file: &File,
+    gfn_start: u64,
+    gfn_count: u64,
+    flags: u32,
+    buffers: HarvestBuffers<'_>,
+) -> io::Result<KesHarvest> {
+    let words = usize::try_from(gfn_count.div_ceil(64)).unwrap_or(usize::MAX);
+    let HarvestBuffers { accessed, dirty, mapped, on_nodes, levels, nodes } = buffers;
+    let too_short = |slice: &[u64]| !slice.is_empty() && slice.len() < words;
+    if gfn_count > MAX_PAGES
+        || [&*accessed, &*dirty, &*mapped, &*on_nodes].into_iter().any(too_short)
+        || (!levels.is_empty() && levels.len() < level_count(gfn_start, gfn_count))
+    {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    let pointer = |slice: &mut [u64]| if slice.is_empty() { 0 } else { slice.as_mut_ptr() as u64 };
+    let mut request = KesHarvest {
+        gfn_start,
+        gfn_count,
+        accessed: pointer(accessed),
+        dirty: pointer(dirty),
+        mapped: pointer(mapped),
+        on_nodes: pointer(on_nodes),
+        levels: if levels.is_empty() { 0 } else { levels.as_mut_ptr() as u64 },
+        nodes: if nodes.is_empty() { 0 } else { nodes.as_ptr() as u64 },
+        nodes_bits: u32::try_from(nodes.len() * 64).unwrap_or(u32::MAX),
+        flags,
+        ..Default::default()
+    };
+    // SAFETY: as in `get_info`. Each pointer is null or that of a slice which
+    // lives through the call and was checked above to hold the whole range;
+    // `nodes` is only read.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), number::HARVEST, &mut request) })?;
+    Ok(request)
+}
