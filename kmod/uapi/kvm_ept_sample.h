@@ -152,7 +152,8 @@ struct kes_memslots {
  *             physical space that the range touches, that is for each value of
  *             gfn >> 9 from gfn_start >> 9 on: the largest mapping found in it.
  *             Within a 2M or 1G mapping one bit of the hardware stands for all
- *             pages, and the bitmaps repeat it.
+ *             pages, and the bitmaps repeat it; it is cleared when the range
+ *             covers the mapping's last page.
  * @nodes:     pointer to a bitmap of NUMA nodes, needed with @on_nodes.
  * @nodes_bits: length of @nodes in bits, at most 1024 (MAX_NUMNODES).
  * @flags:     KES_HARVEST_*.

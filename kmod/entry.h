@@ -1,0 +1,62 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * The only file that knows the bits of second-level table entries: Intel SDM
+ * volume 3C, "EPT translation mechanism", AMD APM volume 2, "Nested paging",
+ * and arch/x86/kvm/mmu/spte.h for the bits that are KVM's own.
+ */
+#ifndef KES_ENTRY_H
+#define KES_ENTRY_H
+
+#include <linux/bits.h>
+#include <linux/mm.h>
+#include <linux/types.h>
+#include <asm/pgtable_types.h>
+
+#include "uapi/kvm_ept_sample.h"
+
+/*
+ * KVM's mark on every entry that maps or links (SPTE_MMU_PRESENT_MASK). Empty
+ * entries, MMIO entries and entries that KVM holds frozen do not have it.
+ */
+#define KES_ENTRY_PRESENT	BIT_ULL(11)
+/* In a non-last-level table: the entry maps a huge page. Same bit in both. */
+#define KES_ENTRY_HUGE		BIT_ULL(7)
+
+#define KES_ENTRIES_SHIFT	9
+#define KES_ENTRIES		(1U << KES_ENTRIES_SHIFT)
+
+/* Where the hardware writes accessed and dirty. */
+struct kes_entry_format {
+	u64 accessed;
+	u64 dirty;
+	u32 id;		/* KES_FORMAT_* */
+};
+
+#define KES_ENTRY_FORMAT_EPT { \
+	.accessed = BIT_ULL(8), .dirty = BIT_ULL(9), .id = KES_FORMAT_EPT }
+#define KES_ENTRY_FORMAT_NPT { \
+	.accessed = BIT_ULL(5), .dirty = BIT_ULL(6), .id = KES_FORMAT_NPT }
+
+/* Number of 4 KiB pages that one entry of @level spans; level 1 is the last. */
+static inline u64 kes_entry_pages(int level)
+{
+	return 1ULL << (KES_ENTRIES_SHIFT * (level - 1));
+}
+
+static inline unsigned int kes_entry_index(u64 gfn, int level)
+{
+	return (gfn >> (KES_ENTRIES_SHIFT * (level - 1))) & (KES_ENTRIES - 1);
+}
+
+/* physical_mask leaves out the bits of memory encryption. */
+static inline unsigned long kes_entry_pfn(u64 entry)
+{
+	return (entry & physical_mask & PAGE_MASK) >> PAGE_SHIFT;
+}
+
+static inline u64 *kes_entry_table(u64 entry)
+{
+	return __va((phys_addr_t)kes_entry_pfn(entry) << PAGE_SHIFT);
+}
+
+#endif /* KES_ENTRY_H */

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * kvm_ept_sample: which pages of KVM guests were accessed, from the
+ * second-level page tables. uapi/kvm_ept_sample.h is the manual.
+ *
+ * Mechanism only: the module reports bits and never judges a page.
+ */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
+#include <linux/module.h>
+#include <asm/cpufeature.h>
+
+#include "session.h"
+
+/* Set once at load: a host has one vendor. */
+struct kes_entry_format kes_format __ro_after_init;
+
+static int __init kes_init(void)
+{
+	if (boot_cpu_has(X86_FEATURE_VMX)) {
+		kes_format = (struct kes_entry_format)KES_ENTRY_FORMAT_EPT;
+	} else if (boot_cpu_has(X86_FEATURE_SVM)) {
+		kes_format = (struct kes_entry_format)KES_ENTRY_FORMAT_NPT;
+	} else {
+		pr_err("this CPU has neither VT-x nor SVM: there are no KVM guests to observe\n");
+		return -ENODEV;
+	}
+	if (!proc_create(KES_PROC_NAME, 0600, NULL, &kes_session_ops))
+		return -ENOMEM;
+	return 0;
+}
+
+/* Not reached while a session is attached: it holds a module reference. */
+static void __exit kes_exit(void)
+{
+	remove_proc_entry(KES_PROC_NAME, NULL);
+}
+
+module_init(kes_init);
+module_exit(kes_exit);
+MODULE_DESCRIPTION("Accessed and dirty pages of KVM guests from EPT and NPT");
+MODULE_AUTHOR("The ept-virt authors");
+MODULE_LICENSE("GPL");
+MODULE_VERSION("0.1.0");

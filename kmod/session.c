@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The session: what an open /proc/kvm_ept_sample holds, and its ioctls.
+ */
+#include <linux/atomic.h>
+#include <linux/capability.h>
+#include <linux/compat.h>
+#include <linux/fs.h>
+#include <linux/module.h>
+#include <linux/mutex.h>
+#include <linux/slab.h>
+#include <linux/uaccess.h>
+
+#include "harvest.h"
+#include "session.h"
+#include "vm.h"
+
+/* Attached sessions, for KES_GET_INFO. */
+static atomic_t attached_sessions = ATOMIC_INIT(0);
+
+struct kes_session {
+	/* Held during each call: one call at a time on one file. */
+	struct mutex lock;
+	struct kvm *kvm;		/* reference, NULL: not attached */
+	struct kes_chunk *chunk;	/* lives as long as @kvm is set */
+};
+
+/*
+ * Attaching takes a reference on this module too: an open file of procfs holds
+ * none, and a module that observes a VM is not to be unloaded.
+ */
+static long session_attach(struct kes_session *session, const struct kes_attach *arg)
+{
+	struct kvm *kvm;
+	long ret;
+
+	if (!capable(CAP_SYS_ADMIN))
+		return -EPERM;
+	if (arg->flags || memchr_inv(arg->reserved, 0, sizeof(arg->reserved)))
+		return -EINVAL;
+	if (session->kvm)
+		return -EISCONN;
+	kvm = kes_vm_get(arg->vm_fd);
+	if (IS_ERR(kvm))
+		return PTR_ERR(kvm);
+	ret = kes_vm_check(kvm);
+	if (ret)
+		goto put_vm;
+	session->chunk = kvzalloc(sizeof(*session->chunk), GFP_KERNEL_ACCOUNT);
+	if (!session->chunk) {
+		ret = -ENOMEM;
+		goto put_vm;
+	}
+	if (!try_module_get(THIS_MODULE)) {
+		ret = -ENODEV;
+		goto free_chunk;
+	}
+	session->kvm = kvm;
+	atomic_inc(&attached_sessions);
+	return 0;
+
+free_chunk:
+	kvfree(session->chunk);
+	session->chunk = NULL;
+put_vm:
+	kes_vm_put(kvm);
+	return ret;
+}
+
+static long session_detach(struct kes_session *session)
+{
+	if (!session->kvm)
+		return -ENOTCONN;
+	atomic_dec(&attached_sessions);
+	module_put(THIS_MODULE);
+	kvfree(session->chunk);
+	session->chunk = NULL;
+	kes_vm_put(session->kvm);
+	session->kvm = NULL;
+	return 0;
+}
+
+static long session_info(struct kes_info __user *user)
+{
+	struct kes_info info = {
+		.abi_version = KES_ABI_VERSION,
+		.entry_format = kes_format.id,
+		.features = KES_FEATURE_HARVEST | KES_FEATURE_CLEAR_DIRTY,
+		.chunk_pages = KES_CHUNK_PAGES,
+		.sessions = atomic_read(&attached_sessions),
+	};
+
+	return copy_to_user(user, &info, sizeof(info)) ? -EFAULT : 0;
+}
+
+/* Before and after the work: what a dying VM shows is not the truth. */
+static long session_vm_check(const struct kes_session *session)
+{
+	return session->kvm ? kes_vm_check(session->kvm) : -ENOTCONN;
+}
+
+static long session_memslots(struct kes_session *session, struct kes_memslots __user *user)
+{
+	struct kes_memslots arg;
+	long ret;
+
+	if (copy_from_user(&arg, user, sizeof(arg)))
+		return -EFAULT;
+	ret = session_vm_check(session);
+	if (!ret)
+		ret = kes_vm_memslots(session->kvm, &arg);
+	if (!ret && copy_to_user(user, &arg, sizeof(arg)))
+		ret = -EFAULT;
+	return ret;
+}
+
+static long session_harvest(struct kes_session *session, struct kes_harvest __user *user)
+{
+	struct kes_harvest arg;
+	long ret;
+
+	if (copy_from_user(&arg, user, sizeof(arg)))
+		return -EFAULT;
+	ret = session_vm_check(session);
+	if (!ret)
+		ret = kes_harvest(session->kvm, &kes_format, session->chunk, &arg);
+	if (!ret)
+		ret = session_vm_check(session);
+	if (!ret && copy_to_user(user, &arg, sizeof(arg)))
+		ret = -EFAULT;
+	return ret;
+}
+
+static long session_call(struct kes_session *session, unsigned int cmd, void __user *user)
+{
+	struct kes_attach attach;
+
+	switch (cmd) {
+	case KES_GET_INFO:
+		return session_info(user);
+	case KES_ATTACH:
+		if (copy_from_user(&attach, user, sizeof(attach)))
+			return -EFAULT;
+		return session_attach(session, &attach);
+	case KES_DETACH:
+		return session_detach(session);
+	case KES_GET_MEMSLOTS:
+		return session_memslots(session, user);
+	case KES_HARVEST:
+		return session_harvest(session, user);
+	default:
+		return -ENOTTY;
+	}
+}
+
+static long session_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
+{
+	struct kes_session *session = file->private_data;
+	long ret;
+
+	if (mutex_lock_interruptible(&session->lock))
+		return -ERESTARTSYS;
+	ret = session_call(session, cmd, (void __user *)arg);
+	mutex_unlock(&session->lock);
+	return ret;
+}
+
+#ifdef CONFIG_COMPAT
+static long session_compat_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
+{
+	return session_ioctl(file, cmd, (unsigned long)compat_ptr(arg));
+}
+#endif
+
+static int session_open(struct inode *inode, struct file *file)
+{
+	struct kes_session *session = kzalloc(sizeof(*session), GFP_KERNEL_ACCOUNT);
+
+	if (!session)
+		return -ENOMEM;
+	mutex_init(&session->lock);
+	file->private_data = session;
+	return 0;
+}
+
+static int session_release(struct inode *inode, struct file *file)
+{
+	struct kes_session *session = file->private_data;
+
+	session_detach(session);
+	mutex_destroy(&session->lock);
+	kfree(session);
+	return 0;
+}
+
+const struct proc_ops kes_session_ops = {
+	.proc_open = session_open,
+	.proc_release = session_release,
+	.proc_ioctl = session_ioctl,
+#ifdef CONFIG_COMPAT
+	.proc_compat_ioctl = session_compat_ioctl,
+#endif
+	.proc_lseek = noop_llseek,
+};

@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The VM: recognising it, holding it, and finding its tables and slots.
+ *
+ * What of KVM is private and read here is checked at run time before it is
+ * used. A check that fails means an unknown kernel: the call is refused.
+ */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
+#include <linux/file.h>
+#include <linux/fs.h>
+#include <linux/magic.h>
+#include <linux/mm.h>
+#include <linux/rculist.h>
+#include <linux/sched/mm.h>
+#include <linux/slab.h>
+#include <linux/uaccess.h>
+
+#include "compat.h"
+#include "vm.h"
+
+/*
+ * The beginning of KVM's private struct kvm_mmu_page (arch/x86/kvm/mmu/
+ * mmu_internal.h), which describes one table of a guest's second-level tables.
+ */
+struct kes_mmu_page {
+	struct list_head link;
+	struct hlist_node hash_link;
+	bool tdp_mmu_page;
+	u8 flags[3];
+	union kvm_mmu_page_role role;
+	gfn_t gfn;
+	u64 *spt;
+};
+static_assert(offsetof(struct kes_mmu_page, tdp_mmu_page) == 32);
+static_assert(offsetof(struct kes_mmu_page, role) == 36);
+static_assert(offsetof(struct kes_mmu_page, gfn) == 40);
+static_assert(offsetof(struct kes_mmu_page, spt) == 48);
+
+/*
+ * Any file may be called "kvm-vm"; what only KVM can make is an anonymous inode
+ * with that name whose operations belong to KVM's vendor module.
+ */
+static bool file_is_kvm_vm(struct file *file)
+{
+	const struct module *owner = file->f_op->owner;
+
+	return file_inode(file)->i_sb->s_magic == ANON_INODE_FS_MAGIC &&
+	       !strcmp(file->f_path.dentry->d_name.name, "kvm-vm") &&
+	       owner && (!strcmp(owner->name, "kvm_intel") ||
+			 !strcmp(owner->name, "kvm_amd"));
+}
+
+/*
+ * Returns the VM behind a descriptor of the caller, with a reference that
+ * kes_vm_put() gives back. The reference keeps struct kvm and its vCPUs, not
+ * the guest's memory: that goes when the VMM exits.
+ */
+struct kvm *kes_vm_get(int fd)
+{
+	struct file *file = fget(fd);
+	struct kvm *kvm;
+
+	if (!file)
+		return ERR_PTR(-EBADF);
+	if (!file_is_kvm_vm(file)) {
+		fput(file);
+		return ERR_PTR(-ENODEV);
+	}
+	kvm = file->private_data;
+	/* The open file has a reference of its own, so there is one to add to. */
+	kvm_get_kvm(kvm);
+	fput(file);
+	return kvm;
+}
+
+void kes_vm_put(struct kvm *kvm)
+{
+	kvm_put_kvm(kvm);
+}
+
+/* Whether the VM can be observed now; the errors of KES_ATTACH. */
+int kes_vm_check(struct kvm *kvm)
+{
+	/* KVM unmapped everything when the last user of the VMM's memory left. */
+	if (!atomic_read(&kvm->mm->mm_users) || READ_ONCE(kvm->vm_dead))
+		return -ESRCH;
+	if (kvm_arch_has_private_mem(kvm)) {
+		pr_warn_once("refused a VM with private memory: its pages can be neither observed nor moved\n");
+		return -EACCES;
+	}
+	/* KVM initialises this list when it creates a VM for its TDP MMU only. */
+	if (!READ_ONCE(kvm->arch.tdp_mmu_roots.next)) {
+		pr_warn_once("refused a VM whose page tables KVM shadows: kvm.tdp_mmu is off, or EPT or NPT is not in use\n");
+		return -ENXIO;
+	}
+	return 0;
+}
+
+/* Whether @page is laid out as this file says; touches nothing unproved. */
+static bool root_is_sane(const struct kes_mmu_page *page)
+{
+	u64 *table = page->spt;
+
+	return page->tdp_mmu_page && page->role.direct &&
+	       (page->role.level == 4 || page->role.level == PT64_ROOT_MAX_LEVEL) &&
+	       virt_addr_valid(table) && PAGE_ALIGNED(table) &&
+	       page_private(virt_to_page(table)) == (unsigned long)page;
+}
+
+/*
+ * Fills in the roots that vCPUs can be running on, and returns their number.
+ * The caller holds rcu_read_lock(): roots and all tables below them are freed
+ * a grace period after KVM unlinked them.
+ *
+ *   -EOPNOTSUPP  the tables have no accessed and dirty bits
+ *   -EUCLEAN     unknown layout
+ */
+int kes_vm_roots(struct kvm *kvm, struct kes_root roots[KES_MAX_ROOTS])
+{
+	struct kes_mmu_page *page;
+	int n = 0;
+
+	list_for_each_entry_rcu(page, &kvm->arch.tdp_mmu_roots, link) {
+		union kvm_mmu_page_role role;
+
+		if (!virt_addr_valid(page) || !root_is_sane(page)) {
+			pr_err_once("KVM's tables are not laid out as this module knows them: refused\n");
+			return -EUCLEAN;
+		}
+		role.word = READ_ONCE(page->role.word);
+		/* Invalid: on its way out. SMM: another address space. */
+		if (role.invalid || role.smm)
+			continue;
+		if (role.ad_disabled) {
+			pr_warn_once("refused a VM without accessed and dirty bits: no EPT A/D, or kvm_intel.eptad=0\n");
+			return -EOPNOTSUPP;
+		}
+		if (n == KES_MAX_ROOTS) {
+			pr_err_once("a VM has more than %d roots: refused\n", KES_MAX_ROOTS);
+			return -EUCLEAN;
+		}
+		roots[n].table = page->spt;
+		roots[n].level = role.level;
+		n++;
+	}
+	return n;
+}
+
+static void memslot_fill(struct kes_memslot *out, const struct kvm_memory_slot *slot)
+{
+	out->gfn_start = slot->base_gfn;
+	out->page_count = slot->npages;
+	out->hva = slot->userspace_addr;
+	out->id = slot->id;
+	out->flags = 0;
+	if (slot->flags & KVM_MEM_READONLY)
+		out->flags |= KES_SLOT_READONLY;
+	if (slot->flags & KVM_MEM_LOG_DIRTY_PAGES)
+		out->flags |= KES_SLOT_DIRTY_LOG;
+}
+
+/*
+ * Copies the slots that user space made (address space 0) to @out, in the order
+ * of their addresses, as far as @capacity goes. Returns how many there are.
+ */
+static u32 memslots_collect(struct kvm *kvm, struct kes_memslot *out,
+			    u32 capacity, u64 *generation)
+{
+	struct kvm_memslots *slots;
+	struct rb_node *node;
+	u32 count = 0;
+	int idx;
+
+	idx = srcu_read_lock(&kvm->srcu);
+	slots = __kvm_memslots(kvm, 0);
+	for (node = rb_first(&slots->gfn_tree); node; node = rb_next(node)) {
+		const struct kvm_memory_slot *slot =
+			container_of(node, struct kvm_memory_slot,
+				     gfn_node[slots->node_idx]);
+
+		if (slot->id >= KVM_USER_MEM_SLOTS)
+			continue;
+		if (count < capacity)
+			memslot_fill(&out[count], slot);
+		count++;
+	}
+	*generation = slots->generation & ~KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS;
+	srcu_read_unlock(&kvm->srcu, idx);
+	return count;
+}
+
+/*
+ * KES_GET_MEMSLOTS. The slots are copied out after the SRCU section has ended:
+ * a caller whose buffer faults slowly must not hold up KVM's memory updates.
+ */
+long kes_vm_memslots(struct kvm *kvm, struct kes_memslots *arg)
+{
+	u32 capacity = min_t(u32, arg->capacity, KVM_USER_MEM_SLOTS);
+	struct kes_memslot *slots = NULL;
+	long ret = 0;
+
+	if (memchr_inv(arg->reserved, 0, sizeof(arg->reserved)))
+		return -EINVAL;
+	if (capacity) {
+		slots = kvcalloc(capacity, sizeof(*slots), GFP_KERNEL_ACCOUNT);
+		if (!slots)
+			return -ENOMEM;
+	}
+	arg->count = memslots_collect(kvm, slots, capacity, &arg->generation);
+	if (arg->count <= capacity &&
+	    copy_to_user(u64_to_user_ptr(arg->slots), slots,
+			 array_size(arg->count, sizeof(*slots))))
+		ret = -EFAULT;
+	kvfree(slots);
+	return ret;
+}

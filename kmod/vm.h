@@ -1,0 +1,24 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef KES_VM_H
+#define KES_VM_H
+
+#include <linux/kvm_host.h>
+
+#include "uapi/kvm_ept_sample.h"
+
+/* A root of second-level tables that may be walked. */
+struct kes_root {
+	u64 *table;
+	int level;		/* of the entries in @table: 4 or 5 */
+};
+
+/* Valid roots seen at once: plain, and one for a nested guest's direct map. */
+#define KES_MAX_ROOTS 8
+
+struct kvm *kes_vm_get(int fd);
+void kes_vm_put(struct kvm *kvm);
+int kes_vm_check(struct kvm *kvm);
+int kes_vm_roots(struct kvm *kvm, struct kes_root roots[KES_MAX_ROOTS]);
+long kes_vm_memslots(struct kvm *kvm, struct kes_memslots *arg);
+
+#endif /* KES_VM_H */
