@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! On which tier each page of a memory slot lies, as far as is known.
+
+use std::ops::Range;
+
+use crate::bitmap;
+use crate::sampler::Level;
+use crate::units::PAGES_PER_2M;
+use crate::wire::Place;
+
+/// Place of every page of one memory slot.
+///
+/// A harvest tells the place of mapped pages only. A page that the kernel has
+/// just moved is unmapped until the guest touches it again, so what was known
+/// stays known until a harvest or a move says otherwise.
+#[derive(Clone, Debug)]
+pub struct PlaceMap {
+    gfn_start: u64,
+    pages: usize,
+    resident: Vec<u64>,
+    /// A subset of `resident`.
+    slow: Vec<u64>,
+    /// For each 2 MiB of guest-physical space that the slot touches: how it was
+    /// mapped when it last was.
+    levels: Vec<Level>,
+}
+
+/// Number of pages by place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PlaceCounts {
+    /// [`Place::Fast`].
+    pub fast: u64,
+    /// [`Place::Slow`].
+    pub slow: u64,
+    /// [`Place::Absent`].
+    pub absent: u64,
+}
+
+impl PlaceMap {
+    /// A map of the slot of `pages` pages from `gfn_start` on; nothing is known.
+    pub fn new(gfn_start: u64, pages: usize) -> Self {
+        let first_unit = gfn_start / PAGES_PER_2M;
+        let end_unit = (gfn_start + pages as u64).div_ceil(PAGES_PER_2M).max(first_unit);
+        let words = bitmap::words_for(pages);
+        PlaceMap {
+            gfn_start,
+            pages,
+            resident: vec![0; words],
+            slow: vec![0; words],
+            levels: vec![Level::None; (end_unit - first_unit) as usize],
+        }
+    }
+
+    /// First guest frame number of the slot.
+    pub fn gfn_start(&self) -> u64 {
+        self.gfn_start
+    }
+
+    /// Number of pages.
+    pub fn pages(&self) -> usize {
+        self.pages
+    }
+
+    /// Takes in a harvest of the whole slot; missing words are zero.
+    pub fn observe(&mut self, mapped: &[u64], on_slow: &[u64], levels: &[Level]) {
+        for (index, (resident, slow)) in self.resident.iter_mut().zip(&mut self.slow).enumerate() {
+            let mapped = bitmap::word(mapped, index);
+            *slow = *slow & !mapped | bitmap::word(on_slow, index) & mapped;
+            *resident |= mapped;
+        }
+        for (known, seen) in self.levels.iter_mut().zip(levels) {
+            if *seen != Level::None {
+                *known = *seen;
+            }
+        }
+    }
+
+    /// Takes in what a move, or a look at the VMM's pages, said about `pages`
+    /// (indices in the slot).
+    pub fn record(&mut self, pages: Range<usize>, place: Place) {
+        let pages = pages.start..pages.end.min(self.pages);
+        bitmap::fill(&mut self.resident, pages.clone(), place != Place::Absent);
+        bitmap::fill(&mut self.slow, pages, place == Place::Slow);
+    }
+
+    /// Place of `page`.
+    pub fn place(&self, page: usize) -> Place {
+        match (bitmap::get(&self.resident, page), bitmap::get(&self.slow, page)) {
+            (false, _) => Place::Absent,
+            (true, false) => Place::Fast,
+            (true, true) => Place::Slow,
+        }
+    }
+
+    /// Number of pages by place.
+    pub fn counts(&self) -> PlaceCounts {
+        let (resident, slow) = (bitmap::count(&self.resident), bitmap::count(&self.slow));
+        PlaceCounts { fast: resident - slow, slow, absent: self.pages as u64 - resident }
+    }
+
+    /// Words of pages on the fast and on the slow tier, for 64 pages each.
+    pub(super) fn words(&self, index: usize) -> (u64, u64) {
+        let (resident, slow) = (bitmap::word(&self.resident, index), bitmap::word(&self.slow, index));
+        (resident & !slow, slow)
+    }
+
+    /// The parts of the slot that lie in one 2 MiB of guest-physical space each,
+    /// with how that is mapped. The first and the last may be shorter.
+    pub(super) fn regions(&self) -> impl Iterator<Item = (Range<usize>, Level)> + '_ {
+        let unit = PAGES_PER_2M as usize;
+        // Pages of the first 2 MiB that lie before the slot.
+        let offset = (self.gfn_start % PAGES_PER_2M) as usize;
+        self.levels.iter().enumerate().map(move |(index, level)| {
+            let start = (index * unit).saturating_sub(offset);
+            let end = ((index + 1) * unit - offset).min(self.pages);
+            (start..end, *level)
+        })
+    }
+
+    /// The one place of all `pages`, if they share one.
+    pub(super) fn common_place(&self, pages: Range<usize>) -> Option<Place> {
+        match (bitmap::any(&self.resident, pages.clone()), bitmap::any(&self.slow, pages.clone())) {
+            (false, _) => Some(Place::Absent),
+            (true, false) => bitmap::all(&self.resident, pages).then_some(Place::Fast),
+            (true, true) => bitmap::all(&self.slow, pages).then_some(Place::Slow),
+        }
+    }
+}
