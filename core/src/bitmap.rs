@@ -71,7 +71,7 @@ fn masks(range: Range<usize>) -> impl Iterator<Item = (usize, u64)> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{WORD_BITS, all, count, fill, get, ones};
     use proptest::prelude::*;
 
     proptest! {

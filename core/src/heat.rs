@@ -189,8 +189,8 @@ impl HeatMap {
         if half_delay == 0 {
             return IDLE_COUNT;
         }
-        // The rest is less than half a delay, which came from a Duration.
-        self.since_countdown = Duration::from_nanos_u128(elapsed % half_delay);
+        // Less than half a delay; 2^64 ns are 584 years.
+        self.since_countdown = Duration::from_nanos((elapsed % half_delay) as u64);
         (elapsed / half_delay).min(u128::from(IDLE_COUNT)) as u16
     }
 
