@@ -1,2 +1,202 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! (to be written)
+//! libvirt: which domains run, what their XML says, and which process each is.
+//!
+//! The only module that calls libvirt. libvirtd may restart at any time: a
+//! broken connection is opened anew, and running guests are not touched by it.
+
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Once;
+
+use log::{debug, info};
+use virt::connect::Connect;
+use virt::error::ErrorNumber;
+use virt::sys;
+
+/// Where libvirt's system daemons keep the pid files of their QEMU processes.
+const QEMU_RUN_DIR: &str = "/run/libvirt/qemu";
+
+/// Why libvirt could not be asked.
+#[derive(Debug, thiserror::Error)]
+pub enum LibvirtError {
+    /// There is no connection.
+    #[error("cannot connect to libvirt at {uri}: {message}. Is libvirtd or virtqemud running?")]
+    Connect {
+        /// The connection URI.
+        uri: String,
+        /// libvirt's own words.
+        message: String,
+    },
+    /// A call failed on a good connection.
+    #[error("libvirt at {uri} cannot {operation}: {message}")]
+    Call {
+        /// The connection URI.
+        uri: String,
+        /// What was tried.
+        operation: &'static str,
+        /// libvirt's own words.
+        message: String,
+    },
+}
+
+/// A running domain, as libvirt describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunningDomain {
+    /// Its identity.
+    pub uuid: String,
+    /// Its name.
+    pub name: String,
+    /// The live XML, metadata included; what was wrong when libvirt, though
+    /// answering, could not tell it.
+    pub xml: Result<String, String>,
+}
+
+impl RunningDomain {
+    /// The `type` of the `<domain>` element: "kvm", "qemu"...
+    pub fn kind(&self) -> Option<String> {
+        let document = roxmltree::Document::parse(self.xml.as_deref().ok()?).ok()?;
+        document.root_element().attribute("type").map(str::to_owned)
+    }
+
+    /// Reads the pid of the domain's QEMU.
+    ///
+    /// libvirt's API does not tell the pid. Its pid file does, from before the
+    /// `started` hook until the guest has ended, in libvirtd and virtqemud
+    /// alike. The file can be stale: check the process against the UUID.
+    pub fn read_pid(&self) -> io::Result<i32> {
+        let text = fs::read_to_string(self.pid_file())?;
+        let pid = text.trim().parse();
+        pid.map_err(|_| io::Error::new(io::ErrorKind::InvalidData, format!("{text:?} is not a pid")))
+    }
+
+    /// The file that [`RunningDomain::read_pid`] reads.
+    pub fn pid_file(&self) -> PathBuf {
+        // libvirt allows no slash in a name, so this stays in the directory.
+        PathBuf::from(format!("{QEMU_RUN_DIR}/{}.pid", self.name))
+    }
+}
+
+/// A connection to libvirt that mends itself.
+pub struct Libvirt {
+    uri: String,
+    connection: Option<Connect>,
+}
+
+impl Libvirt {
+    /// Names the connection; the first call opens it.
+    pub fn new(uri: impl Into<String>) -> Self {
+        static SILENCE: Once = Once::new();
+        // libvirt prints each error on stderr by itself; ours say more.
+        SILENCE.call_once(virt::error::clear_error_callback);
+        Self { uri: uri.into(), connection: None }
+    }
+
+    /// The connection URI.
+    pub fn uri(&self) -> &str {
+        &self.uri
+    }
+
+    /// The running domains. A connection that broke since the last call, as when
+    /// libvirtd was restarted, is opened once again.
+    pub fn running(&mut self) -> Result<Vec<RunningDomain>, LibvirtError> {
+        if self.connection.is_some() {
+            match self.try_running() {
+                Ok(domains) => return Ok(domains),
+                Err(error) => {
+                    debug!("{error}; connecting again");
+                    self.connection = None;
+                }
+            }
+        }
+        self.try_running().inspect_err(|_| self.connection = None)
+    }
+
+    fn try_running(&mut self) -> Result<Vec<RunningDomain>, LibvirtError> {
+        let connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => self.connect()?,
+        };
+        let connection = self.connection.insert(connection);
+        let listed = connection.list_all_domains(sys::VIR_CONNECT_LIST_DOMAINS_ACTIVE);
+        let listed = listed.map_err(|error| call_error(&self.uri, "list the running domains", &error))?;
+        let mut domains = Vec::with_capacity(listed.len());
+        for domain in &listed {
+            match describe(domain) {
+                Ok(domain) => domains.push(domain),
+                // It ended between the two calls.
+                Err(error) if error.code() == ErrorNumber::NoDomain.into() => {}
+                Err(error) => return Err(call_error(&self.uri, "describe a domain", &error)),
+            }
+        }
+        Ok(domains)
+    }
+
+    fn connect(&self) -> Result<Connect, LibvirtError> {
+        // The crate would panic on a NUL.
+        if self.uri.contains('\0') {
+            let message = "the URI holds a NUL character".to_owned();
+            return Err(LibvirtError::Connect { uri: self.uri.clone(), message });
+        }
+        // The daemon changes nothing in libvirt, so it does not ask for the right.
+        let connection = Connect::open_read_only(Some(&self.uri)).map_err(|error| LibvirtError::Connect {
+            uri: self.uri.clone(),
+            message: error.message().to_owned(),
+        })?;
+        info!("connected to libvirt at {}", self.uri);
+        Ok(connection)
+    }
+}
+
+fn describe(domain: &virt::domain::Domain) -> Result<RunningDomain, virt::error::Error> {
+    let (uuid, name) = (domain.uuid_string()?, domain.name()?);
+    let xml = match domain.xml_desc(0) {
+        Err(error) if error.code() == ErrorNumber::NoDomain.into() => return Err(error),
+        // One domain's trouble is not the others'. A broken connection shows at
+        // the next call that is not about one domain.
+        xml => xml.map_err(|error| error.message().to_owned()),
+    };
+    Ok(RunningDomain { uuid, name, xml })
+}
+
+fn call_error(uri: &str, operation: &'static str, error: &virt::error::Error) -> LibvirtError {
+    LibvirtError::Call { uri: uri.to_owned(), operation, message: error.message().to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// libvirt's own test driver: it needs no daemon, and has one running domain.
+    #[test]
+    fn lists_the_running_domains() {
+        let mut libvirt = Libvirt::new("test:///default");
+        let domains = libvirt.running().unwrap();
+        let [domain] = domains.as_slice() else { panic!("{domains:?}") };
+        assert_eq!(domain.name, "test");
+        assert_eq!(domain.uuid, "6695eb01-f6a4-8304-79aa-97f2502e193f");
+        assert_eq!(domain.kind().as_deref(), Some("test"));
+        assert_eq!(domain.pid_file().to_str(), Some("/run/libvirt/qemu/test.pid"));
+        assert_eq!(domain.read_pid().unwrap_err().kind(), io::ErrorKind::NotFound);
+        // A second call uses the same connection.
+        assert_eq!(libvirt.running().unwrap(), domains);
+    }
+
+    #[test]
+    fn says_what_is_wrong_with_a_connection() {
+        let missing = "qemu+unix:///system?socket=/nonexistent/libvirt-sock";
+        for uri in [missing, "nonsense:///", "bad\0uri"] {
+            let error = Libvirt::new(uri).running().unwrap_err();
+            assert!(matches!(error, LibvirtError::Connect { .. }), "{error}");
+            assert!(error.to_string().contains("Is libvirtd or virtqemud running?"), "{error}");
+        }
+    }
+
+    #[test]
+    fn kind_of_broken_xml_is_unknown() {
+        let domain = |xml: &str| RunningDomain { uuid: String::new(), name: "a".into(), xml: Ok(xml.into()) };
+        assert_eq!(domain("<domain type='qemu'><name>a</name></domain>").kind().as_deref(), Some("qemu"));
+        assert_eq!(domain("<domain").kind(), None);
+        assert_eq!(domain("<domain/>").kind(), None);
+    }
+}

@@ -1,0 +1,304 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard};
+
+use super::*;
+
+const SLOW: u32 = 1;
+
+/// A process's pages, and a kernel that treats failures as Linux's
+/// do_pages_move() does.
+#[derive(Default)]
+struct FakeKernel {
+    /// Address of each resident page, and its node.
+    pages: BTreeMap<u64, u32>,
+    /// First pages of huge pages, which move as a whole.
+    huge: BTreeSet<u64>,
+    /// Pages with an extra reference: migrating them fails.
+    pinned: BTreeSet<u64>,
+    /// Pages that the kernel refuses to isolate, and with which errno.
+    refused: BTreeMap<u64, i32>,
+    /// A call of itself fails.
+    call_error: Option<i32>,
+    free_pages: u64,
+    exited: bool,
+    calls: usize,
+}
+
+impl FakeKernel {
+    fn with_pages(addresses: impl IntoIterator<Item = u64>) -> Self {
+        let pages = addresses.into_iter().map(|address| (address, 0)).collect();
+        Self { pages, free_pages: 1 << 20, ..Self::default() }
+    }
+
+    fn move_page(&mut self, address: u64, node: u32) {
+        let count = if self.huge.contains(&address) { 512 } else { 1 };
+        for page in 0..count {
+            self.pages.insert(address + page * PAGE_BYTES, node);
+        }
+    }
+
+    /// Migrates a list, all or what can be; the number of failures.
+    fn migrate_list(&mut self, list: &[u64], node: u32) -> u64 {
+        let (failed, moved): (Vec<u64>, Vec<u64>) = list.iter().partition(|a| self.pinned.contains(a));
+        moved.into_iter().for_each(|address| self.move_page(address, node));
+        failed.len() as u64
+    }
+
+    fn migrate(&mut self, addresses: &[u64], node: u32, statuses: &mut [i32]) -> io::Result<u64> {
+        self.calls += 1;
+        if let Some(errno) = self.call_error {
+            return Err(io::Error::from_raw_os_error(errno));
+        }
+        let mut start = 0;
+        for (index, address) in addresses.iter().enumerate() {
+            let decided = match (self.refused.get(address), self.pages.get(address)) {
+                (Some(errno), _) => -errno,
+                (None, None) => -libc::ENOENT,
+                (None, Some(place)) if *place == node => node as i32,
+                (None, Some(_)) => continue,
+            };
+            statuses[index] = decided;
+            let failed = self.migrate_list(&addresses[start..index], node);
+            if failed > 0 {
+                return Ok(failed + (addresses.len() - index - 1) as u64);
+            }
+            statuses[start..index].fill(node as i32);
+            start = index + 1;
+        }
+        let failed = self.migrate_list(&addresses[start..], node);
+        if failed == 0 {
+            statuses[start..].fill(node as i32);
+        }
+        Ok(failed)
+    }
+}
+
+#[derive(Clone)]
+struct Fake(Arc<Mutex<FakeKernel>>);
+
+impl Fake {
+    fn kernel(&self) -> MutexGuard<'_, FakeKernel> {
+        self.0.lock().unwrap()
+    }
+}
+
+impl Pages for Fake {
+    fn is_alive(&self) -> bool {
+        !self.kernel().exited
+    }
+
+    fn places(&self, addresses: &[u64], statuses: &mut [i32]) -> io::Result<()> {
+        let kernel = self.kernel();
+        for (address, status) in addresses.iter().zip(statuses) {
+            *status = kernel.pages.get(address).map_or(-libc::ENOENT, |node| *node as i32);
+        }
+        Ok(())
+    }
+
+    fn migrate(&self, addresses: &[u64], node: u32, statuses: &mut [i32]) -> io::Result<u64> {
+        self.kernel().migrate(addresses, node, statuses)
+    }
+
+    fn node_memory(&self, _node: u32) -> Result<NodeMemory, TopologyError> {
+        let free_bytes = self.kernel().free_pages * PAGE_BYTES;
+        Ok(NodeMemory { total_bytes: 0, free_bytes })
+    }
+}
+
+fn mover(kernel: FakeKernel) -> (KernelMover, Fake) {
+    let fake = Fake(Arc::new(Mutex::new(kernel)));
+    (KernelMover { pages: Box::new(fake.clone()) }, fake)
+}
+
+fn page(index: u64) -> u64 {
+    0x7f00_0000_0000 + index * PAGE_BYTES
+}
+
+fn small(index: u64) -> MoveUnit {
+    MoveUnit { gfn: index, hva: page(index), pages: 1 }
+}
+
+fn slow() -> NodeSet {
+    NodeSet::from_iter([SLOW])
+}
+
+fn apply(mover: &mut KernelMover, units: &[MoveUnit]) -> MoveOutcome {
+    mover.apply(units, &slow(), &AtomicBool::new(false)).unwrap()
+}
+
+fn result_of(outcome: &MoveOutcome, gfn: u64) -> Result<(), Refused> {
+    outcome.units.iter().find(|(unit, _)| unit.gfn == gfn).unwrap().1
+}
+
+#[test]
+fn moves_all_in_few_calls() {
+    let (mut mover, fake) = mover(FakeKernel::with_pages((0..1000).map(page)));
+    let units: Vec<_> = (0..1000).map(small).collect();
+    let outcome = apply(&mut mover, &units);
+    assert_eq!(outcome.moved_bytes(), 1000 * PAGE_BYTES);
+    assert_eq!(outcome.tried_bytes(), outcome.moved_bytes());
+    assert!(fake.kernel().pages.values().all(|node| *node == SLOW));
+    assert_eq!(fake.kernel().calls, 2);
+}
+
+#[test]
+fn every_unit_has_a_result_and_the_right_reason() {
+    let mut kernel = FakeKernel::with_pages((0..100).map(page));
+    kernel.pinned = [page(10), page(11), page(70)].into();
+    kernel.refused = [(page(30), libc::EACCES), (page(31), libc::EBUSY)].into();
+    kernel.pages.remove(&page(40));
+    kernel.pages.insert(page(50), SLOW);
+    let (mut mover, fake) = mover(kernel);
+    let units: Vec<_> = (0..100).map(small).collect();
+    let outcome = apply(&mut mover, &units);
+    assert_eq!(outcome.units.len(), 100);
+    let expected = [
+        (10, Refused::Busy),
+        (11, Refused::Busy),
+        (30, Refused::Shared),
+        (31, Refused::Busy),
+        (40, Refused::NotPresent),
+        (50, Refused::AlreadyThere),
+        (70, Refused::Busy),
+    ];
+    for (gfn, refused) in expected {
+        assert_eq!(result_of(&outcome, gfn), Err(refused), "page {gfn}");
+        let place = fake.kernel().pages.get(&page(gfn)).copied();
+        assert!(refused == Refused::AlreadyThere || place != Some(SLOW), "page {gfn}");
+    }
+    assert_eq!(outcome.moved_bytes(), 93 * PAGE_BYTES);
+    let mut refused = RefusedBytes::default();
+    refused.add(&outcome);
+    let wire = refused.to_wire();
+    assert_eq!(wire.iter().map(|refusal| refusal.bytes).sum::<u64>(), 7 * PAGE_BYTES);
+    let reasons: Vec<&str> = wire.iter().map(|refusal| refusal.reason.as_str()).collect();
+    assert_eq!(reasons, ["already-there", "busy", "not-present", "shared"]);
+}
+
+#[test]
+fn all_pages_pinned_takes_one_call() {
+    let mut kernel = FakeKernel::with_pages((0..512).map(page));
+    kernel.pinned = (0..512).map(page).collect();
+    let (mut mover, fake) = mover(kernel);
+    let units: Vec<_> = (0..512).map(small).collect();
+    let outcome = apply(&mut mover, &units);
+    assert!(outcome.units.iter().all(|(_, result)| *result == Err(Refused::Busy)));
+    assert_eq!(fake.kernel().calls, 1);
+}
+
+#[test]
+fn a_cpuset_and_a_shared_page_are_told_apart_though_both_are_eacces() {
+    let mut kernel = FakeKernel::with_pages((0..3).map(page));
+    kernel.call_error = Some(libc::EACCES);
+    let (mut mover, fake) = mover(kernel);
+    let outcome = apply(&mut mover, &[small(0), small(1)]);
+    assert_eq!(outcome.units.len(), 2);
+    assert_eq!(result_of(&outcome, 0), Err(Refused::NotPermitted));
+    assert!(Refused::NotPermitted.explanation().contains("strict"));
+    fake.kernel().call_error = None;
+    fake.kernel().refused = [(page(2), libc::EACCES)].into();
+    assert_eq!(result_of(&apply(&mut mover, &[small(2)]), 2), Err(Refused::Shared));
+}
+
+#[test]
+fn errors_of_a_call_have_reasons() {
+    for (errno, refused) in [
+        (libc::ENOMEM, Refused::NodeFull),
+        (libc::EPERM, Refused::NotPermitted),
+        (libc::ENODEV, Refused::Failed),
+    ] {
+        let mut kernel = FakeKernel::with_pages([page(0)]);
+        kernel.call_error = Some(errno);
+        let outcome = apply(&mut mover(kernel).0, &[small(0)]);
+        assert_eq!(result_of(&outcome, 0), Err(refused));
+    }
+}
+
+#[test]
+fn leaves_room_on_the_target() {
+    let mut kernel = FakeKernel::with_pages((0..10).map(page));
+    kernel.free_pages = 4;
+    let (mut mover, _) = mover(kernel);
+    let units: Vec<_> = (0..10).map(small).collect();
+    let outcome = apply(&mut mover, &units);
+    assert_eq!(outcome.moved_bytes(), 4 * PAGE_BYTES);
+    assert_eq!(result_of(&outcome, 9), Err(Refused::NodeFull));
+}
+
+#[test]
+fn a_huge_page_moves_by_its_first_address() {
+    let mut kernel = FakeKernel::with_pages((0..512).map(page));
+    kernel.huge = [page(0)].into();
+    let (mut mover, fake) = mover(kernel);
+    let outcome = apply(&mut mover, &[MoveUnit { gfn: 0, hva: page(0), pages: 512 }]);
+    assert_eq!(outcome.units.len(), 1);
+    assert_eq!(outcome.moved_bytes(), 512 * PAGE_BYTES);
+    assert!(fake.kernel().pages.values().all(|node| *node == SLOW));
+}
+
+#[test]
+fn a_huge_page_that_was_split_moves_page_by_page() {
+    let mut kernel = FakeKernel::with_pages((0..512).map(page));
+    kernel.pinned = [page(100)].into();
+    let (mut mover, fake) = mover(kernel);
+    let outcome = apply(&mut mover, &[MoveUnit { gfn: 0, hva: page(0), pages: 512 }]);
+    assert_eq!(outcome.tried_bytes(), 512 * PAGE_BYTES);
+    assert_eq!(outcome.moved_bytes(), 511 * PAGE_BYTES);
+    assert_eq!(result_of(&outcome, 100), Err(Refused::Busy));
+    assert_eq!(fake.kernel().pages.values().filter(|node| **node == SLOW).count(), 511);
+}
+
+#[test]
+fn stops_between_batches_and_when_the_process_ends() {
+    let (mut mover, fake) = mover(FakeKernel::with_pages((0..10).map(page)));
+    let stopped = mover.apply(&[small(0)], &slow(), &AtomicBool::new(true)).unwrap();
+    assert_eq!(stopped.units, []);
+    fake.kernel().exited = true;
+    let gone = mover.apply(&[small(0)], &slow(), &AtomicBool::new(false));
+    assert_eq!(gone, Err(ProcessGone));
+    assert_eq!(mover.places(&[page(0)], &mut Vec::new()), Err(ProcessGone));
+    fake.kernel().exited = false;
+    fake.kernel().call_error = Some(libc::ESRCH);
+    let gone = mover.apply(&[small(0)], &slow(), &AtomicBool::new(false));
+    assert_eq!(gone, Err(ProcessGone));
+}
+
+#[test]
+fn tells_how_far_the_kernel_came() {
+    const U: i32 = STATUS_UNKNOWN;
+    assert_eq!(tried_until(&[U, U, 1, U, U]), 2);
+    assert_eq!(tried_until(&[1, -2, U, U, 1, U]), 4);
+    assert_eq!(tried_until(&[U, U, U]), 3);
+    assert_eq!(tried_until(&[1]), 1);
+}
+
+/// The real system call, on our own memory. One node is enough to see that
+/// arguments and answers are understood.
+#[test]
+fn asks_the_real_kernel() {
+    let process = Arc::new(Process::open(std::process::id() as i32).unwrap());
+    let mut mover = KernelMover::new(process, Path::new("/sys").into());
+    let memory = vec![1u8; 64 * PAGE_BYTES as usize];
+    let first = (memory.as_ptr() as u64).next_multiple_of(PAGE_BYTES);
+    let mut nodes = Vec::new();
+    mover.places(&[first, first + PAGE_BYTES, PAGE_BYTES], &mut nodes).unwrap();
+    let Some(node) = nodes[0] else {
+        eprintln!("SKIP: this kernel does not tell where pages lie");
+        return;
+    };
+    assert_eq!(nodes[2], None, "nothing is mapped at the second page of the address space");
+    let unit = |hva| MoveUnit { gfn: 0, hva, pages: 1 };
+    let here = NodeSet::from_iter([node]);
+    let stop = AtomicBool::new(false);
+    let outcome = mover.apply(&[unit(first), unit(PAGE_BYTES)], &here, &stop).unwrap();
+    let results: Vec<_> = outcome.units.iter().map(|(_, result)| *result).collect();
+    assert_eq!(results, [Err(Refused::AlreadyThere), Err(Refused::NotPresent)]);
+    let nowhere = NodeSet::from_iter([1000]);
+    let outcome = mover.apply(&[unit(first)], &nowhere, &stop).unwrap();
+    assert_eq!(outcome.units[0].1, Err(Refused::Failed));
+    // Past the check for room, so that the system call itself refuses.
+    assert_eq!(mover.migrate(&[first], 1000).unwrap(), [Err(Refused::Failed)]);
+}
