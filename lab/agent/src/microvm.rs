@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Tests of the kernel module against virtual machines of a few pages.
+//!
+//! A micro VM is a KVM guest without firmware or kernel: a dozen instructions
+//! that touch exactly known pages. What the hardware marked accessed or dirty
+//! can therefore be compared page by page. The same tests run on AMD and Intel.
+
+mod abi;
+mod exact;
+mod flush;
+mod huge;
+mod lifecycle;
+mod machine;
+mod place;
+
+use anyhow::{Result, bail};
+
+/// How a test ended, if it did not fail.
+#[derive(Debug)]
+pub enum Outcome {
+    /// What was seen, in figures.
+    Pass(String),
+    /// Why it could not be run here.
+    Skip(String),
+}
+
+type Test = (&'static str, fn() -> Result<Outcome>);
+
+/// All tests by name.
+const TESTS: &[Test] = &[
+    ("harvest-exact", exact::rounds),
+    ("harvest-peek", exact::peek),
+    ("harvest-unaligned", exact::unaligned_ranges),
+    ("dirty-exact", exact::dirty),
+    ("levels-2m", huge::levels_2m),
+    ("levels-1g", huge::levels_1g),
+    ("on-nodes", place::on_nodes),
+    ("memslots", abi::memslots),
+    ("refusals", abi::refusals),
+    ("vm-exit", lifecycle::vm_exit),
+    ("module-in-use", lifecycle::module_in_use),
+    ("churn", lifecycle::churn),
+    ("flush-proof", flush::proof),
+];
+
+/// Names of all tests.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    TESTS.iter().map(|(name, _)| *name)
+}
+
+/// Runs one test.
+pub fn run(name: &str) -> Result<Outcome> {
+    match TESTS.iter().find(|(known, _)| *known == name) {
+        Some((_, test)) => test(),
+        None => bail!("there is no test {name:?}; there are: {}", names().collect::<Vec<_>>().join(" ")),
+    }
+}
+
+/// The process that [`lifecycle::vm_exit`] starts and kills.
+pub fn victim() -> Result<()> {
+    lifecycle::victim()
+}

@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! VMs and the module coming and going under a session.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsFd;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use ept_virt_core::process::{Process, find_vm_fd};
+use ept_virt_core::sampler::{KernelSampler, Sampler, SamplerError};
+use nix::kmod::{DeleteModuleFlags, delete_module};
+
+use super::Outcome;
+use super::machine::{ALL, ALL_CLEAR, Machine, PAGE, SPREAD, Touch, harvest, round_program};
+
+/// Kills and reaps on drop.
+struct Victim(Child);
+
+impl Drop for Victim {
+    fn drop(&mut self) {
+        // It may have ended already; then there is nothing left to do.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A session outlives the VM's process: from then on it says so, and nothing else.
+pub fn vm_exit() -> Result<Outcome> {
+    let child = Command::new("/proc/self/exe").arg("microvm-victim").stdout(Stdio::piped()).spawn()?;
+    let mut victim = Victim(child);
+    let mut ready = String::new();
+    let output = victim.0.stdout.take().context("no pipe")?;
+    BufReader::new(output).read_line(&mut ready)?;
+    ensure!(ready.trim() == "ready", "the victim said {ready:?}");
+
+    let process = Process::open(victim.0.id() as i32)?;
+    let vm = find_vm_fd(&process)?;
+    let mut sampler = KernelSampler::open()?;
+    sampler.attach(vm.as_fd())?;
+    drop(vm);
+    ensure!(harvest(&mut sampler, ALL)?.stats.accessed == 201, "the living VM shows its pages");
+    victim.0.kill()?;
+    victim.0.wait()?;
+    for what in ["harvest", "memslots"] {
+        let result = if what == "harvest" {
+            harvest(&mut sampler, ALL).map(|_| ())
+        } else {
+            Ok(sampler.memslots().map(|_| ())?)
+        };
+        match result.map_err(|error| error.downcast::<SamplerError>()) {
+            Err(Ok(SamplerError::VmGone)) => {}
+            other => bail!("{what} after the process exited: {other:?}"),
+        }
+    }
+    Ok(Outcome::Pass("201 pages while it lived, ESRCH afterwards".into()))
+}
+
+/// The process that [`vm_exit`] kills: runs one round and waits.
+pub fn victim() -> Result<()> {
+    let mut machine = Machine::standard()?;
+    machine.load(&round_program(SPREAD, Touch::Write))?;
+    machine.run_round()?;
+    println!("ready");
+    std::io::stdout().flush()?;
+    std::thread::sleep(Duration::from_secs(600));
+    Ok(())
+}
+
+/// The module can not be removed while a session is attached.
+pub fn module_in_use() -> Result<Outcome> {
+    let refs = || -> Result<i64> {
+        Ok(std::fs::read_to_string("/sys/module/kvm_ept_sample/refcnt")?.trim().parse()?)
+    };
+    let before = refs()?;
+    let machine = Machine::standard()?;
+    let sampler = machine.observe()?;
+    ensure!(refs()? == before + 1, "references went from {before} to {}", refs()?);
+    match delete_module(c"kvm_ept_sample", DeleteModuleFlags::O_NONBLOCK) {
+        Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EBUSY) => {}
+        other => bail!("removing the module in use: {other:?}"),
+    }
+    drop(sampler);
+    ensure!(refs()? == before, "a closed session left a reference");
+    Ok(Outcome::Pass("removal refused while attached, no reference left afterwards".into()))
+}
+
+/// A guest runs, its memory is dropped and its slots come and go, and four
+/// readers harvest and clear all the while. The kernel must stay silent and the
+/// guest must go on.
+pub fn churn() -> Result<Outcome> {
+    const FOR: Duration = Duration::from_millis(1500);
+    let taint_before = std::fs::read_to_string("/proc/sys/kernel/tainted")?;
+    let mut machine = Machine::standard()?;
+    machine.load(&round_program(SPREAD, Touch::Write))?;
+    let samplers = (0..4).map(|_| machine.observe()).collect::<Result<Vec<_>>>()?;
+    let (stop, harvests) = (AtomicBool::new(false), AtomicU64::new(0));
+    let rounds = std::thread::scope(|scope| -> Result<u64> {
+        let readers: Vec<_> = samplers
+            .into_iter()
+            .map(|mut sampler| {
+                let (stop, harvests) = (&stop, &harvests);
+                scope.spawn(move || -> Result<()> {
+                    let clear = ept_virt_core::sampler::HarvestRequest { clear_dirty: true, ..ALL_CLEAR };
+                    while !stop.load(Ordering::Relaxed) {
+                        harvest(&mut sampler, clear)?;
+                        harvests.fetch_add(1, Ordering::Relaxed);
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        let rounds = churn_rounds(&mut machine, FOR);
+        stop.store(true, Ordering::Relaxed);
+        for reader in readers {
+            reader.join().map_err(|_| anyhow::anyhow!("a reader panicked"))??;
+        }
+        rounds
+    })?;
+    let taint = std::fs::read_to_string("/proc/sys/kernel/tainted")?;
+    ensure!(taint == taint_before, "the kernel's taint went from {taint_before} to {taint}: see its log");
+    Ok(Outcome::Pass(format!("{rounds} rounds of the guest, {} harvests beside them", harvests.into_inner())))
+}
+
+fn churn_rounds(machine: &mut Machine, how_long: Duration) -> Result<u64> {
+    let start = Instant::now();
+    let mut rounds = 0;
+    while start.elapsed() < how_long {
+        machine.run_round()?;
+        rounds += 1;
+        // All but the program's own 2 MiB.
+        let (from, bytes) = (512 * PAGE, machine.memory.bytes() - 512 * PAGE);
+        if rounds % 3 == 0 {
+            machine.memory.advise(from, bytes, libc::MADV_DONTNEED)?;
+        }
+        if rounds % 7 == 0 {
+            machine.set_slot(0, 0, &machine.memory, 0)?;
+            machine.set_slot(0, 0, &machine.memory, machine.memory.bytes())?;
+        }
+    }
+    Ok(rounds)
+}
