@@ -1,0 +1,288 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `ept-virt status`: all that is known, in words. A percentage always says of
+//! what.
+
+use std::time::Duration;
+
+use ept_virt_core::units::Bytes;
+use ept_virt_core::wire::{DaemonStatus, DomainState, DomainStatus, MoveTotals, RoundStatus, Status};
+
+use crate::strip;
+use crate::style::{Style, harmless};
+
+/// Width of the first column.
+const LABEL: usize = 10;
+
+/// The daemon and all its domains.
+pub fn render(status: &Status, style: &Style) -> String {
+    let mut page = Page::new(style);
+    daemon(&mut page, &status.daemon);
+    if status.domains.is_empty() {
+        page.blank();
+        page.line("no domain is running");
+    }
+    page.text + &render_domains(status, style)
+}
+
+/// The domains alone; warnings about the host come last.
+pub fn render_domains(status: &Status, style: &Style) -> String {
+    let mut page = Page::new(style);
+    for domain_status in &status.domains {
+        page.blank();
+        domain(&mut page, domain_status);
+    }
+    page.text
+}
+
+/// The word for a state.
+pub fn state_word(state: DomainState) -> &'static str {
+    match state {
+        DomainState::Observing => "observing",
+        DomainState::Placing => "placing",
+        DomainState::Off => "off",
+        DomainState::Unobserved => "not observed",
+    }
+}
+
+/// Text under way.
+struct Page<'a> {
+    style: &'a Style,
+    text: String,
+}
+
+impl<'a> Page<'a> {
+    fn new(style: &'a Style) -> Self {
+        Page { style, text: String::new() }
+    }
+
+    fn line(&mut self, text: &str) {
+        self.text += text.trim_end();
+        self.text.push('\n');
+    }
+
+    fn blank(&mut self) {
+        self.text.push('\n');
+    }
+
+    /// A line with a name before it. `value` may hold what others wrote.
+    fn field(&mut self, label: &str, value: &str) {
+        self.raw_field(label, &harmless(value));
+    }
+
+    /// As [`Page::field`], painted as something that wants attention.
+    fn alert(&mut self, label: &str, value: &str) {
+        self.raw_field(label, &self.style.paint("33", &harmless(value)));
+    }
+
+    /// As [`Page::field`], for a value with colour in it.
+    fn raw_field(&mut self, label: &str, value: &str) {
+        self.line(&format!("  {label:<LABEL$} {value}"));
+    }
+}
+
+fn daemon(page: &mut Page, daemon: &DaemonStatus) {
+    let uptime = coarse(daemon.uptime_s);
+    page.line(&page.style.paint("1", &format!("ept-virt {}", harmless(&daemon.version))));
+    page.field("daemon", &format!("pid {}, up {uptime}", daemon.pid));
+    page.field("libvirt", &format!("{}: {}", daemon.libvirt_uri, daemon.libvirt));
+    match (&daemon.module, &daemon.module_error) {
+        (Some(module), _) => {
+            page.field("module", &format!("{} of {}, ABI {}", module.back_end, module.format, module.abi));
+        }
+        (None, Some(error)) => page.alert("module", error),
+        (None, None) => page.alert("module", "no answer yet"),
+    }
+    let tiers = match daemon.slow_nodes.as_slice() {
+        [] => format!("DRAM on {}; no NVM ({})", nodes(&daemon.fast_nodes), daemon.tiers_from),
+        slow => {
+            format!("DRAM on {}, NVM on {} ({})", nodes(&daemon.fast_nodes), nodes(slow), daemon.tiers_from)
+        }
+    };
+    page.field("tiers", &tiers);
+    let last = daemon.last_nudge.as_ref().map_or(String::new(), |nudge| format!(", the last: {nudge}"));
+    page.field("hook", &format!("{}{last}", counted(daemon.nudges, "call")));
+    for warning in &daemon.warnings {
+        page.alert("warning", warning);
+    }
+}
+
+fn domain(page: &mut Page, domain: &DomainStatus) {
+    let state = match domain.state {
+        DomainState::Placing => "32",
+        DomainState::Observing => "36",
+        DomainState::Off => "2",
+        DomainState::Unobserved => "33",
+    };
+    let state = page.style.paint(state, state_word(domain.state));
+    page.line(&format!("{}  {state}", page.style.paint("1", &harmless(&domain.name))));
+    if let Some(reason) = &domain.reason {
+        page.alert("reason", reason);
+    }
+    page.field("uuid", &domain.uuid);
+    if let Some(pid) = domain.pid {
+        page.field("pid", &pid.to_string());
+    }
+    page.field("policy", &format!("{} ({})", domain.policy, domain.policy_from));
+    if let Some(error) = &domain.policy_error {
+        page.alert("", &format!("the domain's own policy is not in force: {error}"));
+    }
+    let slots = counted(domain.slots.into(), "slot");
+    page.field("memory", &format!("{} in {slots}", Bytes(domain.memory_bytes)));
+    match &domain.round {
+        Some(round_status) => {
+            round(page, domain.memory_bytes, round_status);
+            moves(page, &domain.moves);
+        }
+        None if domain.state == DomainState::Unobserved || domain.state == DomainState::Off => {}
+        None => page.field("round", "the first has not ended yet"),
+    }
+    picture(page, domain);
+}
+
+fn round(page: &mut Page, memory: u64, round: &RoundStatus) {
+    let interval = Duration::from_millis(round.interval_ms);
+    page.field(
+        "mapped",
+        &format!(
+            "{}, of it {} by huge pages",
+            part(round.mapped_bytes, memory, "memory"),
+            Bytes(round.mapped_huge_bytes)
+        ),
+    );
+    page.field(
+        "accessed",
+        &format!(
+            "{} in the last round of {}; {} written since last cleaned",
+            part(round.accessed_bytes, round.mapped_bytes, "mapped"),
+            short(interval),
+            Bytes(round.dirty_bytes),
+        ),
+    );
+    let mut heat = String::new();
+    for (bytes, class) in [(round.hot_bytes, "hot"), (round.warm_bytes, "warm"), (round.cold_bytes, "cold")] {
+        let comma = if heat.is_empty() { "" } else { ", " };
+        heat += &format!("{comma}{} {class} ({})", Bytes(bytes), percent(bytes, memory));
+    }
+    page.field("heat", &format!("{heat} of memory"));
+    let resident = round.fast_bytes + round.slow_bytes;
+    page.field(
+        "place",
+        &format!(
+            "{} on DRAM ({}), {} on NVM ({}) of {} resident",
+            Bytes(round.fast_bytes),
+            percent(round.fast_bytes, resident),
+            Bytes(round.slow_bytes),
+            percent(round.slow_bytes, resident),
+            Bytes(resident),
+        ),
+    );
+    if let Some(target) = round.dram_target_bytes {
+        page.field("DRAM limit", &part(target, memory, "memory"));
+    }
+    page.field(
+        "round",
+        &format!(
+            "number {}, took {} ({} of its interval); harvest {}, {} read, {}",
+            round.number,
+            short(Duration::from_micros(round.took_us)),
+            percent(round.took_us, round.interval_ms.saturating_mul(1000)),
+            short(Duration::from_micros(round.harvest_us)),
+            counted(round.entries_read, "table entry"),
+            counted(round.flushes.into(), "TLB flush"),
+        ),
+    );
+}
+
+fn moves(page: &mut Page, moves: &MoveTotals) {
+    let moved = |moved, tried| format!("{} of {} tried", Bytes(moved), Bytes(tried));
+    page.field(
+        "moved",
+        &format!(
+            "to NVM {}, to DRAM {}",
+            moved(moves.demoted_bytes, moves.demote_tried_bytes),
+            moved(moves.promoted_bytes, moves.promote_tried_bytes),
+        ),
+    );
+    for refusal in &moves.refused {
+        let text = format!("{} {}: {}", Bytes(refusal.bytes), refusal.reason, refusal.explanation);
+        page.alert("refused", &text);
+    }
+}
+
+fn picture(page: &mut Page, domain: &DomainStatus) {
+    let cells = strip::fit(&domain.strip, page.style.width.saturating_sub(LABEL + 3));
+    if cells.is_empty() {
+        return;
+    }
+    let (heat, tier) = strip::rows(&cells, page.style);
+    page.raw_field("", &heat);
+    page.raw_field("", &tier);
+    let each = Bytes(domain.memory_bytes / cells.len() as u64);
+    page.raw_field("", &format!("each mark {each}, low addresses left; {}", strip::legend(page.style)));
+}
+
+/// `32 MiB (20% of memory)`.
+fn part(bytes: u64, whole: u64, of: &str) -> String {
+    format!("{} ({} of {of})", Bytes(bytes), percent(bytes, whole))
+}
+
+/// Whole percent; little is not nothing, and nearly all is not all.
+pub fn percent(bytes: u64, whole: u64) -> String {
+    match (bytes, whole) {
+        (0, _) | (_, 0) => "0%".into(),
+        _ if bytes == whole => "100%".into(),
+        _ => match bytes as f64 * 100.0 / whole as f64 {
+            share if share < 1.0 => "under 1%".into(),
+            share if share > 99.0 && share < 100.0 => "over 99%".into(),
+            share => format!("{share:.0}%"),
+        },
+    }
+}
+
+/// `1 slot`, `5 slots`; thousands are set apart.
+fn counted(number: u64, noun: &str) -> String {
+    let plural = match noun {
+        _ if number == 1 => noun.into(),
+        _ if noun.ends_with('y') => format!("{}ies", &noun[..noun.len() - 1]),
+        _ if noun.ends_with('h') => format!("{noun}es"),
+        _ => format!("{noun}s"),
+    };
+    let digits = number.to_string();
+    let mut grouped = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            grouped.push(',');
+        }
+        grouped.push(digit);
+    }
+    format!("{grouped} {plural}")
+}
+
+fn nodes(nodes: &[u32]) -> String {
+    let list: Vec<String> = nodes.iter().map(u32::to_string).collect();
+    format!("NUMA node{} {}", if nodes.len() == 1 { "" } else { "s" }, list.join(", "))
+}
+
+/// Two or three digits: a duration to look at.
+fn short(time: Duration) -> String {
+    let us = time.as_micros() as f64;
+    let (value, unit) = match us {
+        ..1e3 => return format!("{us:.0} us"),
+        ..1e6 => (us / 1e3, "ms"),
+        _ => (us / 1e6, "s"),
+    };
+    match value {
+        ..10.0 => format!("{} {unit}", format!("{value:.1}").trim_end_matches(".0")),
+        _ => format!("{value:.0} {unit}"),
+    }
+}
+
+/// The two largest units.
+fn coarse(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3600 => format!("{} min {} s", seconds / 60, seconds % 60),
+        3600..86400 => format!("{} h {} min", seconds / 3600, seconds / 60 % 60),
+        _ => format!("{} days {} h", seconds / 86400, seconds / 3600 % 24),
+    }
+}
