@@ -329,17 +329,14 @@ static int harvest_nodes(const struct kes_harvest *arg, nodemask_t *nodes)
 	return 0;
 }
 
-/*
- * KES_HARVEST. @chunk is the session's, which the caller has locked. May sleep
- * between chunks only.
- */
+/* KES_HARVEST. Sleeps between chunks only. */
 long kes_harvest(struct kvm *kvm, const struct kes_entry_format *format,
-		 struct kes_chunk *chunk, struct kes_harvest *arg)
+		 struct kes_harvester *harvester, struct kes_harvest *arg)
 {
 	u64 begin_ns = ktime_get_ns(), end, next;
 	struct kes_walk walk = {
 		.kvm = kvm,
-		.chunk = chunk,
+		.chunk = &harvester->chunk,
 		.stats = &arg->stats,
 		.want_nodes = arg->on_nodes,
 		.accessed = format->accessed,
@@ -374,9 +371,15 @@ long kes_harvest(struct kvm *kvm, const struct kes_entry_format *format,
 			break;
 		}
 	}
-	/* Also after an error: bits were cleared, and the guest's TLBs hide it. */
-	if ((arg->flags & KES_HARVEST_FLUSH) && arg->stats.entries_cleared) {
+	/*
+	 * Also after an error, and also when only earlier calls cleared bits:
+	 * as long as a TLB holds the old translation, the bits stay clear.
+	 */
+	if (arg->stats.entries_cleared)
+		harvester->unflushed = true;
+	if ((arg->flags & KES_HARVEST_FLUSH) && harvester->unflushed) {
 		kes_compat_flush_tlbs(kvm);
+		harvester->unflushed = false;
 		arg->stats.flushes++;
 	}
 	arg->stats.time_ns = ktime_get_ns() - begin_ns;

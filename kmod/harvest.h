@@ -25,7 +25,13 @@ struct kes_chunk {
 	u8 levels[KES_CHUNK_UNITS];
 };
 
+/* What harvests of one session share; the session's lock guards it. */
+struct kes_harvester {
+	struct kes_chunk chunk;
+	bool unflushed;		/* cleared bits since the last flush */
+};
+
 long kes_harvest(struct kvm *kvm, const struct kes_entry_format *format,
-		 struct kes_chunk *chunk, struct kes_harvest *arg);
+		 struct kes_harvester *harvester, struct kes_harvest *arg);
 
 #endif /* KES_HARVEST_H */

@@ -21,8 +21,8 @@ static atomic_t attached_sessions = ATOMIC_INIT(0);
 struct kes_session {
 	/* Held during each call: one call at a time on one file. */
 	struct mutex lock;
-	struct kvm *kvm;		/* reference, NULL: not attached */
-	struct kes_chunk *chunk;	/* lives as long as @kvm is set */
+	struct kvm *kvm;			/* reference, NULL: not attached */
+	struct kes_harvester *harvester;	/* there as long as @kvm is */
 };
 
 /*
@@ -46,22 +46,22 @@ static long session_attach(struct kes_session *session, const struct kes_attach 
 	ret = kes_vm_check(kvm);
 	if (ret)
 		goto put_vm;
-	session->chunk = kvzalloc(sizeof(*session->chunk), GFP_KERNEL_ACCOUNT);
-	if (!session->chunk) {
+	session->harvester = kvzalloc(sizeof(*session->harvester), GFP_KERNEL_ACCOUNT);
+	if (!session->harvester) {
 		ret = -ENOMEM;
 		goto put_vm;
 	}
 	if (!try_module_get(THIS_MODULE)) {
 		ret = -ENODEV;
-		goto free_chunk;
+		goto free_harvester;
 	}
 	session->kvm = kvm;
 	atomic_inc(&attached_sessions);
 	return 0;
 
-free_chunk:
-	kvfree(session->chunk);
-	session->chunk = NULL;
+free_harvester:
+	kvfree(session->harvester);
+	session->harvester = NULL;
 put_vm:
 	kes_vm_put(kvm);
 	return ret;
@@ -73,8 +73,8 @@ static long session_detach(struct kes_session *session)
 		return -ENOTCONN;
 	atomic_dec(&attached_sessions);
 	module_put(THIS_MODULE);
-	kvfree(session->chunk);
-	session->chunk = NULL;
+	kvfree(session->harvester);
+	session->harvester = NULL;
 	kes_vm_put(session->kvm);
 	session->kvm = NULL;
 	return 0;
@@ -123,7 +123,7 @@ static long session_harvest(struct kes_session *session, struct kes_harvest __us
 		return -EFAULT;
 	ret = session_vm_check(session);
 	if (!ret)
-		ret = kes_harvest(session->kvm, &kes_format, session->chunk, &arg);
+		ret = kes_harvest(session->kvm, &kes_format, session->harvester, &arg);
 	if (!ret)
 		ret = session_vm_check(session);
 	if (!ret && copy_to_user(user, &arg, sizeof(arg)))

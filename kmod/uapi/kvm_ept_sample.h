@@ -175,9 +175,10 @@ struct kes_memslots {
 						 * is marked dirty for the host
 						 * first, so no data is lost */
 #define KES_HARVEST_FLUSH	(1U << 2)	/* one flush of the guest's TLBs at
-						 * the end, if bits were cleared:
-						 * without it a cached translation
-						 * hides accesses for a while */
+						 * the end, if this session cleared
+						 * bits since its last flush: until
+						 * then a cached translation can
+						 * hide accesses */
 
 #define KES_MAX_PAGES		(1ULL << 34)	/* 64 TiB */
 

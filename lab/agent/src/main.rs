@@ -1,3 +1,28 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! (to be written)
-fn main() {}
+//! The one static program inside the lab's emulated hosts and their guests.
+
+mod guest;
+mod microvm;
+mod report;
+
+use anyhow::{Result, bail};
+
+fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    match args.as_slice() {
+        ["guest"] => guest::run(),
+        ["microvm", names @ ..] => microvm_tests(names),
+        ["microvm-victim"] => microvm::victim(),
+        other => bail!("usage: lab-agent guest|init-intel|scenario NAME (got {other:?})"),
+    }
+}
+
+/// Runs the tests named, or all, and prints a verdict line for each.
+fn microvm_tests(names: &[&str]) -> Result<()> {
+    let all: Vec<&str> = microvm::names().collect();
+    for name in if names.is_empty() { &all } else { names } {
+        println!("{}", report::judge(name, || microvm::run(name)).line());
+    }
+    Ok(())
+}

@@ -15,14 +15,7 @@ mod place;
 
 use anyhow::{Result, bail};
 
-/// How a test ended, if it did not fail.
-#[derive(Debug)]
-pub enum Outcome {
-    /// What was seen, in figures.
-    Pass(String),
-    /// Why it could not be run here.
-    Skip(String),
-}
+pub use crate::report::Outcome;
 
 type Test = (&'static str, fn() -> Result<Outcome>);
 
