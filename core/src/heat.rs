@@ -117,23 +117,19 @@ impl HeatMap {
     /// Takes in a round: the pages accessed in it, and the time since the round
     /// before. Missing words are zero, surplus ones ignored.
     pub fn step(&mut self, accessed: &[u64], dt: Duration) {
-        self.pending_time += dt;
-        let keep = self.keep(self.pending_time);
-        if 1.0 - keep < 1.0 / FINEST_STEP {
+        if self.is_too_short(dt) {
             self.put_off(accessed);
-            return;
-        }
-        let step = Step::new(keep, self.countdown(self.pending_time));
-        self.pending_time = Duration::ZERO;
-        let last = self.cells.len() / WORD_BITS;
-        for (index, block) in self.cells.as_chunks_mut::<WORD_BITS>().0.iter_mut().enumerate() {
-            let mut word = bitmap::word(accessed, index) | bitmap::word(&self.pending, index);
-            if index + 1 == last {
-                word &= tail_mask(self.pages);
+            self.pending_time = self.pending_time.saturating_add(dt);
+            if !self.is_too_short(self.pending_time) {
+                self.step_pending();
             }
-            step.apply(block, word);
+        } else {
+            // Accesses of short rounds must not count for this long one.
+            if !self.pending_time.is_zero() {
+                self.step_pending();
+            }
+            self.step_cells(accessed, dt);
         }
-        self.pending.fill(0);
     }
 
     /// Temperature of `page`, 0 to [`MAX_TEMPERATURE`]; 0 past the end.
@@ -182,10 +178,35 @@ impl HeatMap {
         (-dt.as_secs_f64() / self.params.half_life.as_secs_f64()).exp2()
     }
 
+    fn is_too_short(&self, dt: Duration) -> bool {
+        1.0 - self.keep(dt) < 1.0 / FINEST_STEP
+    }
+
+    /// Steps the temperatures by the rounds that were put off.
+    fn step_pending(&mut self) {
+        let mut pending = std::mem::take(&mut self.pending);
+        self.step_cells(&pending, self.pending_time);
+        pending.fill(0);
+        self.pending = pending;
+        self.pending_time = Duration::ZERO;
+    }
+
+    fn step_cells(&mut self, accessed: &[u64], dt: Duration) {
+        let step = Step::new(self.keep(dt), self.countdown(dt));
+        let last = self.cells.len() / WORD_BITS;
+        for (index, block) in self.cells.as_chunks_mut::<WORD_BITS>().0.iter_mut().enumerate() {
+            let mut word = bitmap::word(accessed, index);
+            if index + 1 == last {
+                word &= tail_mask(self.pages);
+            }
+            step.apply(block, word);
+        }
+    }
+
     /// How far the idle counts go down after `dt` more.
     fn countdown(&mut self, dt: Duration) -> u16 {
         let half_delay = (self.params.delay / 2).as_nanos();
-        let elapsed = (self.since_countdown + dt).as_nanos();
+        let elapsed = self.since_countdown.saturating_add(dt).as_nanos();
         if half_delay == 0 {
             return IDLE_COUNT;
         }

@@ -21,6 +21,8 @@ mod candidates;
 mod place;
 mod view;
 
+use std::iter::Peekable;
+
 use crate::heat::{COLD_BELOW, MAX_TEMPERATURE};
 use crate::units::{Bytes, Share};
 
@@ -86,10 +88,18 @@ pub fn plan(input: &PlanInput<'_>) -> Plan {
         plan.demote.push(unit.unit);
     }
 
+    let gap = input.gap.of(u64::from(MAX_TEMPERATURE));
     let mut room = target_pages.saturating_sub(fast_pages);
+    // Temperature that a unit needs to take the place of what was driven out.
+    let mut needed = 0;
     for unit in candidates.hottest_slow {
-        let Some(victims) = make_room(&mut cold, &unit, room, quota, input.gap) else { break };
+        let Some(victims) = make_room(&mut cold, &unit, room, gap) else { break };
         let freed: u64 = victims.iter().map(Candidate::pages).sum();
+        // The last victim is the hottest one.
+        needed = victims.last().map_or(needed, |victim| u64::from(victim.temperature) + gap);
+        if freed + unit.pages() > quota || u64::from(unit.temperature) < needed {
+            break;
+        }
         room = room.saturating_add(freed) - unit.pages();
         quota -= freed + unit.pages();
         plan.demote.extend(victims.iter().map(|victim| victim.unit));
@@ -99,15 +109,13 @@ pub fn plan(input: &PlanInput<'_>) -> Plan {
 }
 
 /// The coldest units that must go for `unit` to come, none if there is room;
-/// `None` when it can not come.
+/// `None` when too few are colder by `gap`.
 fn make_room(
-    cold: &mut std::iter::Peekable<std::vec::IntoIter<Candidate>>,
+    cold: &mut Peekable<impl Iterator<Item = Candidate>>,
     unit: &Candidate,
     room: u64,
-    quota: u64,
-    gap: Share,
+    gap: u64,
 ) -> Option<Vec<Candidate>> {
-    let gap = gap.of(u64::from(MAX_TEMPERATURE));
     let mut victims = Vec::new();
     let mut freed = 0;
     while room.saturating_add(freed) < unit.pages() {
@@ -116,7 +124,7 @@ fn make_room(
         freed += victim.pages();
         victims.push(victim);
     }
-    (freed + unit.pages() <= quota).then_some(victims)
+    Some(victims)
 }
 
 /// Whether a unit on the slow tier is worth moving at all.

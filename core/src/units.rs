@@ -218,10 +218,100 @@ fn whole(number: &str) -> Result<u64, UnitError> {
 }
 
 /// Digits only: the standard parsers also take a sign, which no quantity has.
-fn digits<T: std::str::FromStr>(text: &str) -> Option<T> {
+pub(crate) fn digits<T: std::str::FromStr>(text: &str) -> Option<T> {
     text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok())?
 }
 
 fn scaled(number: u64, factor: u64, unit: &str) -> Result<u64, UnitError> {
     number.checked_mul(factor).ok_or_else(|| UnitError::TooLarge { number, unit: unit.into() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn sizes_read_as_in_libvirt() {
+        for (number, unit, bytes) in [
+            ("1", "KiB", 1024),
+            ("1", "KB", 1000),
+            ("64", "M", 64 << 20),
+            (" 4 ", "GiB", 4 << 30),
+            ("0", "bytes", 0),
+        ] {
+            assert_eq!(Bytes::parse(number, unit), Ok(Bytes(bytes)), "{number} {unit}");
+        }
+        assert_eq!(BytesPerSecond::parse("64", "MiB/s"), Ok(BytesPerSecond(64 << 20)));
+        assert_eq!(parse_duration("5", "min"), Ok(Duration::from_secs(300)));
+    }
+
+    #[test]
+    fn what_is_no_quantity_says_what_would_be() {
+        let message = |result: Result<Bytes, UnitError>| result.unwrap_err().to_string();
+        assert_eq!(message(Bytes::parse("+4", "GiB")), "\"+4\" is not a whole number");
+        assert_eq!(message(Bytes::parse("1.5", "GiB")), "\"1.5\" is not a whole number");
+        assert_eq!(
+            message(Bytes::parse("4", "Gib")),
+            "unknown unit \"Gib\": use one of bytes, KiB, MiB, GiB, TiB"
+        );
+        assert_eq!(message(Bytes::parse("99999999999", "GiB")), "99999999999 GiB is too large");
+        assert_eq!(
+            BytesPerSecond::parse("4", "MiB").unwrap_err().to_string(),
+            "unknown unit \"MiB\": use one of KiB/s, MiB/s, GiB/s"
+        );
+    }
+
+    #[test]
+    fn sizes_print_three_digits() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (4096, "4 KiB"),
+            (1 << 20, "1 MiB"),
+            ((1 << 20) - 1, "1 MiB"),
+            (1536 << 20, "1.5 GiB"),
+            (33 << 20, "33 MiB"),
+            (100 << 10, "100 KiB"),
+            (u64::MAX, "16 EiB"),
+        ] {
+            assert_eq!(Bytes(bytes).to_string(), text);
+        }
+    }
+
+    #[test]
+    fn durations_print_without_loss() {
+        for (ms, text) in [
+            (0, "0 s"),
+            (500, "500 ms"),
+            (1500, "1500 ms"),
+            (30_000, "30 s"),
+            (300_000, "5 min"),
+            (7_200_000, "2 h"),
+        ] {
+            assert_eq!(format_duration(Duration::from_millis(ms)), text);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn shares_read_back_and_stay_below_the_whole(parts in 0u16..=10_000, whole: u64) {
+            let share = Share(parts);
+            prop_assert_eq!(Share::parse(&share.to_string()), Ok(share));
+            prop_assert!(share.of(whole) <= whole);
+            prop_assert_eq!(Share::WHOLE.of(whole), whole);
+        }
+
+        #[test]
+        fn any_text_is_read_without_panic(text in ".{0,8}", unit in ".{0,6}") {
+            let _ = (Bytes::parse(&text, &unit), BytesPerSecond::parse(&text, &unit));
+            let _ = (parse_duration(&text, &unit), Share::parse(&text));
+        }
+
+        #[test]
+        fn printed_sizes_are_near_and_short(bytes: u64) {
+            let text = Bytes(bytes).to_string();
+            prop_assert!(text.len() <= 9, "{}", text);
+        }
+    }
 }

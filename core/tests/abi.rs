@@ -78,7 +78,10 @@ fn header() -> std::path::PathBuf {
 #[test]
 fn header_and_mirror_agree() {
     let expected = expectations();
-    let mut source = format!("#include <stddef.h>\n#include <stdio.h>\n#include \"{}\"\nint main(void) {{\n", header().display());
+    let mut source = format!(
+        "#include <stddef.h>\n#include <stdio.h>\n#include \"{}\"\nint main(void) {{\n",
+        header().display()
+    );
     for (index, (text, _)) in expected.iter().enumerate() {
         writeln!(source, "printf(\"{index} %llu\\n\", (unsigned long long)({text}));").unwrap();
     }
@@ -87,7 +90,12 @@ fn header_and_mirror_agree() {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let (c, program) = (dir.join("abi.c"), dir.join("abi"));
     std::fs::write(&c, source).unwrap();
-    let compiled = Command::new("cc").args(["-std=c11", "-Wall", "-Wextra", "-Werror", "-pedantic", "-o"]).arg(&program).arg(&c).status().unwrap();
+    let compiled = Command::new("cc")
+        .args(["-std=c11", "-Wall", "-Wextra", "-Werror", "-pedantic", "-o"])
+        .arg(&program)
+        .arg(&c)
+        .status()
+        .unwrap();
     assert!(compiled.success(), "the header does not compile in a user program");
     let output = String::from_utf8(Command::new(&program).output().unwrap().stdout).unwrap();
 
@@ -109,7 +117,9 @@ fn every_number_of_the_header_is_compared() {
         assert!(compared.contains(&format!("sizeof(struct {name})")), "struct {name} is not mirrored");
     }
     let numbers = text.lines().filter_map(|line| line.strip_prefix("#define ")?.split_whitespace().next());
-    for name in numbers.filter(|name| !["_UAPI_KVM_EPT_SAMPLE_H", "KES_PROC_NAME", "KES_IOC_MAGIC"].contains(name)) {
+    for name in
+        numbers.filter(|name| !["_UAPI_KVM_EPT_SAMPLE_H", "KES_PROC_NAME", "KES_IOC_MAGIC"].contains(name))
+    {
         assert!(compared.iter().any(|text| text == name), "{name} is not mirrored");
     }
 }

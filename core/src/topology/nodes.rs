@@ -88,7 +88,7 @@ impl FromStr for NodeSet {
     fn from_str(text: &str) -> Result<Self, NodeSetError> {
         let bad = || NodeSetError { text: text.into() };
         let number = |text: &str| {
-            let node: u32 = text.trim().parse().map_err(|_| bad())?;
+            let node: u32 = crate::units::digits(text.trim()).ok_or_else(bad)?;
             if node < MAX_NODES { Ok(node) } else { Err(bad()) }
         };
         let mut set = NodeSet::default();
@@ -150,7 +150,7 @@ mod tests {
 
     #[test]
     fn refuses_what_is_no_set() {
-        for text in ["a", "-1", "0,", "3-1", "1024", "0-", "0--2", "0;1"] {
+        for text in ["a", "-1", "0,", "3-1", "1024", "0-", "0--2", "0;1", "+1"] {
             assert!(text.parse::<NodeSet>().is_err(), "{text}");
         }
     }

@@ -1,0 +1,344 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What holds for every plan. The units are found anew here, page by page, so
+//! that plan and test do not share a mistake.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::time::Duration;
+
+use ept_virt_core::bitmap;
+use ept_virt_core::heat::{COLD_BELOW, HeatMap, HeatParams, MAX_TEMPERATURE};
+use ept_virt_core::plan::{MoveUnit, PlaceMap, Plan, PlanInput, SlotView, plan};
+use ept_virt_core::sampler::Level;
+use ept_virt_core::units::{Bytes, PAGE_BYTES, Share};
+use ept_virt_core::wire::Place;
+use proptest::prelude::*;
+
+const ROUND: Duration = Duration::from_secs(1);
+const PARAMS: HeatParams = HeatParams { half_life: Duration::from_secs(4), delay: ROUND };
+
+/// A slot with everything that a view borrows.
+#[derive(Clone, Debug)]
+struct Slot {
+    hva: u64,
+    heat: HeatMap,
+    place: PlaceMap,
+    levels: Vec<Level>,
+    held: Vec<u64>,
+}
+
+impl Slot {
+    fn view(&self) -> SlotView<'_> {
+        SlotView { hva: self.hva, heat: &self.heat, place: &self.place, held: &self.held }
+    }
+
+    /// Pages of the slot that lie in its `index`th 2 MiB of guest-physical space.
+    fn region(gfn_start: u64, pages: usize, index: usize) -> Range<usize> {
+        let first = (gfn_start / 512 + index as u64) * 512;
+        let start = first.max(gfn_start) - gfn_start;
+        start as usize..((first + 512 - gfn_start) as usize).min(pages)
+    }
+}
+
+/// A unit as this test finds it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Unit {
+    unit: MoveUnit,
+    temperature: u16,
+    idle: bool,
+    place: Place,
+    held: bool,
+}
+
+fn units(slot: &Slot) -> Vec<Unit> {
+    let mut found = Vec::new();
+    for (index, level) in slot.levels.iter().enumerate() {
+        let region = Slot::region(slot.place.gfn_start(), slot.place.pages(), index);
+        let place = slot.place.place(region.start);
+        let one_place = region.clone().all(|page| slot.place.place(page) == place);
+        let whole = *level == Level::Huge2M && region.len() == 512 && one_place;
+        let step = if whole { 512 } else { 1 };
+        for page in region.step_by(step) {
+            let pages = page..page + step;
+            found.push(Unit {
+                unit: MoveUnit {
+                    gfn: slot.place.gfn_start() + page as u64,
+                    hva: slot.hva + page as u64 * PAGE_BYTES,
+                    pages: step as u32,
+                },
+                temperature: pages.clone().map(|page| slot.heat.temperature(page)).max().unwrap(),
+                idle: pages.clone().all(|page| slot.heat.is_idle(page)),
+                place: slot.place.place(page),
+                held: *level == Level::Huge1G || pages.clone().any(|page| bitmap::get(&slot.held, page)),
+            });
+        }
+    }
+    found
+}
+
+/// Words that have runs, not noise only.
+fn words(count: usize) -> impl Strategy<Value = Vec<u64>> {
+    let word = prop_oneof![3 => Just(0), 3 => Just(!0), 1 => any::<u64>()];
+    proptest::collection::vec(word, count)
+}
+
+fn slot() -> impl Strategy<Value = Slot> {
+    let level = prop_oneof![
+        1 => Just(Level::None),
+        1 => Just(Level::Page4K),
+        3 => Just(Level::Huge2M),
+        1 => Just(Level::Huge1G),
+    ];
+    (0u64..1500, 1usize..2500)
+        .prop_flat_map(move |(gfn_start, pages)| {
+            let count = pages.div_ceil(64);
+            let regions = (gfn_start + pages as u64).div_ceil(512) - gfn_start / 512;
+            let levels =
+                proptest::collection::vec((level.clone(), any::<bool>(), 0usize..3), regions as usize);
+            let rounds = proptest::collection::vec(words(count), 1..8);
+            (Just((gfn_start, pages)), words(count), words(count), levels, rounds, words(count))
+        })
+        .prop_map(|((gfn_start, pages), mut mapped, on_slow, levels, rounds, held)| {
+            let mut heat = HeatMap::new(pages, PARAMS);
+            let mut place = PlaceMap::new(gfn_start, pages);
+            if pages % 64 != 0 {
+                *mapped.last_mut().unwrap() &= (1 << (pages % 64)) - 1;
+            }
+            let only: Vec<Level> = levels.iter().map(|(level, ..)| *level).collect();
+            place.observe(&mapped, &on_slow, &only);
+            for (index, (_, uniform, tier)) in levels.iter().enumerate() {
+                if *uniform {
+                    let tier = [Place::Fast, Place::Slow, Place::Absent][*tier];
+                    place.record(Slot::region(gfn_start, pages, index), tier);
+                }
+            }
+            for accessed in rounds {
+                heat.step(&accessed, ROUND);
+            }
+            // Held pages are the exception.
+            let held = held.iter().map(|word| if word % 5 == 0 { word >> 32 } else { 0 }).collect();
+            Slot { hva: 0x7f00_0000_0000 + gfn_start * PAGE_BYTES, heat, place, levels: only, held }
+        })
+}
+
+/// A domain: its slots do not overlap.
+fn domain() -> impl Strategy<Value = Vec<Slot>> {
+    proptest::collection::vec(slot(), 1..4).prop_map(|slots| {
+        let mut base = 0;
+        slots
+            .into_iter()
+            .map(|mut slot| {
+                let shifted = base * 512 + slot.place.gfn_start();
+                base = shifted / 512 + slot.place.pages() as u64 / 512 + 2;
+                slot.hva = 0x7f00_0000_0000 + shifted * PAGE_BYTES;
+                slot.place = moved_to(&slot, shifted);
+                slot
+            })
+            .collect()
+    })
+}
+
+fn moved_to(slot: &Slot, gfn_start: u64) -> PlaceMap {
+    let mut place = PlaceMap::new(gfn_start, slot.place.pages());
+    place.observe(&[], &[], &slot.levels);
+    for page in 0..slot.place.pages() {
+        place.record(page..page + 1, slot.place.place(page));
+    }
+    place
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    target: Option<Bytes>,
+    gap: Share,
+    quota: u64,
+}
+
+fn limits() -> impl Strategy<Value = Limits> {
+    let target = proptest::option::of((0u64..4000).prop_map(Bytes::of_pages));
+    let quota = prop_oneof![0u64..3000, Just(u64::MAX / 4)];
+    (target, 0u16..40, quota).prop_map(|(target, gap, quota)| Limits {
+        target,
+        gap: Share::from_percent(gap),
+        quota,
+    })
+}
+
+fn plan_of(slots: &[Slot], limits: Limits) -> Plan {
+    let views: Vec<SlotView<'_>> = slots.iter().map(Slot::view).collect();
+    let Limits { target, gap, quota } = limits;
+    plan(&PlanInput { slots: &views, dram_target: target, gap, quota_pages: quota })
+}
+
+fn pages_of(units: &[MoveUnit]) -> u64 {
+    units.iter().map(|unit| u64::from(unit.pages)).sum()
+}
+
+/// The test's units by first GFN, and the pages on the fast tier.
+fn survey(slots: &[Slot]) -> (HashMap<u64, Unit>, u64) {
+    let all: HashMap<u64, Unit> = slots.iter().flat_map(units).map(|unit| (unit.unit.gfn, unit)).collect();
+    let fast = slots.iter().map(|slot| slot.place.counts().fast).sum();
+    (all, fast)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+
+    #[test]
+    fn only_whole_units_move_and_each_once_and_no_more_than_the_quota(slots in domain(), limits in limits()) {
+        let (all, _) = survey(&slots);
+        let plan = plan_of(&slots, limits);
+        prop_assert!(plan.pages() <= limits.quota);
+        let mut seen = std::collections::HashSet::new();
+        for (units, place) in [(&plan.demote, Place::Fast), (&plan.promote, Place::Slow)] {
+            for unit in units {
+                let known = all.get(&unit.gfn);
+                prop_assert_eq!(known.map(|known| known.unit), Some(*unit), "no unit of the domain");
+                let known = known.unwrap();
+                prop_assert!(known.place == place && !known.held);
+                let may_move = if place == Place::Fast { known.idle } else { known.temperature >= COLD_BELOW };
+                prop_assert!(may_move);
+                for gfn in unit.gfn..unit.gfn + u64::from(unit.pages) {
+                    prop_assert!(seen.insert(gfn), "page {} twice", gfn);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_coldest_go_and_the_hottest_come(slots in domain(), limits in limits()) {
+        let (mut all, _) = survey(&slots);
+        let plan = plan_of(&slots, limits);
+        let take = |all: &mut HashMap<u64, Unit>, units: &[MoveUnit]| -> Vec<u16> {
+            units.iter().map(|unit| all.remove(&unit.gfn).unwrap().temperature).collect()
+        };
+        let gone = take(&mut all, &plan.demote);
+        let come = take(&mut all, &plan.promote);
+        prop_assert!(gone.is_sorted() && come.is_sorted_by(|a, b| a >= b));
+        for stays in all.values().filter(|unit| !unit.held) {
+            if stays.place == Place::Fast && stays.idle {
+                prop_assert!(gone.last().is_none_or(|hottest| *hottest <= stays.temperature));
+            }
+            if stays.place == Place::Slow {
+                prop_assert!(come.last().is_none_or(|coldest| *coldest >= stays.temperature));
+            }
+        }
+    }
+
+    #[test]
+    fn the_target_is_kept_and_approached(slots in domain(), limits in limits()) {
+        let (mut all, fast) = survey(&slots);
+        let plan = plan_of(&slots, limits);
+        let target = limits.target.map_or(u64::MAX, Bytes::pages);
+        let (gone, come) = (pages_of(&plan.demote), pages_of(&plan.promote));
+        let after = fast - gone + come;
+        prop_assert!(after <= fast.max(target));
+        // One huge page driven out by a small one may leave room.
+        prop_assert!(after + 512 > fast.min(target));
+        if come == 0 {
+            prop_assert!(gone <= fast.saturating_sub(target));
+            for unit in &plan.demote {
+                all.remove(&unit.gfn);
+            }
+            let may_go = all.values().filter(|unit| unit.place == Place::Fast && unit.idle && !unit.held);
+            let coldest = may_go.clone().map(|unit| unit.temperature).min();
+            let fits = |unit: &Unit| u64::from(unit.unit.pages) <= after.saturating_sub(target).min(limits.quota - gone);
+            // Of equals, the first that does not fit ends the list.
+            let stuck = may_go.filter(|unit| Some(unit.temperature) == coldest).any(|unit| !fits(unit));
+            prop_assert!(after <= target || coldest.is_none() || stuck);
+        }
+    }
+
+    #[test]
+    fn an_exchange_needs_the_gap(slots in domain(), limits in limits()) {
+        let (all, fast) = survey(&slots);
+        // Exactly full: whatever comes drives something out.
+        let limits = Limits { target: Some(Bytes::of_pages(fast)), ..limits };
+        let plan = plan_of(&slots, limits);
+        prop_assert!(pages_of(&plan.promote) <= pages_of(&plan.demote));
+        prop_assert_eq!(plan.promote.is_empty(), plan.demote.is_empty());
+        let temperature = |unit: &MoveUnit| u64::from(all[&unit.gfn].temperature);
+        let gap = limits.gap.of(u64::from(MAX_TEMPERATURE));
+        if let (Some(gone), Some(come)) = (plan.demote.last(), plan.promote.last()) {
+            prop_assert!(temperature(gone) + gap <= temperature(come));
+        }
+    }
+
+    #[test]
+    fn the_same_input_gives_the_same_plan(slots in domain(), limits in limits()) {
+        prop_assert_eq!(plan_of(&slots, limits), plan_of(&slots.clone(), limits));
+    }
+}
+
+/// A slot of 4 KiB pages; `hot` pages were accessed in each of 20 rounds, the
+/// rest never; `slow` pages lie on the slow tier.
+fn simple(pages: usize, hot: Range<usize>, slow: Range<usize>) -> Slot {
+    let mut heat = HeatMap::new(pages, PARAMS);
+    let mut accessed = vec![0; pages.div_ceil(64)];
+    bitmap::fill(&mut accessed, hot, true);
+    for _ in 0..20 {
+        heat.step(&accessed, ROUND);
+    }
+    let levels = vec![Level::Page4K; pages.div_ceil(512)];
+    let mut place = PlaceMap::new(0, pages);
+    place.observe(&vec![!0; pages.div_ceil(64)], &[], &levels);
+    place.record(slow, Place::Slow);
+    Slot { hva: 1 << 40, heat, place, levels, held: Vec::new() }
+}
+
+fn percent_of_heat(gap: u16, target_pages: u64, quota: u64) -> Limits {
+    Limits { target: Some(Bytes::of_pages(target_pages)), gap: Share::from_percent(gap), quota }
+}
+
+#[test]
+fn cold_pages_leave_until_the_target_is_met() {
+    let slot = simple(1024, 0..256, 0..0);
+    let plan = plan_of(&[slot], percent_of_heat(10, 300, 10_000));
+    assert_eq!(pages_of(&plan.demote), 1024 - 300);
+    assert!(plan.demote.iter().all(|unit| unit.gfn >= 256));
+    assert!(plan.promote.is_empty());
+}
+
+#[test]
+fn a_hot_page_is_kept_even_above_the_target() {
+    let slot = simple(1024, 0..256, 0..0);
+    let plan = plan_of(&[slot], percent_of_heat(10, 100, 10_000));
+    assert_eq!(pages_of(&plan.demote), 1024 - 256);
+}
+
+#[test]
+fn hot_pages_come_back_into_free_room_and_then_by_exchange() {
+    // 128 hot pages on the slow tier; room for 28 under the target.
+    let slot = simple(1024, 0..128, 0..128);
+    let plan = plan_of(&[slot], percent_of_heat(10, 1024 - 100, 10_000));
+    assert_eq!((pages_of(&plan.promote), pages_of(&plan.demote)), (128, 100));
+}
+
+#[test]
+fn without_a_target_hot_pages_come_and_nothing_goes() {
+    let slot = simple(1024, 0..128, 0..512);
+    let limits = Limits { target: None, gap: Share::from_percent(10), quota: 10_000 };
+    let plan = plan_of(&[slot], limits);
+    assert_eq!((pages_of(&plan.promote), pages_of(&plan.demote)), (128, 0));
+}
+
+#[test]
+fn both_directions_of_an_exchange_are_charged() {
+    let slot = simple(1024, 0..128, 0..128);
+    let plan = plan_of(&[slot], percent_of_heat(10, 1024 - 128, 51));
+    assert_eq!((pages_of(&plan.promote), pages_of(&plan.demote)), (25, 25));
+}
+
+#[test]
+fn what_was_moved_stays_known_while_it_is_unmapped() {
+    let mut place = PlaceMap::new(0, 512);
+    place.observe(&[!0; 8], &[], &[Level::Huge2M]);
+    place.record(0..512, Place::Slow);
+    // The kernel unmaps what it moves: the next harvest sees nothing.
+    place.observe(&[0; 8], &[0; 8], &[Level::None]);
+    assert_eq!((place.place(0), place.counts().slow), (Place::Slow, 512));
+    place.observe(&[1, 0, 0, 0, 0, 0, 0, 0], &[], &[Level::Page4K]);
+    assert_eq!((place.place(0), place.place(1)), (Place::Fast, Place::Slow));
+    place.record(1..512, Place::Absent);
+    assert_eq!((place.counts().fast, place.counts().slow, place.counts().absent), (1, 0, 511));
+}
