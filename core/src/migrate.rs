@@ -174,6 +174,10 @@ pub trait Mover: Send {
     /// Writes the node of each address, `None` where no page is resident.
     fn places(&mut self, addresses: &[u64], nodes: &mut Vec<Option<u32>>) -> Result<(), ProcessGone>;
 
+    /// Bytes that the nodes of `target` can take, less what stays free for the
+    /// host's own needs.
+    fn room(&self, target: &NodeSet) -> u64;
+
     /// Moves the units to the nodes of `target`, to the one with the most room
     /// first. Ends early, leaving units untried, when `stop` becomes true.
     fn apply(
@@ -205,9 +209,10 @@ impl KernelMover {
         Self { pages: Box::new(LinuxPages { process, sys }) }
     }
 
-    /// The node of the set with the most room, and the bytes of that room.
-    fn roomiest(&self, target: &NodeSet) -> Option<(u32, u64)> {
-        let room = |node| match self.pages.node_memory(node) {
+    /// The nodes of the set that tell their memory, each with the bytes that it
+    /// can take.
+    fn rooms<'a>(&'a self, target: &'a NodeSet) -> impl Iterator<Item = (u32, u64)> + 'a {
+        target.iter().filter_map(|node| match self.pages.node_memory(node) {
             Ok(memory) => {
                 let reserve = memory.total_bytes / RESERVE_DIVISOR;
                 Some((node, memory.free_bytes.saturating_sub(reserve)))
@@ -216,8 +221,7 @@ impl KernelMover {
                 warn!("node {node} takes no pages: {error}");
                 None
             }
-        };
-        target.iter().filter_map(room).max_by_key(|(_, room)| *room)
+        })
     }
 
     /// Tries at most [`BATCH_UNITS`] units.
@@ -227,7 +231,7 @@ impl KernelMover {
         target: &NodeSet,
         outcome: &mut MoveOutcome,
     ) -> Result<(), ProcessGone> {
-        let Some((node, mut room)) = self.roomiest(target) else {
+        let Some((node, mut room)) = self.rooms(target).max_by_key(|(_, room)| *room) else {
             let failed = batch.iter().map(|unit| (*unit, Err(Refused::Failed)));
             outcome.units.extend(failed);
             return Ok(());
@@ -372,6 +376,10 @@ impl Mover for KernelMover {
         }
         nodes.extend(statuses.iter().map(|status| u32::try_from(*status).ok()));
         Ok(())
+    }
+
+    fn room(&self, target: &NodeSet) -> u64 {
+        self.rooms(target).map(|(_, room)| room).sum()
     }
 
     fn apply(

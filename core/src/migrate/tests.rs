@@ -223,6 +223,7 @@ fn leaves_room_on_the_target() {
     kernel.free_pages = 4;
     let (mut mover, _) = mover(kernel);
     let units: Vec<_> = (0..10).map(small).collect();
+    assert_eq!(mover.room(&slow()), 4 * PAGE_BYTES);
     let outcome = apply(&mut mover, &units);
     assert_eq!(outcome.moved_bytes(), 4 * PAGE_BYTES);
     assert_eq!(result_of(&outcome, 9), Err(Refused::NodeFull));

@@ -1,0 +1,333 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The rounds of one guest: harvest, judge, move. No thread and no clock of its
+//! own, so that tests drive it with a fake sampler and a fake mover.
+
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use ept_virt_core::migrate::{
+    BATCH_UNITS, MoveOutcome, Mover, ProcessGone, Refused, RefusedBytes, TokenBucket, unit_bytes,
+};
+use ept_virt_core::plan::{self, MoveUnit, PlanInput};
+use ept_virt_core::policy::{Mode, Policy};
+use ept_virt_core::sampler::{Harvest, HarvestRequest, HarvestStats, Sampler, SamplerError};
+use ept_virt_core::topology::Tiers;
+use ept_virt_core::units::{Bytes, PAGE_BYTES};
+use ept_virt_core::wire::{MoveTotals, Place, RoundStatus};
+
+use super::memory::GuestMemory;
+use super::state::lock;
+
+/// How long pages that were refused are left alone, at least.
+const HOLD: Duration = Duration::from_secs(30);
+
+/// Pages in one look at the places of unmapped pages.
+const SURVEY_PAGES: usize = 512;
+
+/// What to do with a guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Orders {
+    /// The effective policy.
+    pub policy: Policy,
+    /// The effective tiers.
+    pub tiers: Tiers,
+    /// Why nothing is moved though the policy says so.
+    pub obstacle: Option<String>,
+}
+
+impl Orders {
+    /// Whether pages are to be moved.
+    pub fn place(&self) -> bool {
+        self.policy.mode == Mode::Place && self.obstacle.is_none()
+    }
+}
+
+/// What is left to move in a round.
+#[derive(Debug, Default)]
+pub struct Moves {
+    demote: Vec<MoveUnit>,
+    promote: Vec<MoveUnit>,
+    /// Units done, first of `demote` and then of `promote`.
+    done: usize,
+}
+
+impl Moves {
+    /// Units that move in one direction at once: at most `bytes`, but one at least.
+    fn slice(&self, bytes: u64) -> (Place, &[MoveUnit]) {
+        let (target, rest) = match self.demote.get(self.done..) {
+            Some(rest) if !rest.is_empty() => (Place::Slow, rest),
+            _ => (Place::Fast, self.promote.get(self.done - self.demote.len()..).unwrap_or_default()),
+        };
+        let mut left = bytes;
+        let fits = |unit: &&MoveUnit| left.checked_sub(unit_bytes(unit)).inspect(|rest| left = *rest).is_some();
+        let count = rest.iter().take(BATCH_UNITS).take_while(fits).count();
+        (target, &rest[..count.max(1).min(rest.len())])
+    }
+}
+
+/// How moving goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    /// Nothing is left.
+    Done,
+    /// Some units were tried, more are left.
+    More,
+    /// The bandwidth is used up for this long.
+    Wait(Duration),
+}
+
+/// One guest under observation.
+pub struct Guest {
+    sampler: Box<dyn Sampler>,
+    mover: Box<dyn Mover>,
+    memory: Arc<Mutex<GuestMemory>>,
+    orders: Orders,
+    harvest: Harvest,
+    bucket: TokenBucket,
+    refused: RefusedBytes,
+    totals: MoveTotals,
+    rounds: u64,
+    /// Times are on the caller's clock.
+    harvested_at: Option<Duration>,
+    released_at: Duration,
+    /// The kernel forbade moves; until when they are not tried again.
+    forbidden_until: Option<Duration>,
+    slow_is_full: bool,
+}
+
+impl Guest {
+    /// A guest of which nothing is known yet.
+    pub fn new(
+        sampler: Box<dyn Sampler>,
+        mover: Box<dyn Mover>,
+        memory: Arc<Mutex<GuestMemory>>,
+        orders: Orders,
+        now: Duration,
+    ) -> Self {
+        *lock(&memory) = GuestMemory::new(orders.policy.heat_params());
+        Self {
+            sampler,
+            mover,
+            memory,
+            bucket: TokenBucket::new(orders.policy.migration.bandwidth.0, now),
+            orders,
+            harvest: Harvest::default(),
+            refused: RefusedBytes::default(),
+            totals: MoveTotals::default(),
+            rounds: 0,
+            harvested_at: None,
+            released_at: now,
+            forbidden_until: None,
+            slow_is_full: false,
+        }
+    }
+
+    /// What is done with the guest.
+    pub fn orders(&self) -> &Orders {
+        &self.orders
+    }
+
+    /// Goes on with other orders.
+    pub fn obey(&mut self, orders: Orders, now: Duration) {
+        let mut memory = lock(&self.memory);
+        memory.set_params(orders.policy.heat_params());
+        if orders.tiers != self.orders.tiers {
+            memory.survey_again();
+        }
+        drop(memory);
+        self.bucket.set_rate(orders.policy.migration.bandwidth.0, now);
+        self.forbidden_until = None;
+        self.orders = orders;
+    }
+
+    /// Bytes moved and refused since the start.
+    pub fn totals(&self) -> MoveTotals {
+        MoveTotals { refused: self.refused.to_wire(), ..self.totals.clone() }
+    }
+
+    /// Size and number of the memory slots.
+    pub fn size(&self) -> (Bytes, u32) {
+        let memory = lock(&self.memory);
+        (memory.bytes(), memory.slots().count() as u32)
+    }
+
+    /// Harvests all of the guest's memory once.
+    pub fn round(&mut self, now: Duration) -> Result<RoundStatus, SamplerError> {
+        let started = Instant::now();
+        let elapsed = self.harvested_at.map(|before| now.saturating_sub(before));
+        let (generation, infos) = self.sampler.memslots()?;
+        let mut order: Vec<_> = {
+            let mut memory = lock(&self.memory);
+            memory.adopt(generation, infos);
+            memory.slots().map(|(index, info)| (index, *info)).collect()
+        };
+        // One flush serves the whole VM. It goes with the largest slot, which
+        // is the least likely to have had nothing to clear.
+        order.sort_by_key(|(_, info)| info.page_count);
+        let last = order.len().saturating_sub(1);
+        let mut stats = HarvestStats::default();
+        for (turn, (index, info)) in order.iter().enumerate() {
+            let request = HarvestRequest {
+                gfn_start: info.gfn_start,
+                gfn_count: info.page_count,
+                clear_accessed: true,
+                // Nobody here asks what was written since when.
+                clear_dirty: false,
+                flush: self.orders.policy.sampling.flush && turn == last,
+            };
+            self.sampler.harvest(&request, &self.orders.tiers.slow, &mut self.harvest)?;
+            stats.add(&self.harvest.stats);
+            lock(&self.memory).observe(*index, &self.harvest, elapsed);
+        }
+        self.harvested_at = Some(now);
+        self.rounds += 1;
+        Ok(self.round_status(&stats, elapsed, started))
+    }
+
+    fn round_status(&self, stats: &HarvestStats, elapsed: Option<Duration>, started: Instant) -> RoundStatus {
+        let memory = lock(&self.memory);
+        let (classes, places) = (memory.classes(), memory.places());
+        let bytes = |pages: u64| Bytes::of_pages(pages).0;
+        RoundStatus {
+            number: self.rounds,
+            interval_ms: elapsed.unwrap_or_default().as_millis() as u64,
+            harvest_us: stats.time_ns / 1000,
+            entries_read: stats.entries_read,
+            flushes: stats.flushes,
+            mapped_bytes: bytes(stats.mapped_4k + stats.mapped_2m + stats.mapped_1g),
+            mapped_huge_bytes: bytes(stats.mapped_2m + stats.mapped_1g),
+            accessed_bytes: bytes(stats.accessed),
+            dirty_bytes: bytes(stats.dirty),
+            hot_bytes: bytes(classes.hot),
+            warm_bytes: bytes(classes.warm),
+            cold_bytes: bytes(classes.cold),
+            fast_bytes: bytes(places.fast),
+            slow_bytes: bytes(places.slow),
+            absent_bytes: bytes(places.absent),
+            dram_target_bytes: self.orders.policy.dram_target(memory.bytes()).map(|target| target.0),
+            took_us: started.elapsed().as_micros() as u64,
+        }
+    }
+
+    /// Looks where unmapped pages lie, until all were looked at or `until`.
+    pub fn survey(&mut self, until: Instant) -> Result<(), ProcessGone> {
+        let mut nodes = Vec::new();
+        loop {
+            let pages = lock(&self.memory).next_unmapped(SURVEY_PAGES);
+            let addresses: Vec<u64> = pages.iter().map(|page| page.hva).collect();
+            self.mover.places(&addresses, &mut nodes)?;
+            let place = |node: &Option<u32>| match node {
+                None => Place::Absent,
+                Some(node) if self.orders.tiers.slow.contains(*node) => Place::Slow,
+                Some(_) => Place::Fast,
+            };
+            lock(&self.memory).record_places(&pages, nodes.iter().map(place));
+            if pages.len() < SURVEY_PAGES || Instant::now() >= until {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Whether the place of every page has been looked at once.
+    pub fn surveyed(&self) -> bool {
+        lock(&self.memory).surveyed()
+    }
+
+    /// Why nothing is moved now, though the orders say so, in plain words.
+    pub fn hindrance(&self, now: Duration) -> Option<String> {
+        let memory = lock(&self.memory);
+        if !self.orders.place() {
+            self.orders.obstacle.clone()
+        } else if memory.mostly_logged() {
+            Some("placement pauses: the guest's writes are being logged, as for a live migration".into())
+        } else if self.forbidden_until.is_some_and(|until| now < until) {
+            Some(format!("placement pauses: not permitted: {}", Refused::NotPermitted.explanation()))
+        } else if self.rounds > 0 && !memory.surveyed() {
+            Some("placement waits until the place of every page is known".into())
+        } else if self.slow_is_full {
+            Some("the slow tier has no room for what should be demoted".into())
+        } else {
+            None
+        }
+    }
+
+    /// Plans what to move in the next `interval`.
+    pub fn plan(&mut self, now: Duration, interval: Duration) -> Moves {
+        self.slow_is_full = false;
+        if !self.orders.place() || self.hindrance(now).is_some() {
+            return Moves::default();
+        }
+        let mut memory = lock(&self.memory);
+        if now.saturating_sub(self.released_at) >= HOLD {
+            memory.release_held();
+            self.released_at = now;
+        }
+        let Orders { policy, tiers, .. } = &self.orders;
+        let bandwidth = policy.migration.bandwidth.0;
+        let budget = u128::from(bandwidth) * interval.as_nanos() / 1_000_000_000;
+        // The host's own needs come before the policy's share.
+        let fast = Bytes::of_pages(memory.places().fast).0;
+        let reachable = fast.saturating_add(self.mover.room(&tiers.fast));
+        let target = policy.dram_target(memory.bytes()).map_or(reachable, |target| target.0.min(reachable));
+        let plan = plan::plan(&PlanInput {
+            slots: &memory.views(),
+            dram_target: Some(Bytes(target)),
+            gap: policy.migration.tolerance,
+            quota_pages: u64::try_from(budget).unwrap_or(u64::MAX) / PAGE_BYTES,
+        });
+        let mut room = self.mover.room(&tiers.slow);
+        let fits = |unit: &MoveUnit| room.checked_sub(unit_bytes(unit)).inspect(|rest| room = *rest).is_some();
+        let wanted = plan.demote.len();
+        let demote: Vec<MoveUnit> = plan.demote.into_iter().take_while(fits).collect();
+        self.slow_is_full = demote.len() < wanted;
+        // Without the room that the demotions were to make, nothing comes.
+        let promote = if self.slow_is_full { Vec::new() } else { plan.promote };
+        Moves { demote, promote, done: 0 }
+    }
+
+    /// Moves as much as the bandwidth allows at once.
+    pub fn move_some(
+        &mut self,
+        moves: &mut Moves,
+        now: Duration,
+        stop: &AtomicBool,
+    ) -> Result<Pace, ProcessGone> {
+        let (place, units) = moves.slice(self.bucket.burst_bytes());
+        if units.is_empty() {
+            return Ok(Pace::Done);
+        }
+        let bytes = units.iter().map(unit_bytes).sum();
+        match self.bucket.take(bytes, now) {
+            Err(Some(wait)) => return Ok(Pace::Wait(wait)),
+            Err(None) => return Ok(Pace::Done),
+            Ok(()) => {}
+        }
+        let tiers = &self.orders.tiers;
+        let target = if place == Place::Slow { &tiers.slow } else { &tiers.fast };
+        let outcome = self.mover.apply(units, target, stop)?;
+        let tried = units.len();
+        self.account(&outcome, place);
+        moves.done += tried;
+        if outcome.units.iter().any(|(_, result)| *result == Err(Refused::NotPermitted)) {
+            self.forbidden_until = Some(now + HOLD);
+            return Ok(Pace::Done);
+        }
+        Ok(Pace::More)
+    }
+
+    fn account(&mut self, outcome: &MoveOutcome, target: Place) {
+        lock(&self.memory).record_moves(outcome, target);
+        self.refused.add(outcome);
+        let (tried, moved) = match target {
+            Place::Slow => (&mut self.totals.demote_tried_bytes, &mut self.totals.demoted_bytes),
+            _ => (&mut self.totals.promote_tried_bytes, &mut self.totals.promoted_bytes),
+        };
+        *tried += outcome.tried_bytes();
+        *moved += outcome.moved_bytes();
+    }
+}
+
+#[cfg(test)]
+#[path = "guest_tests.rs"]
+mod tests;

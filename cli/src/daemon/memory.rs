@@ -1,0 +1,370 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What is known of a guest's memory: heat and place of every page.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use ept_virt_core::bitmap;
+use ept_virt_core::heat::{ClassCounts, HeatMap, HeatParams};
+use ept_virt_core::migrate::{MoveOutcome, Refused};
+use ept_virt_core::plan::{MoveUnit, PlaceCounts, PlaceMap, SlotView};
+use ept_virt_core::sampler::{Harvest, MemSlot};
+use ept_virt_core::units::{Bytes, PAGE_BYTES};
+use ept_virt_core::wire::Place;
+
+/// A read-write memory slot.
+struct Slot {
+    info: MemSlot,
+    heat: HeatMap,
+    place: PlaceMap,
+    /// As the last harvest saw it.
+    mapped: Vec<u64>,
+    /// Pages that are not planned: refused lately, or all while dirty logging is
+    /// on in the slot.
+    held: Vec<u64>,
+    /// Of those, the ones refused since holds were last released.
+    newly_held: Vec<u64>,
+}
+
+impl Slot {
+    fn new(info: MemSlot, params: HeatParams) -> Self {
+        let pages = info.page_count as usize;
+        let words = bitmap::words_for(pages);
+        let mut slot = Self {
+            info,
+            heat: HeatMap::new(pages, params),
+            place: PlaceMap::new(info.gfn_start, pages),
+            mapped: vec![0; words],
+            held: vec![0; words],
+            newly_held: vec![0; words],
+        };
+        slot.hold_all_if_logged();
+        slot
+    }
+
+    /// Whoever logs writes would see each moved page as written.
+    fn hold_all_if_logged(&mut self) {
+        if self.info.dirty_log {
+            self.held.fill(!0);
+        }
+    }
+
+    fn view(&self) -> SlotView<'_> {
+        SlotView { hva: self.info.hva, heat: &self.heat, place: &self.place, held: &self.held }
+    }
+
+    fn covers(&self, other: &MemSlot) -> bool {
+        let key = |slot: &MemSlot| (slot.gfn_start, slot.page_count, slot.hva);
+        key(&self.info) == key(other)
+    }
+}
+
+/// A page whose place the harvest can not tell, because the guest did not touch
+/// it since it was last unmapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UnmappedPage {
+    /// Address in the VMM.
+    pub hva: u64,
+    slot: usize,
+    page: usize,
+}
+
+/// A guest's memory: its read-write memory slots.
+pub struct GuestMemory {
+    params: HeatParams,
+    generation: Option<u64>,
+    slots: Vec<Slot>,
+    /// Where the survey of unmapped pages goes on: slot and page.
+    survey_at: (usize, usize),
+    surveyed: bool,
+}
+
+impl GuestMemory {
+    /// Nothing is known yet.
+    pub fn new(params: HeatParams) -> Self {
+        Self { params, generation: None, slots: Vec::new(), survey_at: (0, 0), surveyed: false }
+    }
+
+    /// Goes on with other parameters.
+    pub fn set_params(&mut self, params: HeatParams) {
+        if self.params != params {
+            self.params = params;
+            self.slots.iter_mut().for_each(|slot| slot.heat.set_params(params));
+        }
+    }
+
+    /// Takes in the guest's slots. What is known of slots that are still the
+    /// same is kept.
+    pub fn adopt(&mut self, generation: u64, infos: Vec<MemSlot>) {
+        if self.generation.replace(generation) == Some(generation) {
+            return;
+        }
+        let mut before = std::mem::take(&mut self.slots);
+        for info in infos.into_iter().filter(|info| !info.read_only) {
+            let slot = match before.iter().position(|slot| slot.covers(&info)) {
+                Some(index) => {
+                    let mut slot = before.swap_remove(index);
+                    slot.info = info;
+                    slot.hold_all_if_logged();
+                    slot
+                }
+                None => {
+                    self.surveyed = false;
+                    Slot::new(info, self.params)
+                }
+            };
+            self.slots.push(slot);
+        }
+        self.slots.sort_by_key(|slot| slot.info.gfn_start);
+        self.survey_at = (0, 0);
+    }
+
+    /// The slots, by index.
+    pub fn slots(&self) -> impl Iterator<Item = (usize, &MemSlot)> {
+        self.slots.iter().map(|slot| &slot.info).enumerate()
+    }
+
+    /// Size of all slots.
+    pub fn bytes(&self) -> Bytes {
+        Bytes::of_pages(self.slots.iter().map(|slot| slot.info.page_count).sum())
+    }
+
+    /// Whether most of the memory is being dirty-logged, as during a live
+    /// migration. A display logs its video memory only.
+    pub fn mostly_logged(&self) -> bool {
+        let logged = self.slots.iter().filter(|slot| slot.info.dirty_log);
+        Bytes::of_pages(logged.map(|slot| slot.info.page_count).sum()) > Bytes(self.bytes().0 / 2)
+    }
+
+    /// For plans and pictures.
+    pub fn views(&self) -> Vec<SlotView<'_>> {
+        self.slots.iter().map(Slot::view).collect()
+    }
+
+    /// Takes in the harvest of the slot `index`. Without `elapsed`, as in the
+    /// first round, it says where pages lie but not when they were accessed.
+    pub fn observe(&mut self, index: usize, harvest: &Harvest, elapsed: Option<Duration>) {
+        let Some(slot) = self.slots.get_mut(index) else { return };
+        slot.place.observe(&harvest.mapped, &harvest.on_slow, &harvest.levels);
+        slot.mapped.clone_from(&harvest.mapped);
+        if let Some(elapsed) = elapsed {
+            slot.heat.step(&harvest.accessed, elapsed);
+        }
+    }
+
+    /// Pages by place.
+    pub fn places(&self) -> PlaceCounts {
+        self.slots.iter().map(|slot| slot.place.counts()).fold(PlaceCounts::default(), |sum, slot| {
+            PlaceCounts {
+                fast: sum.fast + slot.fast,
+                slow: sum.slow + slot.slow,
+                absent: sum.absent + slot.absent,
+            }
+        })
+    }
+
+    /// Pages by class.
+    pub fn classes(&self) -> ClassCounts {
+        self.slots.iter().map(|slot| slot.heat.class_counts()).fold(ClassCounts::default(), |sum, slot| {
+            ClassCounts { hot: sum.hot + slot.hot, warm: sum.warm + slot.warm, cold: sum.cold + slot.cold }
+        })
+    }
+
+    /// Whether the place of every page has been looked at once.
+    pub fn surveyed(&self) -> bool {
+        self.surveyed
+    }
+
+    /// Forgets that the places were looked at: the tiers have changed.
+    pub fn survey_again(&mut self) {
+        self.surveyed = false;
+        self.survey_at = (0, 0);
+    }
+
+    /// The next unmapped pages to look at, at most `limit`. Fewer at the end of
+    /// the memory; the call after that begins again.
+    pub fn next_unmapped(&mut self, limit: usize) -> Vec<UnmappedPage> {
+        let mut found = Vec::new();
+        let (mut index, mut page) = self.survey_at;
+        while let Some(slot) = self.slots.get(index) {
+            let pages = slot.info.page_count as usize;
+            while page < pages {
+                // Whole words of mapped pages are the common case.
+                if page.is_multiple_of(bitmap::WORD_BITS) && bitmap::word(&slot.mapped, page / bitmap::WORD_BITS) == !0 {
+                    page += bitmap::WORD_BITS;
+                    continue;
+                }
+                if !bitmap::get(&slot.mapped, page) {
+                    if found.len() == limit {
+                        self.survey_at = (index, page);
+                        return found;
+                    }
+                    found.push(UnmappedPage { hva: slot.info.hva + page as u64 * PAGE_BYTES, slot: index, page });
+                }
+                page += 1;
+            }
+            (index, page) = (index + 1, 0);
+        }
+        self.survey_at = (0, 0);
+        found
+    }
+
+    /// Takes in where the pages of [`GuestMemory::next_unmapped`] lie.
+    pub fn record_places(&mut self, pages: &[UnmappedPage], places: impl Iterator<Item = Place>) {
+        for (at, place) in pages.iter().zip(places) {
+            if let Some(slot) = self.slots.get_mut(at.slot) {
+                slot.place.record(at.page..at.page + 1, place);
+            }
+        }
+        // The search has come back to the start.
+        self.surveyed |= self.survey_at == (0, 0);
+    }
+
+    /// Takes in what became of units that were to go to the tier `target`.
+    pub fn record_moves(&mut self, outcome: &MoveOutcome, target: Place) {
+        for (unit, result) in &outcome.units {
+            let Some((slot, pages)) = self.locate(unit) else { continue };
+            match result {
+                Ok(()) | Err(Refused::AlreadyThere) => slot.place.record(pages, target),
+                Err(Refused::NotPresent) => slot.place.record(pages, Place::Absent),
+                Err(_) => {
+                    bitmap::fill(&mut slot.held, pages.clone(), true);
+                    bitmap::fill(&mut slot.newly_held, pages, true);
+                }
+            }
+        }
+    }
+
+    /// Lets pages be planned again that were held before the last release, so
+    /// that a hold lasts between one and two times the time between releases.
+    pub fn release_held(&mut self) {
+        for slot in &mut self.slots {
+            slot.held.clone_from(&slot.newly_held);
+            slot.newly_held.fill(0);
+            slot.hold_all_if_logged();
+        }
+    }
+
+    fn locate(&mut self, unit: &MoveUnit) -> Option<(&mut Slot, Range<usize>)> {
+        let after = self.slots.partition_point(|slot| slot.info.gfn_start <= unit.gfn);
+        let slot = self.slots.get_mut(after.checked_sub(1)?)?;
+        let start = (unit.gfn - slot.info.gfn_start) as usize;
+        Some((slot, start..start + unit.pages as usize))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn params() -> HeatParams {
+        HeatParams { half_life: Duration::from_secs(1), delay: Duration::from_secs(1) }
+    }
+
+    fn info(gfn_start: u64, page_count: u64) -> MemSlot {
+        let hva = 0x7f00_0000_0000 + gfn_start * PAGE_BYTES;
+        MemSlot { gfn_start, page_count, hva, id: 0, read_only: false, dirty_log: false }
+    }
+
+    fn harvest(slot: &MemSlot, mapped: &[usize]) -> Harvest {
+        let mut harvest = Harvest::default();
+        harvest.reset(slot.gfn_start, slot.page_count);
+        for page in mapped {
+            bitmap::fill(&mut harvest.mapped, *page..*page + 1, true);
+        }
+        harvest
+    }
+
+    fn unit(gfn: u64) -> MoveUnit {
+        MoveUnit { gfn, hva: 0x7f00_0000_0000 + gfn * PAGE_BYTES, pages: 1 }
+    }
+
+    #[test]
+    fn keeps_what_is_known_of_unchanged_slots() {
+        let mut memory = GuestMemory::new(params());
+        let rom = MemSlot { read_only: true, ..info(300, 10) };
+        memory.adopt(1, vec![info(0, 100), rom, info(512, 200)]);
+        assert_eq!(memory.bytes(), Bytes::of_pages(300));
+        memory.observe(0, &harvest(&info(0, 100), &[5]), None);
+        memory.observe(1, &harvest(&info(512, 200), &[7, 8]), None);
+        assert_eq!(memory.places(), PlaceCounts { fast: 3, slow: 0, absent: 297 });
+        // The same generation: nothing to do.
+        memory.adopt(1, Vec::new());
+        assert_eq!(memory.slots().count(), 2);
+        memory.adopt(2, vec![info(512, 200), info(1024, 64)]);
+        assert_eq!(memory.places(), PlaceCounts { fast: 2, slow: 0, absent: 262 });
+        let starts: Vec<u64> = memory.slots().map(|(_, slot)| slot.gfn_start).collect();
+        assert_eq!(starts, [512, 1024]);
+    }
+
+    #[test]
+    fn surveys_every_unmapped_page_once_a_pass() {
+        let mut memory = GuestMemory::new(params());
+        memory.adopt(1, vec![info(0, 130), info(512, 3)]);
+        let mapped: Vec<usize> = (0..128).collect();
+        memory.observe(0, &harvest(&info(0, 130), &mapped), None);
+        memory.observe(1, &harvest(&info(512, 3), &[1]), None);
+        for _ in 0..2 {
+            let mut gfns = Vec::new();
+            loop {
+                let pages = memory.next_unmapped(3);
+                gfns.extend(pages.iter().map(|page| (page.hva - 0x7f00_0000_0000) / PAGE_BYTES));
+                memory.record_places(&pages, pages.iter().map(|_| Place::Slow));
+                if memory.survey_at == (0, 0) {
+                    break;
+                }
+                assert!(pages.len() == 3);
+            }
+            assert_eq!(gfns, [128, 129, 512, 514]);
+            assert!(memory.surveyed());
+        }
+        assert_eq!(memory.places(), PlaceCounts { fast: 129, slow: 4, absent: 0 });
+        // A new slot has to be looked at first.
+        memory.adopt(2, vec![info(0, 130), info(512, 3), info(1024, 1)]);
+        assert!(!memory.surveyed());
+    }
+
+    #[test]
+    fn a_survey_without_slots_ends() {
+        let mut memory = GuestMemory::new(params());
+        assert_eq!(memory.next_unmapped(10), []);
+        memory.record_places(&[], [].into_iter());
+        assert!(memory.surveyed());
+    }
+
+    #[test]
+    fn refused_pages_are_held_for_a_while() {
+        let mut memory = GuestMemory::new(params());
+        memory.adopt(1, vec![info(0, 64), info(512, 64)]);
+        let units = vec![
+            (unit(1), Ok(())),
+            (unit(2), Err(Refused::Busy)),
+            (unit(512), Err(Refused::NotPresent)),
+            (unit(513), Err(Refused::AlreadyThere)),
+        ];
+        memory.record_moves(&MoveOutcome { units }, Place::Slow);
+        assert_eq!(memory.places(), PlaceCounts { fast: 0, slow: 2, absent: 126 });
+        assert_eq!(memory.views()[0].held, [1 << 2]);
+        assert_eq!(memory.views()[1].held, [0]);
+        memory.release_held();
+        assert_eq!(memory.views()[0].held, [1 << 2], "held for one whole period at least");
+        memory.release_held();
+        assert_eq!(memory.views()[0].held, [0]);
+    }
+
+    #[test]
+    fn slots_under_dirty_logging_are_held() {
+        let mut memory = GuestMemory::new(params());
+        let logged = MemSlot { dirty_log: true, ..info(512, 64) };
+        memory.adopt(1, vec![info(0, 128), logged]);
+        assert!(!memory.mostly_logged());
+        assert_eq!(memory.views()[1].held, [!0]);
+        memory.release_held();
+        assert_eq!(memory.views()[1].held, [!0]);
+        memory.adopt(2, vec![info(0, 128), info(512, 64)]);
+        memory.release_held();
+        assert_eq!(memory.views()[1].held, [0]);
+        memory.adopt(3, vec![MemSlot { dirty_log: true, ..info(0, 128) }, info(512, 64)]);
+        assert!(memory.mostly_logged());
+    }
+}

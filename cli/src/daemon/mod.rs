@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `ept-virt daemon`: observes what libvirt says is running, and places it.
+//!
+//! The main thread reconciles: at start, when the hook nudges, and on a slow
+//! timer. Each observed domain has a thread, the socket has one, and signals
+//! have one.
+
+mod guest;
+mod memory;
+mod reconcile;
+mod server;
+mod state;
+mod worker;
+
+use std::io;
+use std::path::PathBuf;
+use std::process;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use ept_virt_core::wire::DEFAULT_SOCKET;
+use log::{error, info};
+use nix::sys::signal::{SigSet, Signal};
+
+use crate::failure::Failure;
+use reconcile::Reconciler;
+use server::Server;
+use state::Shared;
+
+/// After a nudge libvirt needs a moment: the hook runs before the domain has
+/// wholly come or gone.
+const SECOND_LOOK: Duration = Duration::from_secs(1);
+
+/// How long a clean stop may take.
+const STOP_LIMIT: Duration = Duration::from_secs(20);
+
+/// Options of `ept-virt daemon`.
+#[derive(Clone, Debug, Args)]
+pub struct DaemonArgs {
+    /// Where to listen.
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
+    socket: PathBuf,
+    /// libvirt to follow.
+    #[arg(short, long, value_name = "URI", default_value = "qemu:///system")]
+    connect: String,
+    /// Seconds between looks at libvirt when nothing nudges.
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    reconcile_interval: u64,
+}
+
+/// What wakes the main thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Something may have changed.
+    Look,
+    /// End.
+    Stop,
+}
+
+/// Runs the daemon until SIGTERM or SIGINT.
+///
+/// Every guest runs on when it ends, however it ends: all state in the kernel
+/// dies with the daemon's descriptors, and pages stay where they are.
+pub fn run(args: DaemonArgs) -> Result<(), Failure> {
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
+        // journald has the time; the level is what it can not know.
+        .format_timestamp(None)
+        .format_target(false)
+        .init();
+    let (sender, receiver) = mpsc::channel();
+    let failed = |what: &'static str| move |error| Failure::refused(format!("cannot {what}: {error}"));
+    // Before any other thread, so that all threads leave signals to one.
+    watch_signals(sender.clone()).map_err(failed("watch for signals"))?;
+    let shared = Arc::new(Shared::new(&args.connect));
+    let server = Server::bind(&args.socket)?;
+    server.start(Arc::clone(&shared), sender).map_err(failed("start a thread"))?;
+    let mut reconciler = Reconciler::new(&args.connect, shared);
+    info!("ept-virt {} follows {}", env!("CARGO_PKG_VERSION"), args.connect);
+    follow(&mut reconciler, &receiver, Duration::from_secs(args.reconcile_interval));
+    info!("stopping");
+    reconciler.stop();
+    Ok(())
+}
+
+/// Looks again and again until it is told to stop.
+fn follow(reconciler: &mut Reconciler, events: &Receiver<Event>, interval: Duration) {
+    let mut second_look = None;
+    loop {
+        reconciler.reconcile();
+        let timer = Instant::now() + interval;
+        let wake = second_look.take().map_or(timer, |at: Instant| at.min(timer));
+        match events.recv_timeout(wake.saturating_duration_since(Instant::now())) {
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) | Ok(Event::Stop) => return,
+            Ok(Event::Look) => second_look = Some(Instant::now() + SECOND_LOOK),
+        }
+        // One look serves all that waited.
+        while let Ok(event) = events.try_recv() {
+            match event {
+                Event::Stop => return,
+                Event::Look => {}
+            }
+        }
+    }
+}
+
+/// Blocks the signals in this and all later threads, and takes them in one.
+fn watch_signals(events: Sender<Event>) -> io::Result<()> {
+    let mut signals = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        signals.add(signal);
+    }
+    signals.thread_block()?;
+    thread::Builder::new().name("signals".into()).spawn(move || {
+        loop {
+            match signals.wait() {
+                Ok(Signal::SIGHUP) => {
+                    let _ = events.send(Event::Look);
+                }
+                Ok(_) => break,
+                Err(errno) => {
+                    error!("cannot wait for signals: {errno}");
+                    return;
+                }
+            }
+        }
+        let _ = events.send(Event::Stop);
+        // libvirt may never return from a call, and the main thread with it.
+        thread::sleep(STOP_LIMIT);
+        error!("a clean stop takes longer than {} s: ending now", STOP_LIMIT.as_secs());
+        process::exit(1);
+    })?;
+    Ok(())
+}

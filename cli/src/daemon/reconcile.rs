@@ -1,0 +1,322 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Makes what is observed agree with what libvirt says is running. It does not
+//! matter how often it looks, or which nudges were lost: each look is complete.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use ept_virt_core::domain::{Libvirt, RunningDomain};
+use ept_virt_core::policy::{Mode, Policy};
+use ept_virt_core::sampler::{EntryFormat, KernelSampler, ModuleInfo, Sampler};
+use ept_virt_core::topology::{NumaBalancing, Tiers, numa_balancing};
+use ept_virt_core::wire::{DomainState, ModuleStatus};
+use log::{info, warn};
+
+use super::guest::Orders;
+use super::state::{Cell, Shared};
+use super::worker::{self, End, Worker};
+
+const GONE: &str = "its QEMU has ended";
+
+/// A domain that libvirt says is running.
+struct Entry {
+    cell: Arc<Cell>,
+    /// The XML that the policy was read from.
+    xml: Option<String>,
+    policy: Policy,
+    /// What the worker was told last.
+    orders: Option<Orders>,
+    worker: Option<Worker>,
+}
+
+/// All that is observed.
+pub struct Reconciler {
+    libvirt: Libvirt,
+    shared: Arc<Shared>,
+    entries: BTreeMap<String, Entry>,
+    tiers: Tiers,
+}
+
+impl Reconciler {
+    /// Nothing is observed yet.
+    pub fn new(uri: &str, shared: Arc<Shared>) -> Self {
+        Self { libvirt: Libvirt::new(uri), shared, entries: BTreeMap::new(), tiers: Tiers::default() }
+    }
+
+    /// Looks at host and libvirt, and starts and stops workers accordingly.
+    pub fn reconcile(&mut self) {
+        self.look_at_host();
+        self.shared.facts().asking_since = Some(Instant::now());
+        let running = self.libvirt.running();
+        self.shared.facts().asking_since = None;
+        let said = match &running {
+            Ok(_) => "connected".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        let before = std::mem::replace(&mut self.shared.facts().libvirt, said.clone());
+        if before != said && running.is_err() {
+            warn!("{said}. What is observed already goes on");
+        }
+        match running {
+            Ok(domains) => self.follow(&domains),
+            // Guests outlive libvirtd, and so do their workers.
+            Err(_) => self.entries.values_mut().for_each(Entry::reap),
+        }
+        self.warn_of_host();
+    }
+
+    /// Stops all workers.
+    pub fn stop(&mut self) {
+        self.entries.clear();
+    }
+
+    fn follow(&mut self, domains: &[RunningDomain]) {
+        let running: BTreeSet<&str> = domains.iter().map(|domain| domain.uuid.as_str()).collect();
+        self.entries.retain(|uuid, _| {
+            let stays = running.contains(uuid.as_str());
+            if !stays {
+                self.shared.remove(uuid);
+            }
+            stays
+        });
+        for domain in domains {
+            let entry = self.entries.entry(domain.uuid.clone()).or_insert_with(|| {
+                info!("domain {:?} ({}) runs", domain.name, domain.uuid);
+                let entry = Entry::new(domain);
+                self.shared.insert(&domain.uuid, Arc::clone(&entry.cell));
+                entry
+            });
+            entry.follow(domain, &self.tiers);
+        }
+    }
+
+    fn look_at_host(&mut self) {
+        match Tiers::detect(Path::new("/sys")) {
+            Ok(tiers) => self.tiers = tiers,
+            Err(error) => self.tiers.from = format!("the host's memory is not known: {error}"),
+        }
+        let module = KernelSampler::open().map(|sampler| module_status(sampler.info()));
+        let mut facts = self.shared.facts();
+        facts.tiers = self.tiers.clone();
+        (facts.module, facts.module_error) = match module {
+            Ok(module) => (Some(module), None),
+            Err(error) => (None, Some(error.to_string())),
+        };
+    }
+
+    fn warn_of_host(&self) {
+        let wants_placing = self.entries.values().any(|entry| entry.policy.mode == Mode::Place);
+        let mut warnings = Vec::new();
+        if wants_placing {
+            match numa_balancing(Path::new("/proc")) {
+                Ok(NumaBalancing::Off) => {}
+                Ok(NumaBalancing::Normal) => warnings.push(
+                    "the kernel's NUMA balancing moves pages back to the CPUs' nodes: turn it off with `sysctl kernel.numa_balancing=0`".to_owned(),
+                ),
+                Ok(NumaBalancing::Tiering) => warnings.push(
+                    "the kernel's NUMA balancing promotes pages on its own: turn it off with `sysctl kernel.numa_balancing=0`".to_owned(),
+                ),
+                Err(error) => warnings.push(format!("whether NUMA balancing is on is not known: {error}")),
+            }
+            if self.tiers.slow.is_empty() {
+                warnings.push(format!(
+                    "policies ask for placement, but there is nowhere to place: {}",
+                    self.tiers.from
+                ));
+            }
+        }
+        self.shared.facts().warnings = warnings;
+    }
+}
+
+fn module_status(info: ModuleInfo) -> ModuleStatus {
+    ModuleStatus {
+        abi: format!("{}.{}", info.abi.0, info.abi.1),
+        format: match info.format {
+            EntryFormat::Ept => "EPT",
+            EntryFormat::Npt => "NPT",
+        }
+        .to_owned(),
+        back_end: "table walk".to_owned(),
+    }
+}
+
+impl Entry {
+    fn new(domain: &RunningDomain) -> Self {
+        let cell = Arc::new(Cell::new(&domain.name, &domain.uuid));
+        let policy = Policy::default();
+        let mut entry = Self { cell, xml: None, policy, orders: None, worker: None };
+        entry.judge(Ok(None));
+        entry
+    }
+
+    /// Brings the worker in line with the domain as it is now.
+    fn follow(&mut self, domain: &RunningDomain, host: &Tiers) {
+        self.cell.update(|status| status.name.clone_from(&domain.name));
+        match &domain.xml {
+            Ok(xml) if self.xml.as_ref() == Some(xml) => {}
+            Ok(xml) => {
+                self.judge(Policy::from_domain_xml(xml).map_err(|error| error.to_string()));
+                self.xml = Some(xml.clone());
+            }
+            // The policy that was read before holds.
+            Err(error) => warn!("the XML of domain {:?} can not be read: {error}", domain.name),
+        }
+        self.reap();
+        let orders = orders(&self.policy, host);
+        match &self.worker {
+            _ if self.policy.mode == Mode::Off => self.switch_off(),
+            Some(worker) if self.orders.as_ref() != Some(&orders) => worker.order(orders.clone()),
+            Some(_) => {}
+            None => self.start(domain, &orders),
+        }
+        self.orders = Some(orders);
+    }
+
+    /// Takes in what was found in the XML.
+    fn judge(&mut self, found: Result<Option<Policy>, String>) {
+        let (policy, from, error) = match found {
+            Ok(Some(policy)) => (policy, "domain XML", None),
+            Ok(None) => (Policy::default(), "default", None),
+            // Nobody can tell what was meant: observe, and move nothing.
+            Err(error) => (Policy::default(), "default", Some(error)),
+        };
+        self.cell.update(|status| {
+            if let Some(error) = error.as_ref().filter(|error| status.policy_error.as_ref() != Some(error)) {
+                warn!("the policy of domain {:?} can not be read: {error}", status.name);
+            }
+            status.policy_from = from.to_owned();
+            status.policy = policy.describe();
+            status.policy_error = error;
+        });
+        self.policy = policy;
+    }
+
+    /// Forgets a worker that has ended by itself.
+    fn reap(&mut self) {
+        let Some(worker) = self.worker.take_if(|worker| worker.has_ended()) else { return };
+        let reason = match worker.finish() {
+            End::Stopped | End::Gone => GONE.to_owned(),
+            End::Failed(reason) => reason,
+        };
+        self.cell.clear(DomainState::Unobserved, Some(reason));
+    }
+
+    fn switch_off(&mut self) {
+        self.worker = None;
+        self.cell.clear(DomainState::Off, None);
+    }
+
+    fn start(&mut self, domain: &RunningDomain, orders: &Orders) {
+        let started = worker::attach(domain).and_then(|attachment| {
+            Worker::spawn(attachment, Arc::clone(&self.cell), orders.clone(), &domain.name)
+                .map_err(|error| format!("cannot start a thread for it: {error}"))
+        });
+        match started {
+            Ok(worker) => self.worker = Some(worker),
+            Err(reason) => self.cell.clear(DomainState::Unobserved, Some(reason)),
+        }
+    }
+}
+
+/// What a worker does under this policy on this host.
+fn orders(policy: &Policy, host: &Tiers) -> Orders {
+    let tiers = host.with_policy(policy.fast_nodes.as_ref(), policy.slow_nodes.as_ref());
+    let unknown = tiers.unknown_nodes(host);
+    let both = tiers.fast.intersection(&tiers.slow);
+    let obstacle = if policy.mode != Mode::Place {
+        None
+    } else if !unknown.is_empty() {
+        Some(format!("nothing is moved: the policy's NUMA nodes {unknown} have no memory on this host"))
+    } else if !both.is_empty() {
+        Some(format!("nothing is moved: NUMA nodes {both} are in both tiers of the policy"))
+    } else if tiers.slow.is_empty() || tiers.fast.is_empty() {
+        Some(format!("nothing is moved: {}", tiers.from))
+    } else {
+        None
+    };
+    Orders { policy: policy.clone(), tiers, obstacle }
+}
+
+#[cfg(test)]
+mod tests {
+    use ept_virt_core::topology::NodeSet;
+
+    use super::*;
+
+    fn host() -> Tiers {
+        Tiers { fast: NodeSet::from_iter([0]), slow: NodeSet::from_iter([1]), from: "a test".into() }
+    }
+
+    fn placing(fast: Option<u32>, slow: Option<u32>) -> Policy {
+        let set = |node: Option<u32>| node.map(|node| NodeSet::from_iter([node]));
+        Policy { mode: Mode::Place, fast_nodes: set(fast), slow_nodes: set(slow), ..Policy::default() }
+    }
+
+    #[test]
+    fn says_what_is_in_the_way_of_placement() {
+        assert_eq!(orders(&placing(None, None), &host()).obstacle, None);
+        assert_eq!(orders(&placing(Some(1), None), &host()).tiers.slow, NodeSet::from_iter([0]));
+        let obstacle = |policy: Policy, host: &Tiers| orders(&policy, host).obstacle.unwrap();
+        assert!(obstacle(placing(None, Some(7)), &host()).contains("nodes 7 have no memory"));
+        assert!(obstacle(placing(Some(1), Some(1)), &host()).contains("both tiers"));
+        let one = Tiers { slow: NodeSet::default(), from: "one tier: a test".into(), ..host() };
+        assert!(obstacle(placing(None, None), &one).contains("one tier: a test"));
+        // Who only observes needs no second tier.
+        let observing = orders(&Policy::default(), &one);
+        assert_eq!(observing.obstacle, None);
+        assert!(!observing.place());
+    }
+
+    #[test]
+    fn a_broken_policy_is_told_and_nothing_moves() {
+        let xml = "<domain type='qemu'><metadata>\n\
+            <p:placement xmlns:p='https://ept-virt.org/xmlns/placement/1.0' mode='plaice'/>\n\
+            </metadata></domain>";
+        let domain = |xml: &str| RunningDomain {
+            uuid: "6695eb01-f6a4-8304-79aa-97f2502e193f".into(),
+            name: "vm1".into(),
+            xml: Ok(xml.into()),
+        };
+        let mut entry = Entry::new(&domain(xml));
+        entry.follow(&domain(xml), &host());
+        let status = entry.cell.status();
+        assert_eq!(status.policy_from, "default");
+        assert!(status.policy_error.unwrap().contains("place"));
+        assert_eq!(status.state, DomainState::Unobserved);
+        assert!(status.reason.unwrap().contains("type='qemu'"));
+        assert!(!entry.orders.as_ref().unwrap().place());
+
+        let off = xml.replace("plaice", "off");
+        entry.follow(&domain(&off), &host());
+        let status = entry.cell.status();
+        assert_eq!((status.state, status.reason), (DomainState::Off, None));
+        assert_eq!((status.policy_from.as_str(), status.policy_error), ("domain XML", None));
+    }
+
+    /// libvirt's own test driver has one running domain, without KVM.
+    #[test]
+    fn shows_what_libvirt_says_is_running() {
+        let shared = Arc::new(Shared::new("test:///default"));
+        let mut reconciler = Reconciler::new("test:///default", Arc::clone(&shared));
+        reconciler.reconcile();
+        let status = shared.status(None);
+        assert_eq!(status.daemon.libvirt, "connected");
+        let [domain] = status.domains.as_slice() else { panic!("{status:?}") };
+        assert_eq!((domain.name.as_str(), domain.state), ("test", DomainState::Unobserved));
+        assert!(domain.reason.as_ref().unwrap().contains("type='test'"));
+        assert!(shared.find("test").is_some());
+        assert!(shared.find(&domain.uuid.to_uppercase()).is_some());
+        assert!(shared.find("other").is_none());
+    }
+
+    #[test]
+    fn libvirt_away_is_told() {
+        let uri = "qemu+unix:///system?socket=/nonexistent/libvirt-sock";
+        let shared = Arc::new(Shared::new(uri));
+        Reconciler::new(uri, Arc::clone(&shared)).reconcile();
+        assert!(shared.status(None).daemon.libvirt.contains("Is libvirtd or virtqemud running?"));
+    }
+}

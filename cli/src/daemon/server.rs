@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The control socket: JSON lines, a thread for each client. No client can make
+//! the daemon fail, wait, or use memory without bound.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufRead, BufReader, ErrorKind as Io, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::thread;
+use std::time::Duration;
+
+use ept_virt_core::wire::{
+    Command, ErrorKind, MAX_LINE_BYTES, MAX_REQUEST_BYTES, PROTOCOL_VERSION, Reply, Request, Response,
+    WireError,
+};
+use log::{debug, info, warn};
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::sys::stat::{Mode, umask};
+
+use super::Event;
+use super::state::{Cell, Shared};
+use crate::failure::Failure;
+
+/// Clients served at once; one more is turned away.
+const MAX_CLIENTS: usize = 64;
+
+/// How long a client may be silent, or not read its answer.
+const CLIENT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The socket of the only daemon that uses it.
+pub struct Server {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Held as long as the daemon lives, also by a daemon that is killed.
+    _lock: Flock<File>,
+}
+
+impl Server {
+    /// Binds the socket, mode 0600. The lock beside it tells a running daemon
+    /// from a socket that a killed one has left.
+    pub fn bind(path: &Path) -> Result<Self, Failure> {
+        let cannot = |what: &str, error: io::Error| {
+            let hint = match error.kind() {
+                Io::PermissionDenied => "run the daemon as root, or name another place with --socket",
+                _ => "name another place with --socket",
+            };
+            Failure::unreachable(format!("cannot {what} {}: {error}", path.display())).hint(hint)
+        };
+        if let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o755)
+                .create(dir)
+                .map_err(|error| cannot("create the directory of", error))?;
+        }
+        let lock = take_lock(path).map_err(|error| match error.kind() {
+            Io::WouldBlock => {
+                Failure::refused(format!("another ept-virt daemon serves {} already", path.display()))
+            }
+            _ => cannot("lock", error),
+        })?;
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != Io::NotFound => return Err(cannot("replace", error)),
+            _ => {}
+        }
+        // The mode has to be right from the first moment on.
+        let before = umask(Mode::from_bits_truncate(0o177));
+        let bound = UnixListener::bind(path);
+        umask(before);
+        let listener = bound.map_err(|error| cannot("listen on", error))?;
+        info!("listening on {}", path.display());
+        Ok(Self { listener, path: path.to_owned(), _lock: lock })
+    }
+
+    /// Starts the thread that serves clients.
+    pub fn start(&self, shared: Arc<Shared>, events: Sender<Event>) -> io::Result<()> {
+        let listener = self.listener.try_clone()?;
+        let clients = Arc::new(());
+        thread::Builder::new().name("socket".into()).spawn(move || {
+            loop {
+                match listener.accept() {
+                    Ok((stream, _)) => admit(stream, &clients, &shared, &events),
+                    Err(error) => {
+                        warn!("cannot accept a client: {error}");
+                        // As when there are no descriptors left: they may come back.
+                        thread::sleep(Duration::from_millis(100));
+                    }
+                }
+            }
+        })?;
+        Ok(())
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // The lock file stays: removing it would let two daemons lock two files.
+        if let Err(error) = fs::remove_file(&self.path) {
+            debug!("cannot remove {}: {error}", self.path.display());
+        }
+    }
+}
+
+fn take_lock(socket: &Path) -> io::Result<Flock<File>> {
+    let mut path = socket.as_os_str().to_owned();
+    path.push(".lock");
+    let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno.into())
+}
+
+/// Serves the client in a thread of its own, if there are not too many.
+fn admit(mut stream: UnixStream, clients: &Arc<()>, shared: &Arc<Shared>, events: &Sender<Event>) {
+    let timeouts =
+        stream.set_read_timeout(Some(CLIENT_TIMEOUT)).and(stream.set_write_timeout(Some(CLIENT_TIMEOUT)));
+    if let Err(error) = timeouts {
+        warn!("a client is turned away: {error}");
+        return;
+    }
+    // Each client's thread holds a reference; one is ours.
+    if Arc::strong_count(clients) > MAX_CLIENTS {
+        let refusal = error(ErrorKind::Internal, format!("more than {MAX_CLIENTS} clients are connected"));
+        let _ = stream.write_all(&encode(refusal));
+        return;
+    }
+    match getsockopt(&stream, PeerCredentials) {
+        Ok(peer) => debug!("client: pid {}, uid {}", peer.pid(), peer.uid()),
+        Err(error) => debug!("client: credentials unknown: {error}"),
+    }
+    let (place, shared, events) = (Arc::clone(clients), Arc::clone(shared), events.clone());
+    let spawned = thread::Builder::new().name("client".into()).spawn(move || {
+        if let Err(error) = serve(&stream, &shared, &events) {
+            debug!("a client was dropped: {error}");
+        }
+        drop(place);
+    });
+    if let Err(error) = spawned {
+        warn!("cannot start a thread for a client: {error}");
+    }
+}
+
+/// Answers line after line until the client ends or breaks the rules.
+fn serve(stream: &UnixStream, shared: &Shared, events: &Sender<Event>) -> io::Result<()> {
+    let mut reader = BufReader::new(stream);
+    loop {
+        let mut line = Vec::new();
+        reader.by_ref().take(MAX_REQUEST_BYTES as u64 + 1).read_until(b'\n', &mut line)?;
+        let too_long = line.len() > MAX_REQUEST_BYTES;
+        if line.is_empty() {
+            return Ok(());
+        }
+        let reply = if too_long {
+            error(ErrorKind::BadRequest, format!("a request is longer than {MAX_REQUEST_BYTES} bytes"))
+        } else {
+            answer(&line, shared, events)
+        };
+        let mut writer = stream;
+        writer.write_all(&encode(reply))?;
+        if too_long {
+            // Where the next line begins can not be told.
+            return Ok(());
+        }
+    }
+}
+
+/// The answer to one line.
+fn answer(line: &[u8], shared: &Shared, events: &Sender<Event>) -> Reply {
+    let request: Request = match serde_json::from_slice(line) {
+        Ok(request) => request,
+        Err(cause) => return error(ErrorKind::BadRequest, format!("not a request: {cause}")),
+    };
+    if request.v != PROTOCOL_VERSION {
+        let v = request.v;
+        return error(
+            ErrorKind::BadRequest,
+            format!("the request is of protocol version {v}, the daemon speaks {PROTOCOL_VERSION}"),
+        );
+    }
+    match request.command {
+        Command::Status { domain: None } => Reply::Status(Box::new(shared.status(None))),
+        Command::Status { domain: Some(name) } => match find(shared, &name) {
+            Ok(cell) => Reply::Status(Box::new(shared.status(Some(cell)))),
+            Err(reply) => reply,
+        },
+        Command::Map { domain } => match find(shared, &domain).map(|cell| cell.map()) {
+            Ok(Ok(map)) => Reply::Map(map),
+            Ok(Err(reason)) => {
+                error(ErrorKind::NotObserved, format!("there is no map of domain {domain:?}: {reason}"))
+            }
+            Err(reply) => reply,
+        },
+        Command::Nudge { op, domain } => {
+            debug!("nudge: {op:?} {domain:?}");
+            let mut facts = shared.facts();
+            facts.nudges += 1;
+            facts.last_nudge = Some(printable(&format!("{op} {domain}")));
+            drop(facts);
+            // The receiver lives as long as the daemon does.
+            let _ = events.send(Event::Look);
+            Reply::Done
+        }
+    }
+}
+
+fn find(shared: &Shared, name: &str) -> Result<Arc<Cell>, Reply> {
+    shared.find(name).ok_or_else(|| {
+        let wire = WireError {
+            kind: ErrorKind::NoDomain,
+            message: format!("no running domain is called {name:?}"),
+            hint: Some("`virsh list` shows what runs".into()),
+        };
+        Reply::Error(wire)
+    })
+}
+
+/// Without what could drive a terminal.
+fn printable(text: &str) -> String {
+    text.chars().map(|char| if char.is_control() { '\u{fffd}' } else { char }).collect()
+}
+
+fn error(kind: ErrorKind, message: String) -> Reply {
+    Reply::Error(WireError { kind, message, hint: None })
+}
+
+/// The line of an answer, newline included.
+fn encode(reply: Reply) -> Vec<u8> {
+    let to_line = |reply| serde_json::to_vec(&Response { v: PROTOCOL_VERSION, reply });
+    let encoded = match to_line(reply) {
+        Ok(line) if line.len() < MAX_LINE_BYTES => Ok(line),
+        Ok(line) => to_line(error(
+            ErrorKind::Internal,
+            format!("the answer has {} bytes, more than the {MAX_LINE_BYTES} of this protocol", line.len()),
+        )),
+        Err(cause) => to_line(error(ErrorKind::Internal, format!("the answer can not be written: {cause}"))),
+    };
+    let mut line = encoded.unwrap_or_default();
+    line.push(b'\n');
+    line
+}
+
+#[cfg(test)]
+#[path = "server_tests.rs"]
+mod tests;

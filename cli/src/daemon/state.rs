@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What all threads share: the facts that the control socket shows.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use ept_virt_core::plan;
+use ept_virt_core::policy::Policy;
+use ept_virt_core::topology::Tiers;
+use ept_virt_core::wire::{
+    DaemonStatus, DomainState, DomainStatus, MemoryMap, ModuleStatus, MoveTotals, Status,
+};
+
+use super::memory::GuestMemory;
+
+/// Parts of the picture of a domain's memory.
+const STRIP_CELLS: usize = 256;
+
+/// From when on a call of libvirt that has not returned is worth telling.
+const SLOW_LIBVIRT: Duration = Duration::from_secs(10);
+
+/// Locks; a thread that panicked while it held the lock has left values that
+/// are old at worst, which the next round replaces.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One domain, as its worker, the reconciler and the server see it.
+pub struct Cell {
+    status: Mutex<DomainStatus>,
+    memory: Arc<Mutex<GuestMemory>>,
+}
+
+impl Cell {
+    /// A domain of which only name and UUID are known.
+    pub fn new(name: &str, uuid: &str) -> Self {
+        let status = DomainStatus {
+            name: name.to_owned(),
+            uuid: uuid.to_owned(),
+            pid: None,
+            state: DomainState::Unobserved,
+            reason: None,
+            policy_from: String::new(),
+            policy: String::new(),
+            policy_error: None,
+            memory_bytes: 0,
+            slots: 0,
+            round: None,
+            moves: MoveTotals::default(),
+            strip: Vec::new(),
+        };
+        Self { status: Mutex::new(status), memory: Arc::new(Mutex::new(empty_memory())) }
+    }
+
+    /// Changes the status.
+    pub fn update(&self, change: impl FnOnce(&mut DomainStatus)) {
+        change(&mut lock(&self.status));
+    }
+
+    /// What is known of the guest's memory, for its worker.
+    pub fn memory(&self) -> Arc<Mutex<GuestMemory>> {
+        Arc::clone(&self.memory)
+    }
+
+    /// Forgets all that a worker found.
+    pub fn clear(&self, state: DomainState, reason: Option<String>) {
+        *lock(&self.memory) = empty_memory();
+        self.update(|status| {
+            status.state = state;
+            status.reason = reason;
+            status.pid = None;
+            status.memory_bytes = 0;
+            status.slots = 0;
+            status.round = None;
+            status.moves = MoveTotals::default();
+        });
+    }
+
+    /// The status with the picture of the memory.
+    pub fn status(&self) -> DomainStatus {
+        let mut status = lock(&self.status).clone();
+        status.strip = plan::strip(&lock(&self.memory).views(), STRIP_CELLS);
+        status
+    }
+
+    /// The map of the memory, or why there is none.
+    pub fn map(&self) -> Result<MemoryMap, String> {
+        let status = lock(&self.status).clone();
+        let Some(round) = status.round else {
+            return Err(status.reason.unwrap_or_else(|| "its first round has not ended yet".into()));
+        };
+        let runs = plan::map_runs(&lock(&self.memory).views());
+        Ok(MemoryMap { name: status.name, round: round.number, runs })
+    }
+}
+
+/// The memory of a domain that nobody observes.
+fn empty_memory() -> GuestMemory {
+    GuestMemory::new(Policy::default().heat_params())
+}
+
+/// The daemon's own facts.
+#[derive(Default)]
+pub struct Facts {
+    /// "connected", or why not.
+    pub libvirt: String,
+    /// Since when a call of libvirt is under way.
+    pub asking_since: Option<Instant>,
+    /// The kernel module, if it answers.
+    pub module: Option<ModuleStatus>,
+    /// Why it does not.
+    pub module_error: Option<String>,
+    /// Nudges received.
+    pub nudges: u64,
+    /// The last one.
+    pub last_nudge: Option<String>,
+    /// The host's tiers.
+    pub tiers: Tiers,
+    /// For people.
+    pub warnings: Vec<String>,
+}
+
+impl Facts {
+    fn libvirt(&self) -> String {
+        match self.asking_since.map(|since| since.elapsed()) {
+            Some(waited) if waited > SLOW_LIBVIRT => {
+                format!("does not answer since {} s", waited.as_secs())
+            }
+            _ => self.libvirt.clone(),
+        }
+    }
+}
+
+/// All that threads share.
+pub struct Shared {
+    started: Instant,
+    uri: String,
+    facts: Mutex<Facts>,
+    domains: Mutex<BTreeMap<String, Arc<Cell>>>,
+}
+
+impl Shared {
+    /// No domains, and libvirt not asked yet.
+    pub fn new(uri: &str) -> Self {
+        let facts = Facts { libvirt: "not asked yet".into(), ..Facts::default() };
+        Self {
+            started: Instant::now(),
+            uri: uri.to_owned(),
+            facts: Mutex::new(facts),
+            domains: Mutex::default(),
+        }
+    }
+
+    /// The daemon's own facts.
+    pub fn facts(&self) -> MutexGuard<'_, Facts> {
+        lock(&self.facts)
+    }
+
+    /// Adds a domain, by UUID.
+    pub fn insert(&self, uuid: &str, cell: Arc<Cell>) {
+        lock(&self.domains).insert(uuid.to_owned(), cell);
+    }
+
+    /// Removes a domain.
+    pub fn remove(&self, uuid: &str) {
+        lock(&self.domains).remove(uuid);
+    }
+
+    /// The domain of this name or UUID.
+    pub fn find(&self, wanted: &str) -> Option<Arc<Cell>> {
+        let domains = lock(&self.domains);
+        if let Some(cell) = domains.get(&wanted.to_ascii_lowercase()) {
+            return Some(Arc::clone(cell));
+        }
+        domains.values().find(|cell| lock(&cell.status).name == wanted).map(Arc::clone)
+    }
+
+    /// The status of the daemon, and of one domain or all.
+    pub fn status(&self, only: Option<Arc<Cell>>) -> Status {
+        // Cloned first: pictures take time, and others wait for the lock.
+        let cells = only.map_or_else(|| lock(&self.domains).values().cloned().collect(), |cell| vec![cell]);
+        let mut domains: Vec<DomainStatus> = cells.iter().map(|cell| cell.status()).collect();
+        domains.sort_by(|a, b| a.name.cmp(&b.name));
+        Status { daemon: self.daemon_status(), domains }
+    }
+
+    fn daemon_status(&self) -> DaemonStatus {
+        let facts = self.facts();
+        DaemonStatus {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            uptime_s: self.started.elapsed().as_secs(),
+            libvirt_uri: self.uri.clone(),
+            libvirt: facts.libvirt(),
+            module: facts.module.clone(),
+            module_error: facts.module_error.clone(),
+            nudges: facts.nudges,
+            last_nudge: facts.last_nudge.clone(),
+            fast_nodes: facts.tiers.fast.iter().collect(),
+            slow_nodes: facts.tiers.slow.iter().collect(),
+            tiers_from: facts.tiers.from.clone(),
+            warnings: facts.warnings.clone(),
+        }
+    }
+}
