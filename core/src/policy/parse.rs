@@ -190,7 +190,7 @@ fn quantity<T>(
     parse: impl Fn(&str, &str) -> std::result::Result<T, UnitError>,
 ) -> Result<Option<T>> {
     let Some(node) = child(node, name) else { return Ok(None) };
-    check_attributes(node, &["unit"])?;
+    check_attributes(node, &["unit"], &[])?;
     if let Some(inner) = node.children().find(Node::is_element) {
         return Err(error(inner, format!("no element can stand in <{}>, only a number", name_of(node))));
     }
@@ -233,7 +233,7 @@ fn choice<T: Copy>(node: Node, name: &str, choices: &[(&str, T)]) -> Result<Opti
 /// Checks that `node` has only these attributes, these child elements, each
 /// once at most, and no text.
 fn check(node: Node, attributes: &[&str], children: &[&str]) -> Result<()> {
-    check_attributes(node, attributes)?;
+    check_attributes(node, attributes, children)?;
     let mut seen: Vec<&str> = Vec::new();
     for inner in node.children() {
         if inner.text().is_some_and(|text| inner.is_text() && !text.trim().is_empty()) {
@@ -253,7 +253,11 @@ fn check(node: Node, attributes: &[&str], children: &[&str]) -> Result<()> {
         }
         if !children.contains(&name) {
             let inside = name_of(node);
-            return Err(error(inner, format!("unknown element in <{inside}>{}", suggestion(name, children))));
+            let meant = match (nearest(name, children), nearest(name, attributes)) {
+                (None, Some(attribute)) => format!("; did you mean the attribute {attribute}=?"),
+                _ => suggestion(name, children),
+            };
+            return Err(error(inner, format!("unknown element in <{inside}>{meant}")));
         }
         if seen.contains(&name) {
             return Err(error(inner, format!("stands twice in <{}>; keep one", name_of(node))));
@@ -263,12 +267,16 @@ fn check(node: Node, attributes: &[&str], children: &[&str]) -> Result<()> {
     Ok(())
 }
 
-fn check_attributes(node: Node, known: &[&str]) -> Result<()> {
+fn check_attributes(node: Node, known: &[&str], children: &[&str]) -> Result<()> {
     for attribute in node.attributes() {
         let name = attribute.name();
         if attribute.namespace().is_some() || !known.contains(&name) {
             let line = node.document().text_pos_at(attribute.range().start).row;
-            let problem = format!("unknown attribute \"{name}\"{}", suggestion(name, known));
+            let meant = match (nearest(name, known), nearest(name, children)) {
+                (None, Some(child)) => format!("; did you mean the element <{}>?", beside(node, child)),
+                _ => suggestion(name, known),
+            };
+            let problem = format!("unknown attribute \"{name}\"{meant}");
             return Err(PolicyError { line, ..error(node, problem) });
         }
     }

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The examples of `xml-schemas/`, read by the parser and checked by the grammar.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use ept_virt_core::policy::{Mode, NAMESPACE, Policy};
+use ept_virt_core::units::{Bytes, BytesPerSecond, Share};
+use proptest::prelude::*;
+
+fn schemas() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../xml-schemas")
+}
+
+/// The XML files of `examples/NAME`, with the expected message where one stands beside.
+fn examples(name: &str) -> Vec<(PathBuf, String, Option<String>)> {
+    let dir = schemas().join("examples").join(name);
+    let mut paths: Vec<PathBuf> = fs::read_dir(&dir)
+        .unwrap_or_else(|error| panic!("{}: {error}", dir.display()))
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "xml"))
+        .collect();
+    paths.sort();
+    assert!(!paths.is_empty(), "no example in {}", dir.display());
+    paths
+        .into_iter()
+        .map(|path| {
+            let xml = fs::read_to_string(&path).unwrap();
+            let message = fs::read_to_string(path.with_extension("message")).ok();
+            (path, xml, message.map(|message| message.trim_end().to_owned()))
+        })
+        .collect()
+}
+
+#[test]
+fn good_examples_are_read() {
+    for (path, xml, _) in examples("good") {
+        if let Err(error) = Policy::from_element_xml(&xml) {
+            panic!("{}: {error}", path.display());
+        }
+    }
+}
+
+#[test]
+fn bad_examples_get_the_message_beside_them() {
+    for (path, xml, message) in examples("bad").into_iter().chain(examples("bad-meaning")) {
+        let error = Policy::from_element_xml(&xml).expect_err(&path.display().to_string());
+        assert_eq!(Some(error.to_string()), message, "{}", path.display());
+    }
+}
+
+#[test]
+fn the_policy_is_found_beside_other_programs_metadata() {
+    for (path, xml, message) in examples("domain") {
+        let name = path.file_stem().unwrap().to_str().unwrap();
+        match (Policy::from_domain_xml(&xml), message) {
+            (Ok(None), None) => assert_eq!(name, "none"),
+            (Ok(Some(policy)), None) => {
+                let mut expected = Policy { mode: Mode::Place, ..Policy::default() };
+                expected.dram.share = Some(Share::from_percent(40));
+                assert_eq!(policy, expected, "{name}");
+            }
+            (Err(error), Some(message)) => assert_eq!(error.to_string(), message, "{name}"),
+            (found, message) => panic!("{name}: {found:?}, not {message:?}"),
+        }
+    }
+}
+
+#[test]
+fn the_grammar_agrees_with_the_parser() {
+    let grammar = schemas().join("placement.rng");
+    let valid = |path: &Path| {
+        let output = Command::new("xmllint").args(["--noout", "--relaxng"]).arg(&grammar).arg(path).output();
+        output.map(|output| (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned()))
+    };
+    if valid(&grammar).is_err() {
+        println!("SKIP the_grammar_agrees_with_the_parser: no xmllint; install libxml2-utils");
+        return;
+    }
+    // What the grammar can not express is good for it.
+    for (kind, expected) in [("good", true), ("bad-meaning", true), ("bad", false)] {
+        for (path, ..) in examples(kind) {
+            let (is_valid, log) = valid(&path).unwrap();
+            assert!(!log.contains("failed to compile"), "{log}");
+            assert_eq!(is_valid, expected, "{}: {log}", path.display());
+        }
+    }
+}
+
+#[test]
+fn every_value_arrives() {
+    let path = schemas().join("examples/good/everything.xml");
+    let policy = Policy::from_element_xml(&fs::read_to_string(path).unwrap()).unwrap();
+    assert_eq!((policy.mode, policy.required), (Mode::Place, true));
+    assert_eq!((policy.sampling.interval, policy.sampling.flush), (Duration::from_millis(500), false));
+    assert_eq!(policy.half_life, Duration::from_secs(300));
+    assert_eq!(policy.fast_nodes.unwrap().to_string(), "0");
+    assert_eq!(policy.slow_nodes.unwrap().to_string(), "1,4-5");
+    assert_eq!(policy.dram.share.unwrap().to_string(), "12.5%");
+    assert_eq!((policy.dram.min, policy.dram.max), (Some(Bytes(64 << 20)), Some(Bytes(4 << 30))));
+    assert_eq!(policy.migration.tolerance, Share::from_percent(5));
+    assert_eq!(policy.migration.delay, Duration::from_secs(2));
+    assert_eq!(policy.migration.bandwidth, BytesPerSecond(256 << 20));
+}
+
+#[test]
+fn a_policy_describes_itself_in_one_line() {
+    let describe = |name: &str| {
+        let path = schemas().join("examples/good").join(name);
+        Policy::from_element_xml(&fs::read_to_string(path).unwrap()).unwrap().describe()
+    };
+    assert_eq!(describe("minimal.xml"), "observe: harvest every 1 s, half-life 30 s; nothing is moved");
+    assert_eq!(describe("off.xml"), "off: neither observed nor moved");
+    assert_eq!(
+        describe("place-40-percent.xml"),
+        "place: harvest every 1 s, half-life 30 s; DRAM 40% of guest memory; \
+         demote after 5 s without access, at most 64 MiB/s, exchange from 10% of the heat scale apart"
+    );
+    assert_eq!(
+        describe("everything.xml"),
+        "place: harvest every 500 ms without TLB flush, half-life 5 min; DRAM 12.5% of guest memory, \
+         at least 64 MiB, at most 4 GiB on NUMA nodes 0, the rest on 1,4-5; \
+         demote after 2 s without access, at most 256 MiB/s, exchange from 5% of the heat scale apart"
+    );
+}
+
+#[test]
+fn the_dram_target_keeps_share_floor_and_ceiling() {
+    let target = |dram: &str, memory: u64| {
+        let xml = format!("<placement xmlns='{NAMESPACE}'>{dram}</placement>");
+        Policy::from_element_xml(&xml).unwrap().dram_target(Bytes(memory)).map(|bytes| bytes.0)
+    };
+    assert_eq!(target("", 1000), None);
+    assert_eq!(target("<dram share='100%'/>", 1000), None);
+    assert_eq!(target("<dram share='40%'/>", 1000), Some(400));
+    assert_eq!(target("<dram share='0%'/>", 1000), Some(0));
+    assert_eq!(target("<dram share='40%'><min unit='b'>600</min></dram>", 1000), Some(600));
+    assert_eq!(target("<dram share='40%'><min unit='b'>5000</min></dram>", 1000), None);
+    assert_eq!(target("<dram><max unit='b'>300</max></dram>", 1000), Some(300));
+    assert_eq!(target("<dram><max unit='b'>300</max></dram>", 200), None);
+}
+
+#[test]
+fn what_is_no_domain_is_an_error_with_a_line() {
+    for (xml, message) in [
+        ("", "line 1: the XML is not well-formed: the document does not have a root node"),
+        ("<network/>", "line 1, <network>: a domain's XML begins with <domain>"),
+    ] {
+        assert_eq!(Policy::from_domain_xml(xml).unwrap_err().to_string(), message);
+    }
+    // An entity bomb is refused before it unfolds.
+    let bomb = "<!DOCTYPE d [<!ENTITY a \"aaaa\"><!ENTITY b \"&a;&a;\">]><domain>&b;</domain>";
+    assert!(Policy::from_domain_xml(bomb).unwrap_err().to_string().contains("DTD"));
+}
+
+proptest! {
+    #[test]
+    fn any_text_is_read_without_panic(xml in ".{0,200}") {
+        let _ = Policy::from_domain_xml(&xml);
+    }
+
+    #[test]
+    fn any_attribute_is_read_without_panic(
+        element in "(sampling|dram|tiers|migration|dam|.{0,5})",
+        name in "[a-zé]{1,12}", value in "[^<&\"]{0,60}", text in "[^<&]{0,20}",
+    ) {
+        let xml = format!("<placement xmlns='{NAMESPACE}'><{element} {name}=\"{value}\"><min {name}=\"{value}\">{text}</min></{element}></placement>");
+        if let Err(error) = Policy::from_element_xml(&xml) {
+            prop_assert!(error.line >= 1);
+            prop_assert!(!error.problem.is_empty());
+        }
+    }
+}
