@@ -30,10 +30,18 @@ pub enum TopologyError {
     Malformed {
         /// The file.
         path: PathBuf,
-        /// What it holds, or the line that is missing.
+        /// What it holds.
         found: String,
         /// What was expected.
         expected: &'static str,
+    },
+    /// A file lacks a line.
+    #[error("{} has no line \"{line}\"", path.display())]
+    Missing {
+        /// The file.
+        path: PathBuf,
+        /// How the line begins.
+        line: &'static str,
     },
 }
 
@@ -69,7 +77,9 @@ impl Tiers {
         Ok(if slow.is_empty() || fast.is_empty() {
             let from = match with_memory.len() {
                 1 => "one tier: the host has one NUMA node with memory",
-                _ => "one tier: the kernel knows no slower memory tier, and no node is without CPUs",
+                _ => {
+                    "one tier: the kernel knows no slower memory tier, and no node with memory of its own is without CPUs"
+                }
             };
             Tiers { fast: with_memory, slow: NodeSet::default(), from: from.into() }
         } else {
@@ -118,11 +128,7 @@ pub fn node_memory(sys: &Path, node: u32) -> Result<NodeMemory, TopologyError> {
                 let mut words = line.split_whitespace().skip(2);
                 (words.next()? == name).then(|| words.next()?.parse::<u64>().ok()?.checked_mul(1024))?
             })
-            .ok_or_else(|| TopologyError::Malformed {
-                path: path.clone(),
-                found: text.lines().next().unwrap_or_default().into(),
-                expected: name,
-            })
+            .ok_or_else(|| TopologyError::Missing { path: path.clone(), line: name })
     };
     Ok(NodeMemory { total_bytes: field("MemTotal:")?, free_bytes: field("MemFree:")? })
 }
