@@ -18,7 +18,8 @@
  * KVM's mark on every entry that maps or links (SPTE_MMU_PRESENT_MASK). Empty
  * entries, MMIO entries and entries that KVM holds frozen do not have it.
  */
-#define KES_ENTRY_PRESENT	BIT_ULL(11)
+#define KES_ENTRY_PRESENT_NR	11
+#define KES_ENTRY_PRESENT	BIT_ULL(KES_ENTRY_PRESENT_NR)
 /* In a non-last-level table: the entry maps a huge page. Same bit in both. */
 #define KES_ENTRY_HUGE		BIT_ULL(7)
 
@@ -27,15 +28,15 @@
 
 /* Where the hardware writes accessed and dirty. */
 struct kes_entry_format {
-	u64 accessed;
-	u64 dirty;
+	u8 accessed_nr;
+	u8 dirty_nr;
 	u32 id;		/* KES_FORMAT_* */
 };
 
 #define KES_ENTRY_FORMAT_EPT { \
-	.accessed = BIT_ULL(8), .dirty = BIT_ULL(9), .id = KES_FORMAT_EPT }
+	.accessed_nr = 8, .dirty_nr = 9, .id = KES_FORMAT_EPT }
 #define KES_ENTRY_FORMAT_NPT { \
-	.accessed = BIT_ULL(5), .dirty = BIT_ULL(6), .id = KES_FORMAT_NPT }
+	.accessed_nr = 5, .dirty_nr = 6, .id = KES_FORMAT_NPT }
 
 /* Number of 4 KiB pages that one entry of @level spans; level 1 is the last. */
 static inline u64 kes_entry_pages(int level)
@@ -48,15 +49,20 @@ static inline unsigned int kes_entry_index(u64 gfn, int level)
 	return (gfn >> (KES_ENTRIES_SHIFT * (level - 1))) & (KES_ENTRIES - 1);
 }
 
-/* physical_mask leaves out the bits of memory encryption. */
+/* The bits of an entry that are an address; the one of memory encryption is not. */
+static inline u64 kes_entry_frame_mask(void)
+{
+	return physical_mask & PAGE_MASK;
+}
+
 static inline unsigned long kes_entry_pfn(u64 entry)
 {
-	return (entry & physical_mask & PAGE_MASK) >> PAGE_SHIFT;
+	return (entry & kes_entry_frame_mask()) >> PAGE_SHIFT;
 }
 
 static inline u64 *kes_entry_table(u64 entry)
 {
-	return __va((phys_addr_t)kes_entry_pfn(entry) << PAGE_SHIFT);
+	return __va(entry & kes_entry_frame_mask());
 }
 
 #endif /* KES_ENTRY_H */

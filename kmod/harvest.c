@@ -12,12 +12,13 @@
 #include <linux/bitops.h>
 #include <linux/ktime.h>
 #include <linux/mm.h>
-#include <linux/nodemask.h>
 #include <linux/sched/signal.h>
 #include <linux/uaccess.h>
 
 #include "compat.h"
+#include "gather.h"
 #include "harvest.h"
+#include "nodes.h"
 #include "vm.h"
 
 /* The walk of one chunk. */
@@ -25,64 +26,114 @@ struct kes_walk {
 	struct kvm *kvm;
 	struct kes_chunk *chunk;
 	struct kes_harvest_stats *stats;
-	nodemask_t nodes;
-	bool want_nodes;
-	u64 accessed;		/* bit of the entry format */
-	u64 dirty;		/* bit of the entry format */
-	u64 clear;		/* bits to clear in entries */
+	struct kes_gather gather;
+	struct kes_nodes nodes;
+	bool clear_accessed;
+	bool clear_dirty;
 	u64 gfn_start;
 	u64 gfn_end;
 };
 
 /*
- * Clears @bits in an entry that was read as @old. Another writer may get in
- * between: then the new value is taken as it is, a few times at most. Giving up
- * leaves the bits for the next harvest.
+ * Clears the bits @seen in an entry that was read as @old. Only bits that were
+ * reported: one that appears later stays for the next harvest. Another writer
+ * may get in between; then the new value is taken as it is, a few times at most.
  */
-static bool entry_clear(u64 *entry, u64 old, u64 bits)
+static bool entry_clear(u64 *entry, u64 old, u64 seen)
 {
 	int tries;
 
 	for (tries = 0; tries < 4; tries++) {
-		if (!(old & KES_ENTRY_PRESENT) || !(old & bits))
+		if (!(old & KES_ENTRY_PRESENT) || !(old & seen))
 			return false;
-		if (try_cmpxchg64(entry, &old, old & ~bits))
+		if (try_cmpxchg64(entry, &old, old & ~seen))
 			return true;
 	}
 	return false;
 }
 
-static bool pfn_on_nodes(const struct kes_walk *walk, unsigned long pfn)
+/*
+ * Clears what @bits says was seen. With clear_dirty the caller holds mmu_lock
+ * for read, which keeps each frame the guest's.
+ */
+static void entries_clear(struct kes_walk *walk, u64 *entry, const struct kes_bits *bits)
 {
-	return pfn_valid(pfn) && node_isset(page_to_nid(pfn_to_page(pfn)), walk->nodes);
+	const struct kes_entry_format *format = walk->gather.format;
+	u64 accessed = walk->clear_accessed ? bits->accessed : 0;
+	u64 dirty = walk->clear_dirty ? bits->dirty : 0;
+	u64 todo;
+
+	for (todo = accessed | dirty; todo; todo &= todo - 1) {
+		unsigned int i = __ffs64(todo);
+		u64 seen = (accessed >> i & 1) << format->accessed_nr;
+		u64 old = READ_ONCE(entry[i]);
+
+		if (!(old & KES_ENTRY_PRESENT))
+			continue;
+		if (dirty >> i & 1) {
+			/* First the word to the host, then the clearing: no gap. */
+			kes_compat_set_pfn_dirty(kes_entry_pfn(old));
+			seen |= BIT_ULL(format->dirty_nr);
+		}
+		walk->stats->entries_cleared += entry_clear(&entry[i], old, seen);
+	}
 }
 
-/* What up to 64 neighbouring pages showed. */
-struct kes_bits {
-	u64 accessed;
-	u64 dirty;
-	u64 mapped;
-	u64 on_nodes;
-};
+/* Which of @count entries that map something lie on the nodes asked for. */
+static u64 entries_on_nodes(const struct kes_walk *walk, const u64 *entry,
+			    unsigned int count, const struct kes_bits *bits)
+{
+	const struct kes_nodes *nodes = &walk->nodes;
+	struct kes_gather other = walk->gather;
+	u64 on_nodes = bits->in_range, todo;
+	unsigned int i;
+
+	if (nodes->by_page) {
+		for (todo = bits->mapped; todo; todo &= todo - 1) {
+			i = __ffs64(todo);
+			if (kes_nodes_has_pfn(nodes, kes_entry_pfn(READ_ONCE(entry[i]))))
+				on_nodes |= BIT_ULL(i);
+		}
+		return on_nodes;
+	}
+	/* The first range came with the other bits. */
+	for (i = 1; i < nodes->ranges; i++) {
+		other.range_start = nodes->range[i].start;
+		other.range_bytes = nodes->range[i].bytes;
+		on_nodes |= gather_entries(entry, count, &other).in_range;
+	}
+	return on_nodes;
+}
 
 /*
- * Adds @bits to word @word of the chunk's bitmaps. Several roots may map the
- * same page: each counts once.
+ * Adds what was gathered from GFN @gfn on to the chunk's bitmaps. Several roots
+ * may map the same page: each counts once.
  */
-static void chunk_add(struct kes_walk *walk, unsigned int word,
-		      const struct kes_bits *bits, u64 *mapped_stat)
+static void chunk_add(struct kes_walk *walk, u64 gfn, const struct kes_bits *bits,
+		      u64 on_nodes, u64 *mapped_stat)
 {
+	unsigned int offset = gfn - walk->gfn_start;
+	unsigned int word = offset / 64, shift = offset % 64;
+	u64 mapped = bits->mapped << shift, accessed = bits->accessed << shift;
+	u64 dirty = bits->dirty << shift;
 	struct kes_chunk *chunk = walk->chunk;
 	struct kes_harvest_stats *stats = walk->stats;
 
-	*mapped_stat += hweight64(bits->mapped & ~chunk->mapped[word]);
-	stats->accessed += hweight64(bits->accessed & ~chunk->accessed[word]);
-	stats->dirty += hweight64(bits->dirty & ~chunk->dirty[word]);
-	stats->on_nodes += hweight64(bits->on_nodes & ~chunk->on_nodes[word]);
-	chunk->mapped[word] |= bits->mapped;
-	chunk->accessed[word] |= bits->accessed;
-	chunk->dirty[word] |= bits->dirty;
-	chunk->on_nodes[word] |= bits->on_nodes;
+	on_nodes <<= shift;
+	*mapped_stat += hweight64(mapped & ~chunk->mapped[word]);
+	stats->accessed += hweight64(accessed & ~chunk->accessed[word]);
+	stats->dirty += hweight64(dirty & ~chunk->dirty[word]);
+	stats->on_nodes += hweight64(on_nodes & ~chunk->on_nodes[word]);
+	chunk->mapped[word] |= mapped;
+	chunk->accessed[word] |= accessed;
+	chunk->dirty[word] |= dirty;
+	chunk->on_nodes[word] |= on_nodes;
+}
+
+/* How many pages from @gfn on share its word of the bitmaps, up to @end. */
+static unsigned int word_pages(const struct kes_walk *walk, u64 gfn, u64 end)
+{
+	return min_t(u64, end - gfn, 64 - (gfn - walk->gfn_start) % 64);
 }
 
 static void chunk_set_level(struct kes_walk *walk, u64 gfn, u8 level)
@@ -94,66 +145,38 @@ static void chunk_set_level(struct kes_walk *walk, u64 gfn, u8 level)
 }
 
 /*
- * Reads @count (at most 64) entries; bit @shift stands for the first. When dirty
- * bits are to be cleared the caller holds mmu_lock for read, which keeps each
- * frame the guest's.
+ * Reads, and clears as asked, @count (1 to 64) entries. With clear_dirty the
+ * caller holds mmu_lock for read.
  */
-static void entries_read(struct kes_walk *walk, u64 *entry, unsigned int count,
-			 unsigned int shift, struct kes_bits *bits)
+static struct kes_bits entries_harvest(struct kes_walk *walk, u64 *entry,
+				       unsigned int count, bool clear)
 {
-	unsigned int i;
+	struct kes_bits bits = gather_entries(entry, count, &walk->gather);
 
-	for (i = 0; i < count; i++) {
-		u64 value = READ_ONCE(entry[i]);
-		u64 bit = 1ULL << (i + shift);
-		u64 clear;
-
-		if (!(value & KES_ENTRY_PRESENT))
-			continue;
-		bits->mapped |= bit;
-		if (value & walk->accessed)
-			bits->accessed |= bit;
-		if (value & walk->dirty)
-			bits->dirty |= bit;
-		if (walk->want_nodes && pfn_on_nodes(walk, kes_entry_pfn(value)))
-			bits->on_nodes |= bit;
-		/*
-		 * Only bits that were seen set: a dirty bit that appears later
-		 * stays, as the host has not been told of it.
-		 */
-		clear = value & walk->clear;
-		if (!clear)
-			continue;
-		/* First the word to the host, then the clearing: no gap. */
-		if (clear & walk->dirty)
-			kes_compat_set_pfn_dirty(kes_entry_pfn(value));
-		if (entry_clear(&entry[i], value, clear))
-			walk->stats->entries_cleared++;
-	}
 	walk->stats->entries_read += count;
+	if (clear && (walk->clear_accessed || walk->clear_dirty))
+		entries_clear(walk, entry, &bits);
+	return bits;
 }
 
 /* The entries of a last-level table for GFNs [gfn, end). */
-static void table_read(struct kes_walk *walk, u64 *table, u64 gfn, u64 end)
+static void table_harvest(struct kes_walk *walk, u64 *table, u64 gfn, u64 end)
 {
-	bool lock = walk->clear & walk->dirty;
 	u64 mapped = walk->stats->mapped_4k;
 
-	if (lock)
+	if (walk->clear_dirty)
 		read_lock(&walk->kvm->mmu_lock);
 	while (gfn < end) {
-		unsigned int offset = gfn - walk->gfn_start;
-		unsigned int shift = offset % 64;
-		unsigned int count = min_t(u64, end - gfn, 64 - shift);
-		struct kes_bits bits = {};
+		u64 *entry = &table[kes_entry_index(gfn, PG_LEVEL_4K)];
+		unsigned int count = word_pages(walk, gfn, end);
+		struct kes_bits bits = entries_harvest(walk, entry, count, true);
 
-		entries_read(walk, &table[kes_entry_index(gfn, PG_LEVEL_4K)],
-			     count, shift, &bits);
 		if (bits.mapped)
-			chunk_add(walk, offset / 64, &bits, &walk->stats->mapped_4k);
+			chunk_add(walk, gfn, &bits, entries_on_nodes(walk, entry, count, &bits),
+				  &walk->stats->mapped_4k);
 		gfn += count;
 	}
-	if (lock)
+	if (walk->clear_dirty)
 		read_unlock(&walk->kvm->mmu_lock);
 	if (walk->stats->mapped_4k != mapped)
 		chunk_set_level(walk, end - 1, KES_LEVEL_4K);
@@ -161,40 +184,35 @@ static void table_read(struct kes_walk *walk, u64 *table, u64 gfn, u64 end)
 
 /*
  * A huge entry that maps GFNs [gfn, end) and perhaps more: its one accessed and
- * one dirty bit stand for all of them. An entry of 1 GiB spans several chunks;
- * its bits are cleared with the last page, or the later chunks would not see
- * them.
+ * one dirty bit stand for all of them. They are cleared with the last page: an
+ * entry of 1 GiB spans several chunks, and the later ones must see them too.
  */
-static void huge_read(struct kes_walk *walk, u64 *entry, int level, u64 gfn, u64 end)
+static void huge_harvest(struct kes_walk *walk, u64 *entry, int level, u64 gfn, u64 end)
 {
-	u64 *mapped = level == PG_LEVEL_2M ? &walk->stats->mapped_2m : &walk->stats->mapped_1g;
-	u64 pages = kes_entry_pages(level), clear = walk->clear;
-	bool lock = clear & walk->dirty;
-	struct kes_bits one = {};
+	bool huge_2m = level == PG_LEVEL_2M;
+	struct kes_bits one;
+	u64 on_nodes;
 
-	if (!IS_ALIGNED(end, pages))
-		walk->clear = 0;
-	if (lock)
+	if (walk->clear_dirty)
 		read_lock(&walk->kvm->mmu_lock);
-	entries_read(walk, entry, 1, 0, &one);
-	if (lock)
+	one = entries_harvest(walk, entry, 1, IS_ALIGNED(end, kes_entry_pages(level)));
+	on_nodes = entries_on_nodes(walk, entry, 1, &one);
+	if (walk->clear_dirty)
 		read_unlock(&walk->kvm->mmu_lock);
-	walk->clear = clear;
 	if (!one.mapped)
 		return;
 	while (gfn < end) {
-		unsigned int offset = gfn - walk->gfn_start;
-		unsigned int count = min_t(u64, end - gfn, 64 - offset % 64);
-		u64 mask = (~0ULL >> (64 - count)) << (offset % 64);
+		unsigned int count = word_pages(walk, gfn, end);
+		u64 all = ~0ULL >> (64 - count);
 		struct kes_bits bits = {
-			.mapped = mask,
-			.accessed = one.accessed ? mask : 0,
-			.dirty = one.dirty ? mask : 0,
-			.on_nodes = one.on_nodes ? mask : 0,
+			.mapped = all,
+			.accessed = one.accessed ? all : 0,
+			.dirty = one.dirty ? all : 0,
 		};
 
-		chunk_add(walk, offset / 64, &bits, mapped);
-		chunk_set_level(walk, gfn, level == PG_LEVEL_2M ? KES_LEVEL_2M : KES_LEVEL_1G);
+		chunk_add(walk, gfn, &bits, on_nodes ? all : 0,
+			  huge_2m ? &walk->stats->mapped_2m : &walk->stats->mapped_1g);
+		chunk_set_level(walk, gfn, huge_2m ? KES_LEVEL_2M : KES_LEVEL_1G);
 		gfn += count;
 	}
 }
@@ -224,9 +242,9 @@ static void root_walk(struct kes_walk *walk, const struct kes_root *root)
 		next = min(end, ALIGN_DOWN(gfn, kes_entry_pages(max(level, PG_LEVEL_2M))) +
 				kes_entry_pages(max(level, PG_LEVEL_2M)));
 		if (level == PG_LEVEL_4K)
-			table_read(walk, table, gfn, next);
+			table_harvest(walk, table, gfn, next);
 		else if (value & KES_ENTRY_PRESENT)
-			huge_read(walk, entry, level, gfn, next);
+			huge_harvest(walk, entry, level, gfn, next);
 		else
 			walk->stats->entries_read++;
 		gfn = next;
@@ -313,19 +331,37 @@ static int harvest_check(const struct kes_harvest *arg)
 }
 
 /* Nodes past this kernel's MAX_NUMNODES do not exist: no page lies on them. */
-static int harvest_nodes(const struct kes_harvest *arg, nodemask_t *nodes)
+static int harvest_nodes(const struct kes_harvest *arg, struct kes_nodes *nodes)
 {
 	const u64 __user *from = u64_to_user_ptr(arg->nodes);
 	unsigned int i;
 	u64 word;
 
-	nodes_clear(*nodes);
+	nodes_clear(nodes->mask);
 	for (i = 0; i < arg->nodes_bits; i++) {
 		if (i % 64 == 0 && get_user(word, from + i / 64))
 			return -EFAULT;
 		if (i < MAX_NUMNODES && (word >> (i % 64)) & 1)
-			node_set(i, *nodes);
+			node_set(i, nodes->mask);
 	}
+	kes_nodes_init(nodes);
+	return 0;
+}
+
+static int walk_init(struct kes_walk *walk, const struct kes_harvest *arg)
+{
+	int ret = harvest_check(arg);
+
+	if (!ret && arg->on_nodes)
+		ret = harvest_nodes(arg, &walk->nodes);
+	if (ret)
+		return ret;
+	walk->clear_accessed = arg->flags & KES_HARVEST_CLEAR_ACCESSED;
+	walk->clear_dirty = arg->flags & KES_HARVEST_CLEAR_DIRTY;
+	walk->gather.want_dirty = arg->dirty || walk->clear_dirty;
+	walk->gather.want_range = walk->nodes.ranges && !walk->nodes.by_page;
+	walk->gather.range_start = walk->nodes.range[0].start;
+	walk->gather.range_bytes = walk->nodes.range[0].bytes;
 	return 0;
 }
 
@@ -338,22 +374,12 @@ long kes_harvest(struct kvm *kvm, const struct kes_entry_format *format,
 		.kvm = kvm,
 		.chunk = &harvester->chunk,
 		.stats = &arg->stats,
-		.want_nodes = arg->on_nodes,
-		.accessed = format->accessed,
-		.dirty = format->dirty,
+		.gather.format = format,
 	};
-	int ret;
+	int ret = walk_init(&walk, arg);
 
-	ret = harvest_check(arg);
-	if (!ret && walk.want_nodes)
-		ret = harvest_nodes(arg, &walk.nodes);
 	if (ret)
 		return ret;
-	if (arg->flags & KES_HARVEST_CLEAR_ACCESSED)
-		walk.clear |= format->accessed;
-	if (arg->flags & KES_HARVEST_CLEAR_DIRTY)
-		walk.clear |= format->dirty;
-
 	memset(&arg->stats, 0, sizeof(arg->stats));
 	end = arg->gfn_start + arg->gfn_count;
 	for (arg->gfn_next = arg->gfn_start; arg->gfn_next < end; arg->gfn_next = next) {

@@ -193,8 +193,8 @@ struct kes_harvest_stats {
 	__u64 mapped_2m;	/* pages mapped by 2 MiB entries */
 	__u64 mapped_1g;	/* pages mapped by 1 GiB entries */
 	__u64 accessed;		/* pages with the accessed bit */
-	__u64 dirty;		/* pages with the dirty bit */
-	__u64 on_nodes;		/* pages on @nodes */
+	__u64 dirty;		/* pages with the dirty bit, if asked for */
+	__u64 on_nodes;		/* pages on @nodes, if asked for */
 	__u64 entries_read;	/* leaf and non-leaf entries looked at */
 	__u64 entries_cleared;	/* entries in which a bit was cleared */
 	__u64 time_ns;		/* spent walking and flushing */

@@ -1,0 +1,97 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * The inner loop of the harvest: up to 64 neighbouring entries become one word
+ * of each bitmap. Everything else happens a word at a time, so what stands here
+ * is what a harvest costs.
+ */
+#ifndef KES_GATHER_H
+#define KES_GATHER_H
+
+#include "entry.h"
+
+/* Bit i stands for the i-th entry. */
+struct kes_bits {
+	u64 mapped;
+	u64 accessed;
+	u64 dirty;
+	u64 in_range;
+};
+
+/* What to gather, besides mapped and accessed. */
+struct kes_gather {
+	const struct kes_entry_format *format;
+	bool want_dirty;
+	bool want_range;
+	u64 range_start;	/* physical address */
+	u64 range_bytes;
+};
+
+/*
+ * Shifts bit @nr of @value into @word from below, through the carry flag: two
+ * instructions, where compilers make four of the same in C.
+ */
+static __always_inline u64 gather_bit(u64 word, u64 value, u64 nr)
+{
+	asm("btq %[nr], %[value]\n\t"
+	    "adcq %[word], %[word]"
+	    : [word] "+r" (word)
+	    : [value] "r" (value), [nr] "rJ" (nr)
+	    : "cc");
+	return word;
+}
+
+/* As gather_bit() for the bit "@value is below @limit". */
+static __always_inline u64 gather_below(u64 word, u64 value, u64 limit)
+{
+	asm("cmpq %[limit], %[value]\n\t"
+	    "adcq %[word], %[word]"
+	    : [word] "+r" (word)
+	    : [value] "r" (value), [limit] "r" (limit)
+	    : "cc");
+	return word;
+}
+
+/* Constant @dirty and @range make four loops of this one. */
+static __always_inline struct kes_bits
+gather_loop(const u64 *entry, unsigned int count, const struct kes_gather *what,
+	    bool dirty, bool range)
+{
+	const u64 accessed_nr = what->format->accessed_nr, dirty_nr = what->format->dirty_nr;
+	const u64 start = what->range_start, bytes = what->range_bytes;
+	const u64 frame = kes_entry_frame_mask();
+	u64 mapped = 0, accessed = 0, dirtied = 0, in_range = 0;
+	const u64 *at = entry + count;
+
+	/* Downwards, as each bit pushes the ones before it up. */
+	#pragma GCC unroll 8
+	while (at != entry) {
+		u64 value = READ_ONCE(*--at);
+
+		mapped = gather_bit(mapped, value, KES_ENTRY_PRESENT_NR);
+		accessed = gather_bit(accessed, value, accessed_nr);
+		if (dirty)
+			dirtied = gather_bit(dirtied, value, dirty_nr);
+		if (range)
+			in_range = gather_below(in_range, (value & frame) - start, bytes);
+	}
+	/* The other bits of an entry that maps nothing mean something else. */
+	return (struct kes_bits){
+		.mapped = mapped,
+		.accessed = accessed & mapped,
+		.dirty = dirtied & mapped,
+		.in_range = in_range & mapped,
+	};
+}
+
+/* Reads @count (1 to 64) entries. */
+static __always_inline struct kes_bits
+gather_entries(const u64 *entry, unsigned int count, const struct kes_gather *what)
+{
+	if (what->want_dirty)
+		return what->want_range ? gather_loop(entry, count, what, true, true) :
+					  gather_loop(entry, count, what, true, false);
+	return what->want_range ? gather_loop(entry, count, what, false, true) :
+				  gather_loop(entry, count, what, false, false);
+}
+
+#endif /* KES_GATHER_H */
