@@ -69,7 +69,7 @@ pub struct HeatMap {
     params: HeatParams,
     pages: usize,
     /// One for each page, up to a whole number of words of a bitmap; those past
-    /// the last page stay 0.
+    /// the last page stay cold.
     cells: Vec<u16>,
     /// Accesses that the temperature does not know yet; empty until needed.
     pending: Vec<u64>,
@@ -91,12 +91,13 @@ pub struct ClassCounts {
 }
 
 impl HeatMap {
-    /// A map of `pages` pages, all cold and idle.
+    /// A map of `pages` pages, all cold. None is idle yet: that takes as long as
+    /// after an access, for nothing is known of the time before.
     pub fn new(pages: usize, params: HeatParams) -> Self {
         HeatMap {
             params,
             pages,
-            cells: vec![0; bitmap::words_for(pages) * WORD_BITS],
+            cells: vec![IDLE_COUNT; bitmap::words_for(pages) * WORD_BITS],
             pending: Vec::new(),
             pending_time: Duration::ZERO,
             since_countdown: Duration::ZERO,

@@ -108,14 +108,15 @@ proptest! {
         let delay = Duration::from_millis(delay_ms);
         let params = HeatParams { half_life: Duration::from_millis(half_life_ms), delay };
         let mut heat = HeatMap::new(1, params);
-        let mut since_access = None;
+        // A new map knows nothing, so it starts as after an access.
+        let mut since_access = Duration::ZERO;
         let mut longest_round = Duration::ZERO;
         for (accessed, ms) in history {
             let dt = Duration::from_millis(ms);
             longest_round = longest_round.max(dt);
             heat.step(&[u64::from(accessed)], dt);
-            since_access = if accessed { Some(Duration::ZERO) } else { since_access.map(|time| time + dt) };
-            let Some(time) = since_access else { continue };
+            let time = if accessed { Duration::ZERO } else { since_access + dt };
+            since_access = time;
             if heat.is_idle(0) {
                 prop_assert!(time >= delay && !accessed, "idle after {time:?}");
             }
