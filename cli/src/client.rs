@@ -40,9 +40,13 @@ pub fn map(path: &Path, domain: &str) -> Result<MemoryMap, Failure> {
     }
 }
 
-/// Sends one request and reads its answer; an error in it is a [`Failure`].
 fn ask(path: &Path, command: Command) -> Result<Reply, Failure> {
-    let line = exchange(path, &command).map_err(|error| explain(path, &error))?;
+    ask_within(path, command, ANSWER_TIMEOUT)
+}
+
+/// Sends one request and reads its answer; an error in it is a [`Failure`].
+fn ask_within(path: &Path, command: Command, timeout: Duration) -> Result<Reply, Failure> {
+    let line = exchange(path, command, timeout).map_err(|error| explain(path, timeout, &error))?;
     let response: Response = serde_json::from_slice(&line).map_err(|error| {
         Failure::refused(format!(
             "the answer of the daemon at {} is not understood ({error})",
@@ -60,10 +64,10 @@ fn ask(path: &Path, command: Command) -> Result<Reply, Failure> {
     }
 }
 
-fn exchange(path: &Path, command: &Command) -> io::Result<Vec<u8>> {
-    let deadline = Instant::now() + ANSWER_TIMEOUT;
+fn exchange(path: &Path, command: Command, timeout: Duration) -> io::Result<Vec<u8>> {
+    let deadline = Instant::now() + timeout;
     let mut stream = open(path, deadline)?;
-    let mut line = serde_json::to_vec(&Request { v: PROTOCOL_VERSION, command: command.clone() })?;
+    let mut line = serde_json::to_vec(&Request { v: PROTOCOL_VERSION, command })?;
     line.push(b'\n');
     stream.set_write_timeout(Some(left(deadline)?))?;
     stream.write_all(&line)?;
@@ -118,7 +122,7 @@ fn left(deadline: Instant) -> io::Result<Duration> {
     }
 }
 
-fn explain(path: &Path, error: &io::Error) -> Failure {
+fn explain(path: &Path, timeout: Duration, error: &io::Error) -> Failure {
     let at = path.display();
     match error.kind() {
         Io::NotFound | Io::ConnectionRefused => Failure::unreachable(format!("no daemon listens at {at}"))
@@ -126,8 +130,7 @@ fn explain(path: &Path, error: &io::Error) -> Failure {
         Io::PermissionDenied => Failure::unreachable(format!("not permitted to ask the daemon at {at}"))
             .hint("run this command as root"),
         Io::TimedOut | Io::WouldBlock => {
-            let seconds = ANSWER_TIMEOUT.as_secs();
-            Failure::unreachable(format!("the daemon at {at} did not answer within {seconds} s"))
+            Failure::unreachable(format!("the daemon at {at} did not answer within {timeout:?}"))
                 .hint("look at `systemctl status ept-virt` and `journalctl -u ept-virt`")
         }
         Io::UnexpectedEof | Io::ConnectionReset | Io::BrokenPipe => {
@@ -158,4 +161,115 @@ fn misfit(reply: &Reply) -> Failure {
         Reply::Error(_) => "error",
     };
     Failure::refused(format!("the daemon gave an answer of another kind ({kind})"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+    use std::path::PathBuf;
+    use std::process;
+
+    const SHORT: Duration = Duration::from_millis(300);
+
+    /// A socket of its own for each test; removed with the value.
+    struct Fake(PathBuf);
+
+    impl Drop for Fake {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_file(&self.0);
+        }
+    }
+
+    impl Fake {
+        fn path(name: &str) -> Self {
+            Fake(std::env::temp_dir().join(format!("ept-virt-client-{}-{name}.sock", process::id())))
+        }
+
+        /// Answers one request with `answer` as it stands.
+        fn answering(name: &str, answer: impl Into<Vec<u8>>) -> Self {
+            let fake = Fake::path(name);
+            let listener = UnixListener::bind(&fake.0).unwrap();
+            let answer = answer.into();
+            thread::spawn(move || {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut request = [0; 4096];
+                let _ = stream.read(&mut request).unwrap();
+                let _ = stream.write_all(&answer);
+            });
+            fake
+        }
+
+        fn failure(&self) -> String {
+            let command = Command::Status { domain: None };
+            let message = ask_within(&self.0, command, SHORT).unwrap_err().to_string();
+            message.replace(self.0.to_str().unwrap(), "SOCKET")
+        }
+    }
+
+    #[test]
+    fn an_answer_of_many_reads_arrives_whole() {
+        let name = "x".repeat(300_000);
+        let answer = format!("{{\"v\":1,\"reply\":\"map\",\"name\":\"{name}\",\"round\":7,\"runs\":[]}}\n");
+        let fake = Fake::answering("whole", answer);
+        assert_eq!(map(&fake.0, "x").unwrap().name.len(), name.len());
+    }
+
+    #[test]
+    fn without_a_daemon_it_says_how_to_start_one() {
+        let expected = "no daemon listens at SOCKET: start it with `systemctl start ept-virt`, \
+                        or `ept-virt daemon`, or give its --socket";
+        let fake = Fake::path("nobody");
+        assert_eq!(fake.failure(), expected);
+        // A socket that a killed daemon left behind.
+        drop(UnixListener::bind(&fake.0).unwrap());
+        assert_eq!(fake.failure(), expected);
+    }
+
+    #[test]
+    fn a_daemon_that_hangs_does_not_hang_its_client() {
+        let fake = Fake::path("hangs");
+        let listener = UnixListener::bind(&fake.0).unwrap();
+        let started = Instant::now();
+        let message = "the daemon at SOCKET did not answer within 300ms: \
+                       look at `systemctl status ept-virt` and `journalctl -u ept-virt`";
+        assert_eq!(fake.failure(), message);
+        // Its queue full, even a connect would block.
+        // SAFETY: listen on a socket that this test owns only changes the length of its queue.
+        assert_eq!(unsafe { nix::libc::listen(listener.as_raw_fd(), 0) }, 0);
+        let _waiting: Vec<_> =
+            (0..4).map(|_| open(&fake.0, Instant::now() + Duration::from_millis(20))).collect();
+        assert_eq!(fake.failure(), message);
+        assert!(started.elapsed() < SHORT * 10);
+    }
+
+    #[test]
+    fn broken_answers_are_told_apart() {
+        for (name, answer, message) in [
+            (
+                "closes",
+                "",
+                "the daemon at SOCKET closed the connection before it answered: look at `journalctl -u ept-virt`",
+            ),
+            (
+                "other-version",
+                "{\"v\":9,\"reply\":\"done\"}\n",
+                "the daemon speaks version 9 of the protocol, this program version 1: \
+                 restart the daemon after an upgrade: systemctl restart ept-virt",
+            ),
+            (
+                "error",
+                "{\"v\":1,\"reply\":\"error\",\"kind\":\"no-domain\",\"message\":\"no\",\"hint\":\"look\"}\n",
+                "no: look",
+            ),
+        ] {
+            assert_eq!(Fake::answering(name, answer).failure(), message);
+        }
+        assert!(Fake::answering("garbage", "}\n").failure().contains("is not understood"));
+        let long = vec![b'x'; MAX_LINE_BYTES + 100_000];
+        assert!(Fake::answering("long", long).failure().contains("is longer than"));
+        let fake = Fake::answering("misfit", "{\"v\":1,\"reply\":\"done\"}\n");
+        let message = status(&fake.0, None).unwrap_err().to_string();
+        assert_eq!(message, "the daemon gave an answer of another kind (done)");
+    }
 }

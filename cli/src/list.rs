@@ -8,7 +8,8 @@ use serde::Serialize;
 use crate::status::state_word;
 use crate::style::{Style, harmless};
 
-/// One domain of `list --json`.
+/// One domain of `list --json`: a part of what `status --json` tells, under the
+/// same names.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Entry<'a> {
     name: &'a str,
@@ -17,7 +18,6 @@ pub struct Entry<'a> {
     state: DomainState,
     memory_bytes: u64,
     /// None before the first round.
-    #[serde(flatten)]
     round: Option<Figures>,
 }
 
@@ -66,7 +66,7 @@ pub fn render(status: &Status, style: &Style) -> String {
             harmless(&domain.name),
             state_word(domain.state).into(),
             domain.pid.map_or("-".into(), |pid| pid.to_string()),
-            size(Some(domain.memory_bytes)),
+            size(Some(domain.memory_bytes).filter(|bytes| *bytes > 0)),
             size(round.map(|round| round.hot_bytes)),
             size(round.map(|round| round.warm_bytes)),
             size(round.map(|round| round.cold_bytes)),

@@ -5,6 +5,8 @@
 mod client;
 mod daemon;
 mod failure;
+#[cfg(test)]
+mod golden;
 mod list;
 mod map;
 mod status;

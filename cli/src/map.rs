@@ -50,7 +50,10 @@ fn picture(runs: &[MapRun], style: &Style) -> String {
     for (cells, starts) in cells.chunks(columns).zip(starts.chunks(columns)) {
         let (heat, tier) = strip::rows(cells, style);
         let start = starts.first().copied().unwrap_or(0).saturating_mul(PAGE_BYTES);
-        text += &format!("{start:>#ADDRESS$x}  {heat}\n{:ADDRESS$}  {}\n", "", tier.trim_end());
+        for line in [format!("{start:>#ADDRESS$x}  {heat}"), format!("{:ADDRESS$}  {tier}", "")] {
+            text += line.trim_end();
+            text.push('\n');
+        }
     }
     let each = Bytes::of_pages(total / cells.len().max(1) as u64);
     text + &format!("each mark {each}; {}\n", strip::legend(style))

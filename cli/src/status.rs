@@ -13,6 +13,9 @@ use crate::style::{Style, harmless};
 /// Width of the first column.
 const LABEL: usize = 10;
 
+/// Columns before a value.
+const INDENT: usize = LABEL + 3;
+
 /// The daemon and all its domains.
 pub fn render(status: &Status, style: &Style) -> String {
     let mut page = Page::new(style);
@@ -24,7 +27,7 @@ pub fn render(status: &Status, style: &Style) -> String {
     page.text + &render_domains(status, style)
 }
 
-/// The domains alone; warnings about the host come last.
+/// The domains alone.
 pub fn render_domains(status: &Status, style: &Style) -> String {
     let mut page = Page::new(style);
     for domain_status in &status.domains {
@@ -66,16 +69,26 @@ impl<'a> Page<'a> {
 
     /// A line with a name before it. `value` may hold what others wrote.
     fn field(&mut self, label: &str, value: &str) {
-        self.raw_field(label, &harmless(value));
+        self.painted_field(label, value, "0");
     }
 
-    /// As [`Page::field`], painted as something that wants attention.
+    /// As [`Page::field`], for what wants attention.
     fn alert(&mut self, label: &str, value: &str) {
-        self.raw_field(label, &self.style.paint("33", &harmless(value)));
+        self.painted_field(label, value, "33");
     }
 
-    /// As [`Page::field`], for a value with colour in it.
-    fn raw_field(&mut self, label: &str, value: &str) {
+    fn painted_field(&mut self, label: &str, value: &str, sgr: &str) {
+        let room = if self.style.wrap { self.style.width.saturating_sub(INDENT) } else { usize::MAX };
+        let mut label = label;
+        for line in wrapped(&harmless(value), room) {
+            let line = if sgr == "0" { line } else { self.style.paint(sgr, &line) };
+            self.drawn_field(label, &line);
+            label = "";
+        }
+    }
+
+    /// A line with a name before it, for a value that has its colours already.
+    fn drawn_field(&mut self, label: &str, value: &str) {
         self.line(&format!("  {label:<LABEL$} {value}"));
     }
 }
@@ -126,8 +139,10 @@ fn domain(page: &mut Page, domain: &DomainStatus) {
     if let Some(error) = &domain.policy_error {
         page.alert("", &format!("the domain's own policy is not in force: {error}"));
     }
-    let slots = counted(domain.slots.into(), "slot");
-    page.field("memory", &format!("{} in {slots}", Bytes(domain.memory_bytes)));
+    if domain.slots > 0 {
+        let slots = counted(domain.slots.into(), "slot");
+        page.field("memory", &format!("{} in {slots}", Bytes(domain.memory_bytes)));
+    }
     match &domain.round {
         Some(round_status) => {
             round(page, domain.memory_bytes, round_status);
@@ -210,15 +225,32 @@ fn moves(page: &mut Page, moves: &MoveTotals) {
 }
 
 fn picture(page: &mut Page, domain: &DomainStatus) {
-    let cells = strip::fit(&domain.strip, page.style.width.saturating_sub(LABEL + 3));
+    let cells = strip::fit(&domain.strip, page.style.width.saturating_sub(INDENT));
     if cells.is_empty() {
         return;
     }
     let (heat, tier) = strip::rows(&cells, page.style);
-    page.raw_field("", &heat);
-    page.raw_field("", &tier);
+    page.drawn_field("picture", &heat);
+    page.drawn_field("", &tier);
     let each = Bytes(domain.memory_bytes / cells.len() as u64);
-    page.raw_field("", &format!("each mark {each}, low addresses left; {}", strip::legend(page.style)));
+    page.drawn_field("", &format!("each mark {each}, low addresses left"));
+    page.drawn_field("", &strip::legend(page.style));
+}
+
+/// `text` in lines of at most `room` letters, broken between words.
+fn wrapped(text: &str, room: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in text.split(' ') {
+        let last = lines.len() - 1;
+        let used = lines[last].chars().count();
+        if used > 0 && used + 1 + word.chars().count() > room {
+            lines.push(word.into());
+        } else {
+            let space = if used > 0 { " " } else { "" };
+            lines[last] += &format!("{space}{word}");
+        }
+    }
+    lines
 }
 
 /// `32 MiB (20% of memory)`.

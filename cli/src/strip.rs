@@ -124,7 +124,7 @@ mod tests {
 
     #[test]
     fn colour_ends_where_it_began() {
-        let style = Style { color: true, unicode: true, width: 80 };
+        let style = Style { color: true, ..Style::PLAIN };
         let (heat, tier) = rows(&[cell(255, 0, 255)], &style);
         assert_eq!((heat.as_str(), tier.as_str()), ("\x1b[48;5;226m \x1b[0m", "\x1b[32mD\x1b[0m"));
     }

@@ -27,14 +27,16 @@ pub struct Style {
     pub unicode: bool,
     /// Columns.
     pub width: usize,
+    /// Break long lines; text for programs keeps them whole.
+    pub wrap: bool,
 }
 
 impl Style {
     /// Narrowest and widest line; a picture of the memory gains nothing beyond.
     const WIDTHS: (usize, usize) = (40, 160);
 
-    /// No colour, ASCII, 80 columns.
-    pub const PLAIN: Style = Style { color: false, unicode: false, width: 80 };
+    /// No colour, ASCII, pictures of 80 columns.
+    pub const PLAIN: Style = Style { color: false, unicode: false, width: 80, wrap: false };
 
     /// The style of standard output.
     pub fn of_stdout(choice: ColorChoice) -> Self {
@@ -55,7 +57,7 @@ impl Style {
             .or_else(|| env::var("COLUMNS").ok()?.parse().ok())
             .unwrap_or(Style::PLAIN.width)
             .clamp(Style::WIDTHS.0, Style::WIDTHS.1);
-        Style { color, unicode, width }
+        Style { color, unicode, width, wrap: terminal }
     }
 
     /// `text` with an SGR sequence around it, as "1" for bold.

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The program as a shell sees it: exit codes, closed pipes, colour.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::thread;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_ept-virt");
+
+fn fixture(name: &str) -> String {
+    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)).unwrap()
+}
+
+/// A daemon that answers every request with one line made of a fixture.
+struct Daemon(PathBuf);
+
+impl Daemon {
+    fn answering(name: &str, reply: &str, json: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("ept-virt-command-{}-{name}.sock", std::process::id()));
+        let listener = UnixListener::bind(&path).unwrap();
+        let mut answer: serde_json::Value = serde_json::from_str(json).unwrap();
+        answer["v"] = 1.into();
+        answer["reply"] = reply.into();
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = BufReader::new(stream.unwrap());
+                let mut request = String::new();
+                stream.read_line(&mut request).unwrap();
+                let _ = writeln!(stream.get_mut(), "{answer}");
+            }
+        });
+        Daemon(path)
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(PROGRAM);
+        command.arg("--socket").arg(&self.0).args(args).stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        self.command(args).output().unwrap()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).unwrap()
+}
+
+#[test]
+fn output_into_a_pipe_is_plain_and_json_is_one_line() {
+    let daemon = Daemon::answering("plain", "status", &fixture("busy.json"));
+    let output = daemon.run(&["status"]);
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(text(&output.stdout), fixture("busy-status.txt"));
+    assert_eq!(text(&daemon.run(&["list"]).stdout), fixture("busy-list.txt"));
+
+    let json = daemon.run(&["status", "--json"]).stdout;
+    assert_eq!(text(&json).lines().count(), 1);
+    let same = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+    assert_eq!(same(text(&json)), same(&fixture("busy.json")));
+    assert_eq!(same(text(&daemon.run(&["list", "--json"]).stdout)), same(&fixture("busy-list.json")));
+}
+
+#[test]
+fn a_map_is_shown_and_colour_can_be_forced() {
+    let daemon = Daemon::answering("map", "map", &fixture("map.json"));
+    assert_eq!(text(&daemon.run(&["map", "web-1"]).stdout), fixture("map.txt"));
+    let forced = daemon.run(&["map", "web-1", "--color", "always"]).stdout;
+    assert!(text(&forced).contains("\x1b[48;5;226m"));
+}
+
+#[test]
+fn failures_have_their_exit_codes_and_say_what_to_do() {
+    let error = r#"{"kind":"no-domain","message":"no domain is called \"x\""}"#;
+    let daemon = Daemon::answering("codes", "error", error);
+    let output = daemon.run(&["status", "x"]);
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(1), ""));
+    assert_eq!(
+        text(&output.stderr),
+        "ept-virt: no domain is called \"x\": `ept-virt list` shows the running domains\n"
+    );
+
+    let nobody = Command::new(PROGRAM).args(["--socket", "/nonexistent/socket", "list"]).output().unwrap();
+    assert_eq!(nobody.status.code(), Some(2));
+    assert!(text(&nobody.stderr).contains("systemctl start ept-virt"));
+
+    assert_eq!(daemon.run(&["sttaus"]).status.code(), Some(2));
+    assert_eq!(daemon.run(&["--help"]).status.code(), Some(0));
+    assert!(text(&daemon.run(&["--help"]).stdout).contains("Exit codes:"));
+}
+
+#[test]
+fn a_reader_that_leaves_early_is_no_failure() {
+    let mut json: serde_json::Value = serde_json::from_str(&fixture("map.json")).unwrap();
+    // More than a pipe holds.
+    let run = json["runs"][0].clone();
+    json["runs"] = vec![run; 20_000].into();
+    let daemon = Daemon::answering("pipe", "map", &json.to_string());
+    let mut child =
+        daemon.command(&["map", "x"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut first = [0; 10];
+    child.stdout.take().unwrap().read_exact(&mut first).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), ""));
+}
