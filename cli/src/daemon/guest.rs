@@ -60,7 +60,8 @@ impl Moves {
             _ => (Place::Fast, self.promote.get(self.done - self.demote.len()..).unwrap_or_default()),
         };
         let mut left = bytes;
-        let fits = |unit: &&MoveUnit| left.checked_sub(unit_bytes(unit)).inspect(|rest| left = *rest).is_some();
+        let fits =
+            |unit: &&MoveUnit| left.checked_sub(unit_bytes(unit)).inspect(|rest| left = *rest).is_some();
         let count = rest.iter().take(BATCH_UNITS).take_while(fits).count();
         (target, &rest[..count.max(1).min(rest.len())])
     }
@@ -277,7 +278,8 @@ impl Guest {
             quota_pages: u64::try_from(budget).unwrap_or(u64::MAX) / PAGE_BYTES,
         });
         let mut room = self.mover.room(&tiers.slow);
-        let fits = |unit: &MoveUnit| room.checked_sub(unit_bytes(unit)).inspect(|rest| room = *rest).is_some();
+        let fits =
+            |unit: &MoveUnit| room.checked_sub(unit_bytes(unit)).inspect(|rest| room = *rest).is_some();
         let wanted = plan.demote.len();
         let demote: Vec<MoveUnit> = plan.demote.into_iter().take_while(fits).collect();
         self.slow_is_full = demote.len() < wanted;

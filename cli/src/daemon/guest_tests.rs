@@ -1,0 +1,465 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+use std::collections::BTreeMap;
+
+use ept_virt_core::bitmap;
+use ept_virt_core::policy::{Dram, Migration};
+use ept_virt_core::sampler::{EntryFormat, Level, MemSlot, ModuleInfo};
+use ept_virt_core::topology::NodeSet;
+use ept_virt_core::units::{BytesPerSecond, Share};
+
+use super::*;
+
+const FAST: u32 = 0;
+const SLOW: u32 = 1;
+const HVA: u64 = 0x7f00_0000_0000;
+const ROUND: Duration = Duration::from_millis(500);
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Page {
+    /// Where it is resident.
+    node: Option<u32>,
+    mapped: bool,
+    accessed: bool,
+}
+
+/// A guest, its VMM and the kernel, as far as rounds see them.
+#[derive(Default)]
+struct World {
+    slots: Vec<MemSlot>,
+    generation: u64,
+    pages: BTreeMap<u64, Page>,
+    requests: Vec<HarvestRequest>,
+    room: BTreeMap<u32, u64>,
+    refuse: Option<Refused>,
+    vm_gone: bool,
+}
+
+impl World {
+    fn touch(&mut self, gfns: impl IntoIterator<Item = u64>) {
+        for gfn in gfns {
+            let page = self.pages.entry(gfn).or_default();
+            *page = Page { node: page.node.or(Some(FAST)), mapped: true, accessed: true };
+        }
+    }
+
+    fn on(&self, node: u32) -> Vec<u64> {
+        self.pages.iter().filter(|(_, page)| page.node == Some(node)).map(|(gfn, _)| *gfn).collect()
+    }
+}
+
+type Shared = Arc<Mutex<World>>;
+
+struct FakeSampler(Shared);
+
+impl Sampler for FakeSampler {
+    fn info(&self) -> ModuleInfo {
+        ModuleInfo { abi: (1, 0), format: EntryFormat::Npt, clear_dirty: true }
+    }
+
+    fn memslots(&mut self) -> Result<(u64, Vec<MemSlot>), SamplerError> {
+        let world = lock(&self.0);
+        if world.vm_gone { Err(SamplerError::VmGone) } else { Ok((world.generation, world.slots.clone())) }
+    }
+
+    fn harvest(
+        &mut self,
+        request: &HarvestRequest,
+        slow_nodes: &NodeSet,
+        out: &mut Harvest,
+    ) -> Result<(), SamplerError> {
+        let mut world = lock(&self.0);
+        world.requests.push(*request);
+        let range = request.gfn_start..request.gfn_start + request.gfn_count;
+        out.reset(request.gfn_start, request.gfn_count);
+        for (gfn, page) in world.pages.range_mut(range).filter(|(_, page)| page.mapped) {
+            let index = (gfn - request.gfn_start) as usize;
+            let set = |words: &mut Vec<u64>| bitmap::fill(words, index..index + 1, true);
+            set(&mut out.mapped);
+            if page.accessed {
+                set(&mut out.accessed);
+                out.stats.accessed += 1;
+            }
+            if page.node.is_some_and(|node| slow_nodes.contains(node)) {
+                set(&mut out.on_slow);
+            }
+            page.accessed &= !request.clear_accessed;
+            out.stats.mapped_4k += 1;
+        }
+        out.levels.fill(Level::Page4K);
+        out.stats.flushes = u32::from(request.flush);
+        Ok(())
+    }
+}
+
+struct FakeMover(Shared);
+
+impl Mover for FakeMover {
+    fn places(&mut self, addresses: &[u64], nodes: &mut Vec<Option<u32>>) -> Result<(), ProcessGone> {
+        let world = lock(&self.0);
+        let node = |hva: &u64| world.pages.get(&((hva - HVA) / PAGE_BYTES)).and_then(|page| page.node);
+        nodes.clear();
+        nodes.extend(addresses.iter().map(node));
+        if world.vm_gone { Err(ProcessGone) } else { Ok(()) }
+    }
+
+    fn room(&self, target: &NodeSet) -> u64 {
+        let world = lock(&self.0);
+        target.iter().map(|node| world.room.get(&node).copied().unwrap_or(1 << 40)).sum()
+    }
+
+    fn apply(
+        &mut self,
+        units: &[MoveUnit],
+        target: &NodeSet,
+        _stop: &AtomicBool,
+    ) -> Result<MoveOutcome, ProcessGone> {
+        let mut world = lock(&self.0);
+        let refuse = world.refuse;
+        let node = target.iter().next();
+        let mut outcome = MoveOutcome::default();
+        for unit in units {
+            assert_eq!(unit.hva, HVA + unit.gfn * PAGE_BYTES);
+            if refuse.is_none() {
+                // A page that moves is unmapped until the guest touches it.
+                world.pages.insert(unit.gfn, Page { node, mapped: false, accessed: false });
+            }
+            outcome.units.push((*unit, refuse.map_or(Ok(()), Err)));
+        }
+        Ok(outcome)
+    }
+}
+
+/// A guest with a clock that the test moves.
+struct Test {
+    world: Shared,
+    guest: Guest,
+    now: Duration,
+}
+
+fn slot(gfn_start: u64, page_count: u64) -> MemSlot {
+    let hva = HVA + gfn_start * PAGE_BYTES;
+    MemSlot { gfn_start, page_count, hva, id: 0, read_only: false, dirty_log: false }
+}
+
+/// Half of the guest's memory may be on the fast tier.
+fn orders(mode: Mode) -> Orders {
+    let policy = Policy {
+        mode,
+        half_life: Duration::from_secs(1),
+        dram: Dram { share: Some(Share::from_percent(50)), ..Dram::default() },
+        migration: Migration {
+            delay: Duration::from_secs(2),
+            bandwidth: BytesPerSecond(1 << 30),
+            ..Policy::default().migration
+        },
+        ..Policy::default()
+    };
+    let tiers =
+        Tiers { fast: NodeSet::from_iter([FAST]), slow: NodeSet::from_iter([SLOW]), from: "test".into() };
+    Orders { policy, tiers, obstacle: None }
+}
+
+impl Test {
+    fn new(orders: Orders, slots: Vec<MemSlot>) -> Self {
+        let world = Arc::new(Mutex::new(World { slots, generation: 1, ..World::default() }));
+        let (sampler, mover) = (FakeSampler(Arc::clone(&world)), FakeMover(Arc::clone(&world)));
+        let memory = Arc::new(Mutex::new(GuestMemory::new(orders.policy.heat_params())));
+        let now = Duration::from_secs(100);
+        Self { guest: Guest::new(Box::new(sampler), Box::new(mover), memory, orders, now), world, now }
+    }
+
+    fn world(&self) -> std::sync::MutexGuard<'_, World> {
+        lock(&self.world)
+    }
+
+    /// A whole round, with all that may move in it.
+    fn round(&mut self) -> RoundStatus {
+        let status = self.guest.round(self.now).unwrap();
+        self.guest.survey(Instant::now() + Duration::from_secs(60)).unwrap();
+        let mut moves = self.guest.plan(self.now, ROUND);
+        let stop = AtomicBool::new(false);
+        let mut at = self.now;
+        while let pace @ (Pace::More | Pace::Wait(_)) = self.guest.move_some(&mut moves, at, &stop).unwrap() {
+            at += if let Pace::Wait(time) = pace { time } else { Duration::ZERO };
+        }
+        self.now += ROUND;
+        status
+    }
+
+    /// Rounds in which the guest keeps touching the same pages.
+    fn rounds(&mut self, count: usize, hot: std::ops::Range<u64>) -> RoundStatus {
+        let mut status = RoundStatus::default();
+        for _ in 0..count {
+            self.world().touch(hot.clone());
+            status = self.round();
+        }
+        status
+    }
+}
+
+#[test]
+fn counts_what_a_harvest_finds() {
+    let mut test = Test::new(orders(Mode::Observe), vec![slot(0, 16), slot(512, 100)]);
+    test.world().touch(512..532);
+    let first = test.round();
+    assert_eq!((first.number, first.interval_ms), (1, 0));
+    assert_eq!(first.accessed_bytes, 20 * PAGE_BYTES);
+    assert_eq!(first.hot_bytes, 0, "when the pages were accessed is not known yet");
+    test.world().touch(512..522);
+    let second = test.round();
+    assert_eq!((second.number, second.interval_ms), (2, 500));
+    assert_eq!((second.mapped_bytes, second.accessed_bytes), (20 * PAGE_BYTES, 10 * PAGE_BYTES));
+    let later = test.rounds(6, 512..522);
+    assert_eq!(later.hot_bytes, 10 * PAGE_BYTES);
+    assert_eq!(later.hot_bytes + later.warm_bytes + later.cold_bytes, 116 * PAGE_BYTES);
+    assert_eq!(later.fast_bytes, 20 * PAGE_BYTES);
+    assert_eq!(later.absent_bytes, 96 * PAGE_BYTES);
+    assert_eq!(later.dram_target_bytes, Some(58 * PAGE_BYTES));
+}
+
+#[test]
+fn one_flush_a_round_and_only_if_wanted() {
+    let slots = vec![slot(0, 16), slot(512, 100), slot(1024, 8)];
+    let mut test = Test::new(orders(Mode::Observe), slots.clone());
+    assert_eq!(test.round().flushes, 1);
+    let flushed: Vec<u64> = test
+        .world()
+        .requests
+        .iter()
+        .filter(|request| request.flush)
+        .map(|request| request.gfn_count)
+        .collect();
+    assert_eq!(flushed, [100], "the largest slot");
+    assert!(test.world().requests.iter().all(|request| request.clear_accessed && !request.clear_dirty));
+    let mut gentle = orders(Mode::Observe);
+    gentle.policy.sampling.flush = false;
+    assert_eq!(Test::new(gentle, slots).round().flushes, 0);
+}
+
+#[test]
+fn nothing_moves_without_an_order() {
+    for orders in [orders(Mode::Observe), Orders { obstacle: Some("one tier".into()), ..orders(Mode::Place) }]
+    {
+        let mut test = Test::new(orders, vec![slot(0, 100)]);
+        test.world().touch(0..100);
+        test.rounds(10, 0..20);
+        assert!(test.world().on(SLOW).is_empty());
+        assert_eq!(test.guest.totals(), MoveTotals::default());
+        assert_eq!(test.guest.hindrance(test.now), test.guest.orders().obstacle);
+    }
+}
+
+#[test]
+fn nothing_is_called_idle_that_was_not_observed_for_long_enough() {
+    let mut test = Test::new(orders(Mode::Place), vec![slot(0, 100)]);
+    test.world().touch(0..100);
+    test.rounds(4, 0..0);
+    assert!(test.world().on(SLOW).is_empty(), "observed for 1.5 s, and the delay is 2 s");
+    test.rounds(4, 0..0);
+    assert_eq!(test.world().on(SLOW).len(), 50);
+    // The same holds for memory that is plugged in.
+    test.world().slots.push(slot(512, 100));
+    test.world().generation = 2;
+    test.world().touch(512..612);
+    test.rounds(4, 0..0);
+    assert!(test.world().on(SLOW).iter().all(|gfn| *gfn < 100));
+    test.rounds(4, 0..0);
+    assert_eq!(test.world().on(SLOW).len(), 100);
+}
+
+#[test]
+fn idle_pages_leave_the_fast_tier_and_hot_ones_stay() {
+    let mut test = Test::new(orders(Mode::Place), vec![slot(0, 100)]);
+    test.world().touch(0..100);
+    let status = test.rounds(12, 0..20);
+    let slow = test.world().on(SLOW);
+    assert_eq!(slow.len(), 50, "down to the target and no further");
+    assert!(slow.iter().all(|gfn| *gfn >= 20), "{slow:?}");
+    // What moved is unmapped, and its place is known all the same.
+    assert_eq!((status.fast_bytes, status.slow_bytes), (50 * PAGE_BYTES, 50 * PAGE_BYTES));
+    assert_eq!(status.mapped_bytes, 50 * PAGE_BYTES);
+    let totals = test.guest.totals();
+    assert_eq!((totals.demote_tried_bytes, totals.demoted_bytes), (50 * PAGE_BYTES, 50 * PAGE_BYTES));
+    assert_eq!((totals.promoted_bytes, totals.refused.len()), (0, 0));
+}
+
+#[test]
+fn pages_that_become_hot_come_back_in_exchange() {
+    let mut test = Test::new(orders(Mode::Place), vec![slot(0, 100)]);
+    test.world().touch(0..100);
+    test.rounds(12, 0..20);
+    let slow = test.world().on(SLOW);
+    let now_hot = slow[0]..slow[9] + 1;
+    test.rounds(12, now_hot.clone());
+    assert!(now_hot.clone().all(|gfn| test.world().pages[&gfn].node == Some(FAST)));
+    assert_eq!(test.world().on(SLOW).len(), 50);
+    assert!(test.guest.totals().promoted_bytes >= 10 * PAGE_BYTES);
+}
+
+#[test]
+fn resident_pages_that_the_guest_never_mapped_are_found() {
+    let mut test = Test::new(orders(Mode::Place), vec![slot(0, 2000)]);
+    let page = |node| Page { node: Some(node), mapped: false, accessed: false };
+    test.world().pages.extend((0..1500).map(|gfn| (gfn, page(FAST))));
+    test.world().pages.extend((1500..1600).map(|gfn| (gfn, page(SLOW))));
+    test.guest.round(test.now).unwrap();
+    test.now += Duration::from_secs(2);
+    // The time is up at once: one part of the pages is looked at.
+    test.guest.survey(Instant::now()).unwrap();
+    assert!(!test.guest.surveyed());
+    assert!(test.guest.hindrance(test.now).unwrap().contains("place of every page"));
+    assert_eq!(test.guest.plan(test.now, ROUND).demote, []);
+    let status = test.rounds(8, 0..0);
+    assert!(test.guest.surveyed());
+    assert_eq!(status.absent_bytes, 400 * PAGE_BYTES);
+    assert_eq!(test.world().on(FAST).len(), 1000, "idle from the start, so demoted down to the target");
+}
+
+#[test]
+fn a_page_that_left_behind_our_back_is_noticed() {
+    let mut test = Test::new(orders(Mode::Place), vec![slot(0, 100)]);
+    test.world().touch(0..100);
+    test.rounds(12, 0..20);
+    let slow = test.world().on(SLOW);
+    test.world().pages.insert(slow[0], Page::default());
+    assert_eq!(test.rounds(2, 0..20).absent_bytes, PAGE_BYTES);
+}
+
+#[test]
+fn the_bandwidth_holds() {
+    let mut orders = orders(Mode::Place);
+    orders.policy.migration.bandwidth = BytesPerSecond(40 * PAGE_BYTES);
+    let mut test = Test::new(orders, vec![slot(0, 400)]);
+    test.world().touch(0..400);
+    test.rounds(6, 0..0);
+    let before = test.world().on(SLOW).len();
+    test.rounds(4, 0..0);
+    let moved = test.world().on(SLOW).len() - before;
+    assert!((70..=84).contains(&moved), "{moved} pages in 2 seconds at 40 pages a second");
+    let mut moves = test.guest.plan(test.now, ROUND);
+    let stop = AtomicBool::new(false);
+    let mut paces = Vec::new();
+    for _ in 0..4 {
+        paces.push(test.guest.move_some(&mut moves, test.now, &stop).unwrap());
+    }
+    assert!(paces.iter().any(|pace| matches!(pace, Pace::Wait(_))), "{paces:?}");
+}
+
+#[test]
+fn refusals_have_reasons_and_are_not_repeated_at_once() {
+    let mut test = Test::new(orders(Mode::Place), vec![slot(0, 100)]);
+    test.world().touch(0..100);
+    test.world().refuse = Some(Refused::Shared);
+    test.rounds(20, 0..20);
+    let totals = test.guest.totals();
+    assert_eq!(totals.demoted_bytes, 0);
+    assert_eq!(totals.demote_tried_bytes, 80 * PAGE_BYTES, "each page once");
+    let [refusal] = totals.refused.as_slice() else { panic!("{totals:?}") };
+    assert_eq!((refusal.reason.as_str(), refusal.bytes), ("shared", 80 * PAGE_BYTES));
+    // After a while they are tried again.
+    test.world().refuse = None;
+    test.rounds(140, 0..20);
+    assert_eq!(test.world().on(SLOW).len(), 50);
+}
+
+#[test]
+fn a_cpuset_pauses_placement_and_is_told() {
+    let mut test = Test::new(orders(Mode::Place), vec![slot(0, 1000)]);
+    test.world().touch(0..1000);
+    test.world().refuse = Some(Refused::NotPermitted);
+    test.rounds(10, 0..0);
+    let reason = test.guest.hindrance(test.now).unwrap();
+    assert!(reason.contains("not permitted") && reason.contains("numatune"), "{reason}");
+    assert!(test.guest.totals().demote_tried_bytes <= BATCH_UNITS as u64 * PAGE_BYTES, "one batch");
+    assert_eq!(test.guest.totals().refused[0].reason, "not-permitted");
+    test.world().refuse = None;
+    test.rounds(140, 0..0);
+    assert_eq!(test.guest.hindrance(test.now), None);
+    assert_eq!(test.world().on(SLOW).len(), 500);
+}
+
+#[test]
+fn placement_pauses_while_writes_are_logged() {
+    let mut test = Test::new(orders(Mode::Place), vec![slot(0, 100)]);
+    test.world().touch(0..100);
+    test.rounds(1, 0..20);
+    test.world().slots[0].dirty_log = true;
+    test.world().generation = 2;
+    test.rounds(10, 0..20);
+    assert!(test.guest.hindrance(test.now).unwrap().contains("live migration"));
+    assert!(test.world().on(SLOW).is_empty());
+    test.world().slots[0].dirty_log = false;
+    test.world().generation = 3;
+    test.rounds(140, 0..20);
+    assert_eq!(test.world().on(SLOW).len(), 50);
+}
+
+#[test]
+fn a_full_slow_tier_is_told_and_not_run_against() {
+    let mut test = Test::new(orders(Mode::Place), vec![slot(0, 100)]);
+    test.world().touch(0..100);
+    test.world().room.insert(SLOW, 7 * PAGE_BYTES);
+    test.rounds(5, 0..20);
+    test.world().room.insert(SLOW, 0);
+    let moved = test.world().on(SLOW).len();
+    test.rounds(5, 0..20);
+    assert_eq!(test.world().on(SLOW).len(), moved);
+    assert!(test.guest.hindrance(test.now).unwrap().contains("no room"));
+    assert_eq!(test.guest.totals().refused, []);
+}
+
+#[test]
+fn the_host_keeps_its_dram() {
+    let mut test = Test::new(orders(Mode::Place), vec![slot(0, 100)]);
+    test.world().touch(0..100);
+    test.rounds(12, 0..20);
+    test.world().room.insert(FAST, 0);
+    let slow = test.world().on(SLOW);
+    // Everything is hot now, and nothing can go in exchange.
+    test.rounds(12, 0..100);
+    assert_eq!(test.world().on(SLOW), slow);
+}
+
+#[test]
+fn other_orders_hold_at_once() {
+    let mut test = Test::new(orders(Mode::Place), vec![slot(0, 100)]);
+    test.world().touch(0..100);
+    test.rounds(12, 0..20);
+    test.guest.obey(orders(Mode::Observe), test.now);
+    let slow = test.world().on(SLOW);
+    test.rounds(10, 60..100);
+    assert_eq!(test.world().on(SLOW), slow);
+    // The tiers change places: what was slow is fast, and all of it is looked at anew.
+    let mut turned = orders(Mode::Place);
+    std::mem::swap(&mut turned.tiers.fast, &mut turned.tiers.slow);
+    test.guest.obey(turned, test.now);
+    assert!(!test.guest.surveyed());
+    let status = test.rounds(2, 0..0);
+    assert_eq!(status.fast_bytes + status.slow_bytes, 100 * PAGE_BYTES);
+    assert_eq!(test.guest.hindrance(test.now), None);
+}
+
+#[test]
+fn a_guest_that_ends_in_mid_round_ends_quietly() {
+    let mut test = Test::new(orders(Mode::Place), vec![slot(0, 100)]);
+    test.world().touch(0..50);
+    test.round();
+    test.world().vm_gone = true;
+    assert!(matches!(test.guest.round(test.now), Err(SamplerError::VmGone)));
+    assert_eq!(test.guest.survey(Instant::now()), Err(ProcessGone));
+}
+
+#[test]
+fn memory_that_is_plugged_in_is_observed() {
+    let mut test = Test::new(orders(Mode::Place), vec![slot(0, 100)]);
+    test.world().touch(0..100);
+    test.rounds(12, 0..20);
+    test.world().slots.push(slot(512, 64));
+    test.world().generation = 2;
+    test.world().touch(512..544);
+    let status = test.round();
+    assert_eq!(test.guest.size(), (Bytes::of_pages(164), 2));
+    assert_eq!(status.slow_bytes, 50 * PAGE_BYTES, "what was known is kept");
+    assert_eq!(status.fast_bytes, 82 * PAGE_BYTES);
+}

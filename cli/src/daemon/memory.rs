@@ -190,7 +190,9 @@ impl GuestMemory {
             let pages = slot.info.page_count as usize;
             while page < pages {
                 // Whole words of mapped pages are the common case.
-                if page.is_multiple_of(bitmap::WORD_BITS) && bitmap::word(&slot.mapped, page / bitmap::WORD_BITS) == !0 {
+                if page.is_multiple_of(bitmap::WORD_BITS)
+                    && bitmap::word(&slot.mapped, page / bitmap::WORD_BITS) == !0
+                {
                     page += bitmap::WORD_BITS;
                     continue;
                 }
@@ -199,7 +201,11 @@ impl GuestMemory {
                         self.survey_at = (index, page);
                         return found;
                     }
-                    found.push(UnmappedPage { hva: slot.info.hva + page as u64 * PAGE_BYTES, slot: index, page });
+                    found.push(UnmappedPage {
+                        hva: slot.info.hva + page as u64 * PAGE_BYTES,
+                        slot: index,
+                        page,
+                    });
                 }
                 page += 1;
             }

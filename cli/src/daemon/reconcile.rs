@@ -16,7 +16,7 @@ use log::{info, warn};
 
 use super::guest::Orders;
 use super::state::{Cell, Shared};
-use super::worker::{self, End, Worker};
+use super::worker::{self, End, Unattached, Worker};
 
 const GONE: &str = "its QEMU has ended";
 
@@ -57,7 +57,7 @@ impl Reconciler {
         };
         let before = std::mem::replace(&mut self.shared.facts().libvirt, said.clone());
         if before != said && running.is_err() {
-            warn!("{said}. What is observed already goes on");
+            warn!("libvirt is away, what is observed already goes on: {said}");
         }
         match running {
             Ok(domains) => self.follow(&domains),
@@ -210,13 +210,20 @@ impl Entry {
     }
 
     fn start(&mut self, domain: &RunningDomain, orders: &Orders) {
-        let started = worker::attach(domain).and_then(|attachment| {
-            Worker::spawn(attachment, Arc::clone(&self.cell), orders.clone(), &domain.name)
-                .map_err(|error| format!("cannot start a thread for it: {error}"))
-        });
-        match started {
+        let attachment = match worker::attach(domain) {
+            Ok(attachment) => attachment,
+            Err(Unattached { pid, reason }) => {
+                self.cell.clear(DomainState::Unobserved, Some(reason));
+                self.cell.update(|status| status.pid = pid);
+                return;
+            }
+        };
+        match Worker::spawn(attachment, Arc::clone(&self.cell), orders.clone(), &domain.name) {
             Ok(worker) => self.worker = Some(worker),
-            Err(reason) => self.cell.clear(DomainState::Unobserved, Some(reason)),
+            Err(error) => {
+                let reason = format!("cannot start a thread for it: {error}");
+                self.cell.clear(DomainState::Unobserved, Some(reason));
+            }
         }
     }
 }

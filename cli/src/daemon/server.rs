@@ -132,8 +132,10 @@ fn admit(mut stream: UnixStream, clients: &Arc<()>, shared: &Arc<Shared>, events
     }
     let (place, shared, events) = (Arc::clone(clients), Arc::clone(shared), events.clone());
     let spawned = thread::Builder::new().name("client".into()).spawn(move || {
-        if let Err(error) = serve(&stream, &shared, &events) {
-            debug!("a client was dropped: {error}");
+        match serve(&stream, &shared, &events) {
+            // The hook does not wait for its answer.
+            Err(error) if error.kind() != Io::BrokenPipe => debug!("a client was dropped: {error}"),
+            _ => {}
         }
         drop(place);
     });

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{self, Receiver};
+
+use ept_virt_core::wire::Status;
+
+use super::*;
+
+/// A server in a directory of its own.
+struct Test {
+    dir: PathBuf,
+    server: Option<Server>,
+    shared: Arc<Shared>,
+    events: Receiver<Event>,
+}
+
+impl Test {
+    fn new() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let dir = std::env::temp_dir().join(format!("ept-virt-server-{}-{count}", std::process::id()));
+        let server = Server::bind(&dir.join("run/sock")).unwrap();
+        let shared = Arc::new(Shared::new("test:///default"));
+        let (sender, events) = mpsc::channel();
+        server.start(Arc::clone(&shared), sender).unwrap();
+        Self { dir, server: Some(server), shared, events }
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.join("run/sock")
+    }
+
+    fn client(&self) -> Client {
+        let stream = UnixStream::connect(self.socket()).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        Client(BufReader::new(stream))
+    }
+}
+
+impl Drop for Test {
+    fn drop(&mut self) {
+        self.server = None;
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+struct Client(BufReader<UnixStream>);
+
+impl Client {
+    fn send(&mut self, bytes: &[u8]) {
+        self.0.get_mut().write_all(bytes).unwrap();
+    }
+
+    fn receive(&mut self) -> Reply {
+        let mut line = String::new();
+        self.0.read_line(&mut line).unwrap();
+        let response: Response = serde_json::from_str(&line).unwrap();
+        assert_eq!(response.v, PROTOCOL_VERSION);
+        response.reply
+    }
+
+    fn ask(&mut self, line: &str) -> Reply {
+        self.send(line.as_bytes());
+        self.send(b"\n");
+        self.receive()
+    }
+
+    fn ended(&mut self) -> bool {
+        let mut rest = Vec::new();
+        matches!(self.0.read_to_end(&mut rest), Ok(0) | Err(_))
+    }
+}
+
+fn kind(reply: Reply) -> ErrorKind {
+    let Reply::Error(error) = reply else { panic!("{reply:?}") };
+    error.kind
+}
+
+#[test]
+fn answers_line_after_line() {
+    let test = Test::new();
+    test.shared.insert("6695eb01-f6a4-8304-79aa-97f2502e193f", Arc::new(Cell::new("vm1", "6695eb01")));
+    let mut client = test.client();
+    let status = |reply: Reply| -> Status {
+        let Reply::Status(status) = reply else { panic!("{reply:?}") };
+        *status
+    };
+    let all = status(client.ask(r#"{"v":1,"cmd":"status"}"#));
+    assert_eq!((all.daemon.libvirt_uri.as_str(), all.domains.len()), ("test:///default", 1));
+    assert_eq!(status(client.ask(r#"{"v":1,"cmd":"status","domain":"vm1"}"#)).domains.len(), 1);
+    assert_eq!(kind(client.ask(r#"{"v":1,"cmd":"status","domain":"vm2"}"#)), ErrorKind::NoDomain);
+    assert_eq!(kind(client.ask(r#"{"v":1,"cmd":"map","domain":"vm1"}"#)), ErrorKind::NotObserved);
+    // Several requests in one write, the last without its end.
+    client.send(b"{\"v\":1,\"cmd\":\"status\"}\n{\"v\":1,\"cmd\":\"status\"}\n{\"v\":1,");
+    status(client.receive());
+    status(client.receive());
+    client.send(b"\"cmd\":\"status\"}\n");
+    status(client.receive());
+}
+
+#[test]
+fn a_nudge_wakes_the_daemon_and_can_not_drive_a_terminal() {
+    let test = Test::new();
+    let nudge = r#"{"v":1,"cmd":"nudge","op":"started","domain":"a\u001b[31m"}"#;
+    assert_eq!(test.client().ask(nudge), Reply::Done);
+    assert_eq!(test.events.recv_timeout(Duration::from_secs(20)), Ok(Event::Look));
+    let daemon = test.shared.status(None).daemon;
+    assert_eq!((daemon.nudges, daemon.last_nudge.as_deref()), (1, Some("started a\u{fffd}[31m")));
+    // As the hook does it: gone before the answer.
+    test.client().send(nudge.as_bytes());
+    assert_eq!(test.events.recv_timeout(Duration::from_secs(20)), Ok(Event::Look));
+}
+
+#[test]
+fn broken_input_is_answered_and_never_fatal() {
+    let test = Test::new();
+    let mut client = test.client();
+    for line in
+        ["", "nonsense", "{}", "[]", "\u{0}", r#"{"v":1,"cmd":"reboot"}"#, r#"{"v":2,"cmd":"status"}"#]
+    {
+        assert_eq!(kind(client.ask(line)), ErrorKind::BadRequest, "{line:?}");
+    }
+    client.send(b"\xff\xfe\n");
+    assert_eq!(kind(client.receive()), ErrorKind::BadRequest);
+    // Deeply nested, so that a naive parser would exhaust its stack.
+    assert_eq!(kind(client.ask(&"[".repeat(MAX_REQUEST_BYTES / 2))), ErrorKind::BadRequest);
+    let mut endless = test.client();
+    endless.send(&vec![b'x'; MAX_REQUEST_BYTES + 1]);
+    assert_eq!(kind(endless.receive()), ErrorKind::BadRequest);
+    assert!(endless.ended());
+    assert!(matches!(client.ask(r#"{"v":1,"cmd":"status"}"#), Reply::Status(_)));
+}
+
+#[test]
+fn clients_are_bounded() {
+    let test = Test::new();
+    let mut clients: Vec<Client> = (0..MAX_CLIENTS).map(|_| test.client()).collect();
+    // Each has been admitted when it is answered.
+    for client in &mut clients {
+        assert!(matches!(client.ask(r#"{"v":1,"cmd":"status"}"#), Reply::Status(_)));
+    }
+    let mut surplus = test.client();
+    assert_eq!(kind(surplus.receive()), ErrorKind::Internal);
+    assert!(surplus.ended());
+    drop(clients);
+    // Places become free as the threads notice.
+    let served = (0..100).any(|_| {
+        thread::sleep(Duration::from_millis(20));
+        let mut client = test.client();
+        client.0.get_mut().write_all(b"{\"v\":1,\"cmd\":\"status\"}\n").is_ok()
+            && matches!(client.receive(), Reply::Status(_))
+    });
+    assert!(served);
+}
+
+#[test]
+fn the_socket_is_roots_alone_and_has_one_daemon() {
+    let test = Test::new();
+    let metadata = fs::metadata(test.socket()).unwrap();
+    assert!(metadata.file_type().is_socket());
+    assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
+    let second = Server::bind(&test.socket()).map(|_| ()).unwrap_err();
+    assert!(second.to_string().contains("another ept-virt daemon"), "{second}");
+    // The first is not disturbed by the attempt.
+    assert!(matches!(test.client().ask(r#"{"v":1,"cmd":"status"}"#), Reply::Status(_)));
+}
+
+#[test]
+fn a_socket_that_a_killed_daemon_left_is_replaced() {
+    let mut test = Test::new();
+    test.server = None;
+    assert!(!test.socket().exists());
+    drop(UnixListener::bind(test.socket()).unwrap());
+    assert!(test.socket().exists());
+    test.server = Some(Server::bind(&test.socket()).unwrap());
+}
+
+#[test]
+fn a_place_that_can_not_be_used_is_told() {
+    let error = Server::bind(Path::new("/proc/ept-virt/sock")).map(|_| ()).unwrap_err();
+    assert!(error.to_string().contains("--socket"), "{error}");
+}
+
+#[test]
+fn an_answer_that_is_too_long_becomes_an_error() {
+    let huge = error(ErrorKind::Internal, "x".repeat(MAX_LINE_BYTES));
+    let line = encode(huge);
+    assert!(line.len() < 1000 && line.ends_with(b"\n"));
+    let response: Response = serde_json::from_slice(&line).unwrap();
+    assert_eq!(kind(response.reply), ErrorKind::Internal);
+}

@@ -2,20 +2,20 @@
 //! One thread for each domain that is observed.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use ept_virt_core::domain::RunningDomain;
-use ept_virt_core::migrate::{KernelMover, ProcessGone};
+use ept_virt_core::migrate::{KernelMover, Mover, ProcessGone};
 use ept_virt_core::process::{Process, ProcessError, find_vm_fd};
-use ept_virt_core::sampler::{KernelSampler, SamplerError};
+use ept_virt_core::sampler::{KernelSampler, Sampler, SamplerError};
 use ept_virt_core::wire::{DomainState, RoundStatus};
 use log::{debug, info, warn};
-use std::os::fd::AsFd;
 
 use super::guest::{Guest, Moves, Orders, Pace};
 use super::state::Cell;
@@ -32,28 +32,48 @@ const SHORTEST_INTERVAL: Duration = Duration::from_millis(10);
 /// What a worker needs to begin.
 pub struct Attachment {
     process: Arc<Process>,
-    sampler: KernelSampler,
+    sampler: Box<dyn Sampler>,
+    mover: Box<dyn Mover>,
+}
+
+/// Why a domain can not be observed.
+pub struct Unattached {
+    /// Its process, if that much is known.
+    pub pid: Option<i32>,
+    /// In plain words.
+    pub reason: String,
 }
 
 /// Finds the domain's process and VM, and binds the kernel module to it; or says
 /// why it can not be observed.
-pub fn attach(domain: &RunningDomain) -> Result<Attachment, String> {
-    if let Some(kind) = domain.kind().filter(|kind| kind != "kvm") {
-        return Err(format!(
+pub fn attach(domain: &RunningDomain) -> Result<Attachment, Unattached> {
+    let process = open_qemu(domain);
+    let pid = process.as_ref().ok().map(Process::pid);
+    let attached = match domain.kind().filter(|kind| kind != "kvm") {
+        Some(kind) => Err(format!(
             "the domain runs without KVM (type='{kind}'): there are no second-level page tables to read. Use <domain type='kvm'>"
-        ));
-    }
+        )),
+        None => process.and_then(attach_to),
+    };
+    attached.map_err(|reason| Unattached { pid, reason })
+}
+
+fn open_qemu(domain: &RunningDomain) -> Result<Process, String> {
+    let file = domain.pid_file();
     let pid = domain.read_pid().map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => {
-            format!("the pid of its QEMU is not known: {} is missing", domain.pid_file().display())
-        }
-        _ => format!("the pid of its QEMU is not known: {}: {error}", domain.pid_file().display()),
+        io::ErrorKind::NotFound => format!("the pid of its QEMU is not known: {} is missing", file.display()),
+        _ => format!("the pid of its QEMU is not known: {}: {error}", file.display()),
     })?;
-    let process = Process::open_qemu(pid, &domain.uuid).map_err(|error| explain(&error))?;
+    Process::open_qemu(pid, &domain.uuid).map_err(|error| explain(&error))
+}
+
+fn attach_to(process: Process) -> Result<Attachment, String> {
     let vm = find_vm_fd(&process).map_err(|error| explain(&error))?;
     let mut sampler = KernelSampler::open().map_err(|error| error.to_string())?;
     sampler.attach(vm.as_fd()).map_err(|error| error.to_string())?;
-    Ok(Attachment { process: Arc::new(process), sampler })
+    let process = Arc::new(process);
+    let mover = KernelMover::new(Arc::clone(&process), Path::new("/sys").into());
+    Ok(Attachment { process, sampler: Box::new(sampler), mover: Box::new(mover) })
 }
 
 fn explain(error: &ProcessError) -> String {
@@ -99,11 +119,9 @@ pub struct Worker {
 impl Worker {
     /// Starts the worker of a domain.
     pub fn spawn(attachment: Attachment, cell: Arc<Cell>, orders: Orders, name: &str) -> io::Result<Self> {
-        let Attachment { process, sampler } = attachment;
+        let Attachment { process, sampler, mover } = attachment;
         let started = Instant::now();
-        let mover = KernelMover::new(Arc::clone(&process), Path::new("/sys").into());
-        let guest =
-            Guest::new(Box::new(sampler), Box::new(mover), cell.memory(), orders, started.elapsed());
+        let guest = Guest::new(sampler, mover, cell.memory(), orders, started.elapsed());
         let (sender, receiver) = mpsc::channel();
         let stop = Arc::new(AtomicBool::new(false));
         let run = Run {
@@ -145,7 +163,9 @@ impl Worker {
         match self.thread.take().map(JoinHandle::join) {
             None => End::Stopped,
             Some(Ok(end)) => end,
-            Some(Err(_)) => End::Failed("the worker failed by a fault in ept-virt; see the daemon's log".into()),
+            Some(Err(_)) => {
+                End::Failed("the worker failed by a fault in ept-virt; see the daemon's log".into())
+            }
         }
     }
 }
@@ -264,5 +284,124 @@ impl Run {
 
     fn now(&self) -> Duration {
         self.started.elapsed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command};
+
+    use ept_virt_core::migrate::MoveOutcome;
+    use ept_virt_core::plan::MoveUnit;
+    use ept_virt_core::policy::Policy;
+    use ept_virt_core::sampler::{EntryFormat, Harvest, HarvestRequest, MemSlot, ModuleInfo};
+    use ept_virt_core::topology::{NodeSet, Tiers};
+
+    use super::*;
+
+    /// A guest without memory: what counts here is the thread.
+    struct NoMemory {
+        fails: bool,
+    }
+
+    impl Sampler for NoMemory {
+        fn info(&self) -> ModuleInfo {
+            ModuleInfo { abi: (1, 0), format: EntryFormat::Ept, clear_dirty: false }
+        }
+
+        fn memslots(&mut self) -> Result<(u64, Vec<MemSlot>), SamplerError> {
+            if self.fails { Err(SamplerError::Unsupported("a test says no")) } else { Ok((1, Vec::new())) }
+        }
+
+        fn harvest(&mut self, _: &HarvestRequest, _: &NodeSet, _: &mut Harvest) -> Result<(), SamplerError> {
+            Ok(())
+        }
+    }
+
+    impl Mover for NoMemory {
+        fn places(&mut self, _: &[u64], nodes: &mut Vec<Option<u32>>) -> Result<(), ProcessGone> {
+            nodes.clear();
+            Ok(())
+        }
+
+        fn room(&self, _: &NodeSet) -> u64 {
+            0
+        }
+
+        fn apply(&mut self, _: &[MoveUnit], _: &NodeSet, _: &AtomicBool) -> Result<MoveOutcome, ProcessGone> {
+            Ok(MoveOutcome::default())
+        }
+    }
+
+    fn orders(interval: Duration) -> Orders {
+        let mut policy = Policy::default();
+        policy.sampling.interval = interval;
+        Orders { policy, tiers: Tiers::default(), obstacle: None }
+    }
+
+    /// A worker for a process that only sleeps.
+    fn start(interval: Duration, fails: bool) -> (Worker, Child, Arc<Cell>) {
+        let child = Command::new("sleep").arg("600").spawn().unwrap();
+        let process = Arc::new(Process::open(child.id() as i32).unwrap());
+        let (sampler, mover) = (Box::new(NoMemory { fails }), Box::new(NoMemory { fails }));
+        let cell = Arc::new(Cell::new("vm1", "6695eb01"));
+        let attachment = Attachment { process, sampler, mover };
+        let worker = Worker::spawn(attachment, Arc::clone(&cell), orders(interval), "vm1").unwrap();
+        (worker, child, cell)
+    }
+
+    fn wait_for(what: &str, condition: impl Fn() -> bool) {
+        let started = Instant::now();
+        while !condition() {
+            assert!(started.elapsed() < Duration::from_secs(20), "waited in vain: {what}");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn rounds(cell: &Cell) -> u64 {
+        cell.status().round.map_or(0, |round| round.number)
+    }
+
+    #[test]
+    fn holds_rounds_until_it_is_stopped() {
+        let (worker, mut child, cell) = start(SHORTEST_INTERVAL, false);
+        wait_for("three rounds", || rounds(&cell) >= 3);
+        assert_eq!(cell.status().pid, Some(child.id() as i32));
+        assert_eq!(cell.status().state, DomainState::Observing);
+        assert_eq!(worker.finish(), End::Stopped);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn stops_and_obeys_in_the_middle_of_a_long_interval() {
+        let (worker, mut child, cell) = start(Duration::from_secs(3600), false);
+        wait_for("the first round", || rounds(&cell) == 1);
+        worker.order(Orders { obstacle: Some("a test".into()), ..orders(Duration::from_secs(3600)) });
+        wait_for("the orders", || cell.status().reason.as_deref() == Some("a test"));
+        let asked = Instant::now();
+        drop(worker);
+        assert!(asked.elapsed() < Duration::from_secs(20));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn ends_with_the_guest() {
+        let (worker, mut child, cell) = start(SHORTEST_INTERVAL, false);
+        wait_for("the first round", || rounds(&cell) >= 1);
+        child.kill().unwrap();
+        wait_for("the end", || worker.has_ended());
+        assert_eq!(worker.finish(), End::Gone);
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn says_why_it_can_not_go_on() {
+        let (worker, mut child, _) = start(SHORTEST_INTERVAL, true);
+        wait_for("the end", || worker.has_ended());
+        assert_eq!(worker.finish(), End::Failed("a test says no".into()));
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 }
