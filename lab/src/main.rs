@@ -1,18 +1,48 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `cargo xtask`: emulated Intel and AMD hosts, and what runs on them.
 
+mod amd;
 mod apt;
 mod cache;
+mod cpio;
+mod debian;
+mod demo;
+mod kmod;
 mod proc;
+mod product;
 mod progress;
+mod shell;
+mod test;
 mod verdict;
 
+use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
 
 use cache::Cache;
 use progress::Progress;
+
+/// Emulated hosts with the product on them. Everything needed is installed or
+/// built at the first use and kept in .lab-cache; logs are in .lab-cache/logs.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Show a guest's idle memory leaving DRAM, live, on an emulated AMD host.
+    Demo,
+    /// Run all tests; ends with "N passed, N failed, N skipped".
+    Test(test::Options),
+    /// Open a shell on an emulated AMD host, with the product installed.
+    Lab,
+}
 
 /// What all parts of the lab share.
 pub struct Lab {
@@ -34,6 +64,26 @@ impl Lab {
         Ok(Self { root, cache, progress: Progress::new() })
     }
 
+    /// A fresh folder for one emulated machine, which no other run of the lab
+    /// uses. Those that killed runs left behind are removed.
+    pub fn run_folder(&self, name: &str) -> Result<PathBuf> {
+        let runs = self.cache.dir().join("runs");
+        fs::create_dir_all(&runs).with_context(|| format!("creating {}", runs.display()))?;
+        for entry in fs::read_dir(&runs).with_context(|| format!("reading {}", runs.display()))? {
+            let path = entry?.path();
+            let pid = path.extension().unwrap_or_default();
+            if !Path::new("/proc").join(pid).exists() {
+                remove_folder(&path)?;
+            }
+        }
+        let path = runs.join(format!("{name}.{}", std::process::id()));
+        if path.exists() {
+            remove_folder(&path)?;
+        }
+        fs::create_dir(&path).with_context(|| format!("creating {}", path.display()))?;
+        Ok(path)
+    }
+
     /// The file that the output of a command goes to. Logs of the last run
     /// stay; the next run replaces them.
     pub fn log(&self, name: &str) -> PathBuf {
@@ -41,8 +91,29 @@ impl Lab {
     }
 }
 
-fn main() -> Result<()> {
-    proc::end_children_on_signals()?;
-    let _lab = Lab::new()?;
-    Ok(())
+fn remove_folder(path: &Path) -> Result<()> {
+    fs::remove_dir_all(path).with_context(|| format!("removing {}", path.display()))
+}
+
+fn main() -> ExitCode {
+    // Before anything else: threads that exist earlier would take the signals.
+    let outcome = proc::end_children_on_signals().and_then(|()| run(Cli::parse()));
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether all is well.
+fn run(cli: Cli) -> Result<bool> {
+    let lab = Lab::new()?;
+    match cli.command {
+        Command::Demo => demo::run(&lab),
+        Command::Test(options) => test::run(&lab, &options),
+        Command::Lab => shell::run(&lab).map(|()| true),
+    }
 }

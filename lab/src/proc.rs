@@ -147,6 +147,11 @@ impl Child {
         let _ = self.child.wait();
     }
 
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Where its output goes.
     pub fn log(&self) -> &Path {
         &self.log

@@ -2,8 +2,10 @@
 //! The one static program inside the lab's emulated hosts and their guests.
 
 mod guest;
+mod init_intel;
 mod microvm;
 mod report;
+mod scenario;
 
 use anyhow::{Result, bail};
 
@@ -11,10 +13,15 @@ fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args.as_slice() {
-        ["guest"] => guest::run(),
+        // The kernel also hands on what it does not know itself, as "nokaslr".
+        [.., "guest"] => guest::run(),
+        // Boot loaders add words of their own at the end, as "initrd=/initrd".
+        args if args.contains(&"init-intel") => init_intel::run(),
+        ["scenario", names @ ..] => scenario::run(names),
+        ["demo"] => scenario::demo(),
         ["microvm", names @ ..] => microvm_tests(names),
         ["microvm-victim"] => microvm::victim(),
-        other => bail!("usage: lab-agent guest|init-intel|scenario NAME (got {other:?})"),
+        other => bail!("usage: lab-agent guest|init-intel|scenario NAME...|demo|microvm [TEST...] (got {other:?})"),
     }
 }
 

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! End-to-end tests inside the emulated AMD host: real libvirt, real guests,
+//! the product as it is installed.
+
+mod bad_paths;
+mod boot;
+mod daemon;
+mod demo;
+mod domain;
+mod host;
+mod placement;
+mod truth;
+
+use anyhow::{Context, Result};
+
+use crate::report::{self, Outcome};
+
+pub use demo::run as demo;
+
+/// A scenario's code.
+type Test = fn() -> Result<Outcome>;
+
+/// All scenarios by name.
+const SCENARIOS: &[(&str, Test)] = &[
+    ("boot", boot::guest_runs_under_kvm),
+    ("e2e-memfd", placement::memfd),
+    ("e2e-thp", placement::huge_pages),
+    ("bad-no-module", bad_paths::no_module),
+    ("bad-no-daemon", bad_paths::no_daemon),
+    ("bad-tcg-guest", bad_paths::tcg_guest),
+    ("bad-policy", bad_paths::broken_policy),
+    ("bad-numatune", bad_paths::strict_numatune),
+    ("bad-daemon-killed", bad_paths::daemon_killed),
+    ("bad-libvirtd-restarted", bad_paths::libvirtd_restarted),
+    ("bad-module-removed", bad_paths::module_removed),
+    ("bad-guest-dies", bad_paths::guest_dies),
+];
+
+/// Runs the scenarios named and prints a verdict for each, then `EPT-DONE`.
+pub fn run(names: &[&str]) -> Result<()> {
+    for name in names {
+        let test = find(name)?;
+        let verdict = report::judge(name, || {
+            host::reset()?;
+            test()
+        });
+        println!("{}", verdict.line());
+    }
+    // Left-over guests end with the host.
+    println!("EPT-DONE");
+    Ok(())
+}
+
+fn find(name: &str) -> Result<Test> {
+    let (_, test) = SCENARIOS
+        .iter()
+        .find(|(known, _)| *known == name)
+        .with_context(|| format!("no scenario is called {name}"))?;
+    Ok(*test)
+}

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The product under test: the daemon, and the CLI that asks it.
+
+use std::fs::{self, File};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use ept_virt_core::wire::{DomainStatus, MemoryMap, Status};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde::de::DeserializeOwned;
+
+use super::host::{self, PAYLOAD};
+
+const LOG: &str = "/run/ept-virt-daemon.log";
+
+const START_TIMEOUT: Duration = Duration::from_secs(30);
+const STOP_TIMEOUT: Duration = Duration::from_secs(25);
+
+/// A running daemon; killed when dropped.
+pub struct Daemon {
+    child: Child,
+}
+
+impl Daemon {
+    /// Starts it and waits until it answers.
+    pub fn start() -> Result<Self> {
+        let log = File::create(LOG).context("creating the daemon's log")?;
+        let child = Command::new(format!("{PAYLOAD}/ept-virt"))
+            .args(["daemon", "--reconcile-interval", "2"])
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("starting the daemon")?;
+        let mut daemon = Self { child };
+        host::wait_until("the daemon answers", START_TIMEOUT, || {
+            if let Some(status) = daemon.child.try_wait()? {
+                bail!("the daemon ended: {status}: {}", log_tail());
+            }
+            Ok(status().is_ok())
+        })?;
+        Ok(daemon)
+    }
+
+    /// Ends it as a service manager does; an error unless it ends well.
+    pub fn stop(mut self) -> Result<()> {
+        let pid = Pid::from_raw(i32::try_from(self.child.id())?);
+        kill(pid, Signal::SIGTERM).context("ending the daemon")?;
+        let mut ended = None;
+        host::wait_until("the daemon ends", STOP_TIMEOUT, || {
+            ended = self.child.try_wait()?;
+            Ok(ended.is_some())
+        })?;
+        match ended {
+            Some(status) if status.success() => Ok(()),
+            other => bail!("the daemon ended badly: {other:?}: {}", log_tail()),
+        }
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // SIGKILL, as an out-of-memory killer would.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// `ept-virt status --json`.
+pub fn status() -> Result<Status> {
+    cli(&["status", "--json"])
+}
+
+/// One domain of [`status`], if the daemon knows it.
+pub fn domain(name: &str) -> Result<Option<DomainStatus>> {
+    Ok(status()?.domains.into_iter().find(|d| d.name == name))
+}
+
+/// `ept-virt map NAME --json`.
+pub fn map(name: &str) -> Result<MemoryMap> {
+    cli(&["map", name, "--json"])
+}
+
+/// Waits until `good` holds for a domain's status; the last status, or an error
+/// that shows it.
+pub fn wait_for(
+    name: &str,
+    what: &str,
+    timeout: Duration,
+    good: impl Fn(&DomainStatus) -> bool,
+) -> Result<DomainStatus> {
+    let mut last = None;
+    let outcome = host::wait_until(what, timeout, || {
+        last = domain(name)?;
+        Ok(last.as_ref().is_some_and(&good))
+    });
+    match (outcome, last) {
+        (Ok(()), Some(status)) => Ok(status),
+        (Ok(()), None) => bail!("{what}: the daemon does not know {name}"),
+        (Err(error), last) => Err(error).with_context(|| {
+            let json = serde_json::to_string(&last).unwrap_or_default();
+            format!("status {json}; daemon log: {}", log_tail())
+        }),
+    }
+}
+
+/// Runs the CLI; its exit code and what it wrote to standard error.
+pub fn cli_failure(args: &[&str]) -> Result<(Option<i32>, String)> {
+    let out = host::run(Command::new(format!("{PAYLOAD}/ept-virt")).args(args))?;
+    Ok((out.status.code(), String::from_utf8_lossy(&out.stderr).into_owned()))
+}
+
+/// The last lines of the daemon's log.
+pub fn log_tail() -> String {
+    let text = fs::read_to_string(LOG).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(12)..].join(" | ")
+}
+
+fn cli<T: DeserializeOwned>(args: &[&str]) -> Result<T> {
+    let text = host::succeed(Command::new(format!("{PAYLOAD}/ept-virt")).args(args))?;
+    serde_json::from_str(&text).with_context(|| format!("reading the JSON of {args:?}"))
+}

@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The host under test: its programs, its kernel module, its libvirt.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+/// Where the lab unpacks what is tested.
+pub const PAYLOAD: &str = "/payload";
+
+const HOOK: &str = "/etc/libvirt/hooks/qemu.d/ept-virt";
+const MODULE: &str = "kvm_ept_sample";
+
+/// Emulated hosts take seconds for what others do in milliseconds.
+pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Puts the host into the state that each scenario starts from: hook installed,
+/// module loaded, no daemon, no domain.
+pub fn reset() -> Result<()> {
+    install_hook()?;
+    for domain in virsh(&["list", "--name"])?.split_whitespace() {
+        virsh(&["destroy", domain])?;
+    }
+    for domain in virsh(&["list", "--all", "--name"])?.split_whitespace() {
+        virsh(&["undefine", domain])?;
+    }
+    insert_module()
+}
+
+/// Runs virsh; its output, or an error with what it said.
+pub fn virsh(args: &[&str]) -> Result<String> {
+    let mut command = Command::new("virsh");
+    command.arg("--quiet").args(args);
+    succeed(&mut command)
+}
+
+/// Loads the module unless it is loaded.
+pub fn insert_module() -> Result<()> {
+    if module_loaded() {
+        return Ok(());
+    }
+    succeed(Command::new("insmod").arg(format!("{PAYLOAD}/{MODULE}.ko"))).map(drop)
+}
+
+/// Tries to unload the module.
+pub fn remove_module() -> Result<()> {
+    succeed(Command::new("rmmod").arg(MODULE)).map(drop)
+}
+
+/// Whether the module is loaded.
+pub fn module_loaded() -> bool {
+    Path::new("/sys/module").join(MODULE).exists()
+}
+
+/// Lines of the kernel's log that speak of a bug, since boot.
+pub fn kernel_complaints() -> Result<Vec<String>> {
+    let log = succeed(&mut Command::new("dmesg"))?;
+    let is_bug = |line: &&str| {
+        ["BUG:", "Oops", "WARNING:", "rcu: INFO", "general protection"].iter().any(|word| line.contains(word))
+    };
+    Ok(log.lines().filter(is_bug).map(str::to_owned).collect())
+}
+
+/// Runs a command to its end; its standard output, or an error with all it said.
+pub fn succeed(command: &mut Command) -> Result<String> {
+    let out = run(command)?;
+    if !out.status.success() {
+        bail!("{}: {}: {}", name(command), out.status, String::from_utf8_lossy(&out.stderr).trim());
+    }
+    Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+}
+
+/// Runs a command to its end, whatever that is, within [`COMMAND_TIMEOUT`].
+pub fn run(command: &mut Command) -> Result<Output> {
+    let name = name(command);
+    let child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("starting {name}"))?;
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id())?);
+    let waiter = thread::spawn(move || child.wait_with_output());
+    let deadline = Instant::now() + COMMAND_TIMEOUT;
+    while !waiter.is_finished() {
+        if Instant::now() > deadline {
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL)?;
+            bail!("{name} took more than {} s", COMMAND_TIMEOUT.as_secs());
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    match waiter.join() {
+        Ok(output) => output.with_context(|| format!("waiting for {name}")),
+        Err(_) => bail!("waiting for {name} panicked"),
+    }
+}
+
+/// Waits until `done` says so; an error that names `what` after `timeout`.
+pub fn wait_until(what: &str, timeout: Duration, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + timeout;
+    while !done()? {
+        if Instant::now() > deadline {
+            bail!("{what}: not within {} s", timeout.as_secs());
+        }
+        thread::sleep(Duration::from_millis(200));
+    }
+    Ok(())
+}
+
+fn install_hook() -> Result<()> {
+    let hook = Path::new(HOOK);
+    if hook.exists() {
+        return Ok(());
+    }
+    if let Some(dir) = hook.parent() {
+        fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
+    }
+    fs::copy(format!("{PAYLOAD}/ept-virt-hook"), hook).context("installing the hook")?;
+    // libvirt looks for hooks when it starts and when it is told to reload.
+    let pid = fs::read_to_string("/run/libvirtd.pid").context("reading libvirtd's pid")?;
+    let pid = nix::unistd::Pid::from_raw(pid.trim().parse().context("libvirtd's pid")?);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGHUP).context("reloading libvirtd")
+}
+
+fn name(command: &Command) -> String {
+    let mut words = vec![command.get_program().to_string_lossy()];
+    words.extend(command.get_args().map(|arg| arg.to_string_lossy()));
+    words.join(" ")
+}

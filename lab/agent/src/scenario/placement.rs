@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The whole way: libvirt starts a guest, the daemon finds what is hot, the
+//! rest moves to the slow node, and the guest does not notice.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use ept_virt_core::wire::DomainState;
+
+use super::daemon::{self, Daemon};
+use super::domain::{Domain, DomainSpec, Memory};
+use super::host;
+use super::truth::{self, Truth};
+use crate::report::Outcome;
+
+/// Short times, so that a test sees the end of what takes minutes elsewhere.
+const TIMES: &str = "<ev:sampling><ev:interval unit='ms'>500</ev:interval></ev:sampling>\
+    <ev:temperature><ev:half-life unit='s'>3</ev:half-life></ev:temperature>\
+    <ev:migration><ev:delay unit='s'>2</ev:delay></ev:migration>";
+
+/// The hot block and a little for the guest's kernel.
+const MEMFD_POLICY: &str = "<ev:dram><ev:max unit='MiB'>44</ev:max></ev:dram>";
+
+/// In units of 2 MiB the guest's kernel makes more memory look hot.
+const HUGE_POLICY: &str = "<ev:dram><ev:max unit='MiB'>72</ev:max></ev:dram>";
+
+const OBSERVE_TIMEOUT: Duration = Duration::from_secs(60);
+const PLACE_TIMEOUT: Duration = Duration::from_secs(150);
+
+/// Node numbers of the emulated host.
+const FAST: i32 = 0;
+const SLOW: i32 = 1;
+
+const HUGE_PAGES: u64 = 512;
+
+/// Guest memory in 4 KiB pages: exact truth.
+pub fn memfd() -> Result<Outcome> {
+    let _daemon = Daemon::start()?;
+    let (mut guest, truth) = start(Memory::Memfd, MEMFD_POLICY)?;
+    let placed = wait_placed(&guest, &truth)?;
+    let map = daemon::map(guest.name)?;
+    let score = truth::score_hot(&truth, &map, 1);
+    ensure!(score.recall >= 0.99 && score.precision >= 0.90, "the hot block was found with {score:?}");
+    let slow = truth::numa_maps(guest.pid()?, &map)?;
+    let slow = slow.get(&(SLOW as u32)).copied().unwrap_or(0);
+    let idle = truth.idle.len() as u64 * 4096;
+    ensure!(slow * 10 >= idle * 9, "numa_maps has {slow} bytes on the slow node, the idle block has {idle}");
+    let back = promote(&mut guest, &truth)?;
+    guest.check_data()?;
+    check_nudged()?;
+    check_kernel()?;
+    Ok(Outcome::Pass(format!(
+        "recall {:.3}, precision {:.3}; {placed}; {back}",
+        score.recall, score.precision
+    )))
+}
+
+/// Anonymous guest memory: huge pages are judged and moved whole.
+pub fn huge_pages() -> Result<Outcome> {
+    let _daemon = Daemon::start()?;
+    let (mut guest, truth) = start(Memory::Anonymous, HUGE_POLICY)?;
+    let placed = wait_placed(&guest, &truth)?;
+    let score = truth::score_hot(&truth, &daemon::map(guest.name)?, HUGE_PAGES);
+    ensure!(score.recall >= 0.99, "the hot block was found with {score:?} in units of 2 MiB");
+    let round = daemon::domain(guest.name)?.and_then(|d| d.round).context("the daemon lost the domain")?;
+    ensure!(
+        round.mapped_huge_bytes * 2 > round.mapped_bytes,
+        "only {} of {} mapped bytes are in huge pages after placement",
+        round.mapped_huge_bytes,
+        round.mapped_bytes
+    );
+    guest.check_data()?;
+    check_kernel()?;
+    Ok(Outcome::Pass(format!(
+        "recall {:.3} at 2 MiB, {} of {} MiB in huge pages; {placed}",
+        score.recall,
+        round.mapped_huge_bytes >> 20,
+        round.mapped_bytes >> 20
+    )))
+}
+
+fn start(memory: Memory, dram: &str) -> Result<(Domain, Truth)> {
+    let content: &'static str = Box::leak(format!("{TIMES}{dram}").into_boxed_str());
+    let spec = DomainSpec { memory, policy: Some(("mode='place'", content)), ..DomainSpec::default() };
+    let mut guest = spec.start()?;
+    let truth = guest.wait_ready()?;
+    daemon::wait_for(guest.name, "the daemon places", OBSERVE_TIMEOUT, |d| {
+        d.state == DomainState::Placing && d.round.as_ref().is_some_and(|r| r.number >= 4)
+    })?;
+    Ok((guest, truth))
+}
+
+/// Waits until nine tenths of the idle block lie on the slow node and nine
+/// tenths of the hot block on the fast one, by the host's kernel.
+fn wait_placed(guest: &Domain, truth: &Truth) -> Result<String> {
+    let mut seen = String::new();
+    let outcome = host::wait_until("the guest is placed", PLACE_TIMEOUT, || {
+        let idle = share_on(SLOW, guest, &truth.idle)?;
+        let hot = share_on(FAST, guest, &truth.hot)?;
+        seen = format!("{:.1} % of idle slow, {:.1} % of hot fast", idle * 100.0, hot * 100.0);
+        Ok(idle >= 0.9 && hot >= 0.9)
+    });
+    outcome.with_context(|| {
+        let status = daemon::domain(guest.name).map(|d| serde_json::to_string(&d));
+        format!("{seen}; status {status:?}; daemon log: {}", daemon::log_tail())
+    })?;
+    Ok(seen)
+}
+
+/// Half of the idle block becomes hot in place of the hot block, and comes back.
+fn promote(guest: &mut Domain, truth: &Truth) -> Result<String> {
+    guest.ask("heat off", "heat off")?;
+    guest.ask("touch-idle 24", "touch-idle 24")?;
+    let mut seen = 0.0;
+    host::wait_until("what became hot comes back", PLACE_TIMEOUT, || {
+        seen = share_on(FAST, guest, &truth.idle)?;
+        // 24 of 64 MiB, with a tenth left to go.
+        Ok(seen >= 0.9 * 24.0 / 64.0)
+    })
+    .with_context(|| format!("share on the fast node {seen:.2}; {}", daemon::log_tail()))?;
+    Ok(format!("{:.0} of 24 MiB came back", seen * 64.0))
+}
+
+fn share_on(node: i32, guest: &Domain, frames: &BTreeSet<u64>) -> Result<f64> {
+    let nodes = truth::pages_by_node(guest.pid()?, &daemon::map(guest.name)?, frames)?;
+    let on = nodes.get(&node).copied().unwrap_or(0);
+    Ok(on as f64 / frames.len() as f64)
+}
+
+/// The hook's word must have arrived.
+fn check_nudged() -> Result<()> {
+    let daemon = daemon::status()?.daemon;
+    if daemon.nudges == 0 {
+        bail!("the hook did not nudge the daemon at virsh start");
+    }
+    Ok(())
+}
+
+fn check_kernel() -> Result<()> {
+    let complaints = host::kernel_complaints()?;
+    ensure!(complaints.is_empty(), "the kernel complains: {complaints:?}");
+    Ok(())
+}

@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What the guest knows about its own memory, against what ept-virt and the
+//! host's kernel say.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+
+use anyhow::{Context, Result, bail};
+use ept_virt_core::wire::{Class, MapRun, MemoryMap};
+
+const PAGE_BYTES: u64 = 4096;
+
+/// Pages asked about in one call.
+const CHUNK: usize = 4096;
+
+/// Guest frames of the workload's blocks.
+#[derive(Debug, Default)]
+pub struct Truth {
+    /// Rewritten all the time.
+    pub hot: BTreeSet<u64>,
+    /// Written once.
+    pub idle: BTreeSet<u64>,
+}
+
+/// How well a set of pages was found.
+#[derive(Clone, Copy, Debug)]
+pub struct Score {
+    /// Share of the true pages that were found.
+    pub recall: f64,
+    /// Share of the found pages that are true.
+    pub precision: f64,
+}
+
+impl Truth {
+    /// Reads the lines `frames BLOCK GFN PAGES`.
+    pub fn parse(lines: &[String]) -> Result<Self> {
+        let mut truth = Self::default();
+        for line in lines {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let ["frames", block, start, pages] = words.as_slice() else {
+                continue;
+            };
+            let start = u64::from_str_radix(start, 16).with_context(|| line.clone())?;
+            let pages = u64::from_str_radix(pages, 16).with_context(|| line.clone())?;
+            if start == 0 {
+                bail!("the guest does not know its frames: {line}");
+            }
+            match *block {
+                "hot" => truth.hot.extend(start..start + pages),
+                "idle" => truth.idle.extend(start..start + pages),
+                other => bail!("the guest speaks of a block {other:?}"),
+            }
+        }
+        if truth.hot.is_empty() || truth.idle.is_empty() {
+            bail!("the guest did not say where its blocks lie");
+        }
+        Ok(truth)
+    }
+}
+
+/// Compares what the map calls hot with the true hot pages. With `unit` pages
+/// to a mapping, a true unit is one in which any page is hot.
+pub fn score_hot(truth: &Truth, map: &MemoryMap, unit: u64) -> Score {
+    let units =
+        |pages: &mut dyn Iterator<Item = u64>| -> BTreeSet<u64> { pages.map(|gfn| gfn / unit).collect() };
+    let real = units(&mut truth.hot.iter().copied());
+    let found = units(
+        &mut map
+            .runs
+            .iter()
+            .filter(|run| run.class == Class::Hot)
+            .flat_map(|run| run.gfn..run.gfn + run.pages),
+    );
+    let both = real.intersection(&found).count() as f64;
+    Score { recall: both / real.len().max(1) as f64, precision: both / found.len().max(1) as f64 }
+}
+
+/// How many of the guest frames lie on which node of the host, by the host's
+/// kernel: move_pages(2) without targets asks, and moves nothing.
+pub fn pages_by_node(pid: i32, map: &MemoryMap, frames: &BTreeSet<u64>) -> Result<BTreeMap<i32, u64>> {
+    let addresses: Vec<*const libc::c_void> = frames
+        .iter()
+        .filter_map(|gfn| address(&map.runs, *gfn))
+        .map(|address| address as *const libc::c_void)
+        .collect();
+    let mut nodes = BTreeMap::new();
+    for chunk in addresses.chunks(CHUNK) {
+        let mut status = vec![0_i32; chunk.len()];
+        // SAFETY: both arrays have as many entries as the call is told; the
+        // addresses are those of the other process and are not followed here.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_move_pages,
+                pid,
+                chunk.len(),
+                chunk.as_ptr(),
+                std::ptr::null::<i32>(),
+                status.as_mut_ptr(),
+                0,
+            )
+        };
+        if result != 0 {
+            return Err(std::io::Error::last_os_error())
+                .with_context(|| format!("asking where pages of process {pid} lie"));
+        }
+        for node in status {
+            *nodes.entry(node).or_insert(0) += 1;
+        }
+    }
+    Ok(nodes)
+}
+
+/// Bytes of guest memory on each node by numa_maps: all mappings that hold an
+/// address of the map's runs.
+pub fn numa_maps(pid: i32, map: &MemoryMap) -> Result<BTreeMap<u32, u64>> {
+    let starts = mapping_starts(pid, map)?;
+    let path = format!("/proc/{pid}/numa_maps");
+    let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+    let mut bytes = BTreeMap::new();
+    for line in text.lines() {
+        let mut words = line.split_whitespace();
+        let start = words.next().unwrap_or_default();
+        if !u64::from_str_radix(start, 16).is_ok_and(|start| starts.contains(&start)) {
+            continue;
+        }
+        for word in words {
+            let Some((node, pages)) = word.strip_prefix('N').and_then(|w| w.split_once('=')) else {
+                continue;
+            };
+            let (node, pages): (u32, u64) = (node.parse()?, pages.parse()?);
+            *bytes.entry(node).or_insert(0) += pages * PAGE_BYTES;
+        }
+    }
+    Ok(bytes)
+}
+
+/// Start addresses of the mappings that hold guest memory.
+fn mapping_starts(pid: i32, map: &MemoryMap) -> Result<BTreeSet<u64>> {
+    let path = format!("/proc/{pid}/maps");
+    let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+    let mut starts = BTreeSet::new();
+    for line in text.lines() {
+        let range = line.split_whitespace().next().unwrap_or_default();
+        let Some((start, end)) = range.split_once('-') else {
+            continue;
+        };
+        let start = u64::from_str_radix(start, 16)?;
+        let end = u64::from_str_radix(end, 16)?;
+        if map.runs.iter().any(|r| r.hva < end && r.hva + r.pages * PAGE_BYTES > start) {
+            starts.insert(start);
+        }
+    }
+    Ok(starts)
+}
+
+fn address(runs: &[MapRun], gfn: u64) -> Option<u64> {
+    let after = runs.partition_point(|run| run.gfn <= gfn);
+    let run = runs.get(after.checked_sub(1)?)?;
+    (gfn < run.gfn + run.pages).then(|| run.hva + (gfn - run.gfn) * PAGE_BYTES)
+}

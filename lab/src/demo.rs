@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `cargo xtask demo`: the product at work, live.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+
+use crate::Lab;
+use crate::amd::{AmdHost, Wire};
+use crate::debian::BuildTree;
+use crate::product::{self, Installation};
+use crate::verdict::Follower;
+use crate::{kmod, proc};
+
+const TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Runs the demo; whether it came to its end.
+pub fn run(lab: &Lab) -> Result<bool> {
+    let tree = BuildTree::get(lab)?;
+    let module = kmod::build(lab, &tree)?;
+    let agent = product::build_agent(lab)?;
+    let files = Installation::build(lab, &tree, module, agent)?;
+    let host = AmdHost::prepare(lab, &tree)?;
+    let wire = lab.log("demo-wire");
+    let payload = files.payload("exec ./lab-agent demo")?;
+    let mut machine = host.start(lab, "demo", payload, &Wire::File(wire.clone()))?;
+    lab.progress.line("an emulated AMD host with 2 GiB of DRAM and 1 GiB of slower memory");
+    let deadline = Instant::now() + TIMEOUT;
+    let mut follower = Follower::new(&wire);
+    let mut failed = false;
+    loop {
+        let ended = machine.qemu.try_wait()?;
+        for line in follower.lines()? {
+            if line == "EPT-DONE" {
+                return Ok(!failed);
+            }
+            failed |= line.starts_with("The demo failed");
+            println!("{line}");
+        }
+        if let Some(status) = ended {
+            bail!("the emulator {}\n{}", proc::describe(status), proc::log_tail(&machine.console));
+        }
+        if Instant::now() > deadline {
+            bail!("the demo took more than {} s\n{}", TIMEOUT.as_secs(), proc::log_tail(&machine.console));
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+}

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The kernel module, built for the lab's kernel.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::Lab;
+use crate::cache::Key;
+use crate::debian::BuildTree;
+use crate::proc;
+
+const NAME: &str = "kvm_ept_sample.ko";
+const BUILD_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Builds the module with W=1 in the Debian tree of its kernel; the build
+/// machine's own compiler does not fit those headers. A warning is an error.
+pub fn build(lab: &Lab, tree: &BuildTree) -> Result<PathBuf> {
+    let sources = lab.root.join("kmod");
+    let key = Key::new("kmod 1").item(&tree.root).text(&tree.release).tree(&sources, &is_source)?;
+    lab.cache.get_or_build(NAME, &key, |ko| {
+        let step = lab.progress.step(format!("building the kernel module for {}", tree.release));
+        let work = tree.root.join("build");
+        if work.exists() {
+            fs::remove_dir_all(&work).with_context(|| format!("removing {}", work.display()))?;
+        }
+        copy_sources(&sources, &work)?;
+        let log = lab.log("kmod");
+        let headers = format!("/lib/modules/{}/build", tree.release);
+        proc::run(
+            Command::new("chroot")
+                .arg(&tree.root)
+                .args(["make", "-j2", "-C", &headers, "M=/build", "W=1", "modules"]),
+            &log,
+            BUILD_TIMEOUT,
+        )?;
+        let output = fs::read_to_string(&log).context("reading the build's log")?;
+        if output.contains("warning:") || output.contains("WARNING:") {
+            bail!("the kernel module builds with warnings\n{}", proc::log_tail(&log));
+        }
+        fs::copy(work.join(NAME), ko).context("fetching the built module")?;
+        step.done("");
+        Ok(())
+    })
+}
+
+/// Not what a build in the checkout left behind.
+fn is_source(path: &Path) -> bool {
+    let is_c = matches!(path.extension().and_then(|e| e.to_str()), Some("c" | "h" | "S"));
+    let is_generated = path.to_string_lossy().ends_with(".mod.c");
+    let is_make = matches!(path.file_name().and_then(|n| n.to_str()), Some("Makefile" | "Kbuild"));
+    (is_c && !is_generated) || is_make
+}
+
+fn copy_sources(from: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to).with_context(|| format!("creating {}", to.display()))?;
+    for entry in fs::read_dir(from).with_context(|| format!("reading {}", from.display()))? {
+        let path = entry?.path();
+        let target = to.join(path.file_name().unwrap_or_default());
+        if path.is_dir() {
+            copy_sources(&path, &target)?;
+        } else if is_source(&path) {
+            fs::copy(&path, &target).with_context(|| format!("copying {}", path.display()))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The project's own binaries, built on the build machine.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::Result;
+
+use crate::Lab;
+use crate::amd::Payload;
+use crate::apt::{self, need};
+use crate::cpio::Cpio;
+use crate::debian::BuildTree;
+use crate::proc;
+
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// The first build compiles all dependencies.
+const BUILD_TIMEOUT: Duration = Duration::from_secs(20 * 60);
+
+/// The project's binaries.
+struct Product {
+    /// CLI and daemon.
+    pub cli: PathBuf,
+    /// libvirt's qemu hook.
+    pub hook: PathBuf,
+}
+
+/// All that an emulated AMD host is given to test or show.
+pub struct Installation {
+    product: Product,
+    module: PathBuf,
+    agent: PathBuf,
+    kernel: PathBuf,
+}
+
+impl Installation {
+    /// Builds what is not built.
+    pub fn build(lab: &Lab, tree: &BuildTree, module: PathBuf, agent: PathBuf) -> Result<Self> {
+        Ok(Self { product: build(lab)?, module, agent, kernel: tree.kernel() })
+    }
+
+    /// The files for the host; `run` is the shell script that it starts with.
+    /// The guests boot the host's own kernel.
+    pub fn payload(&self, run: &str) -> Result<Payload> {
+        let mut initramfs = Cpio::default();
+        initramfs.file("init", &self.agent)?;
+        Payload::new(run)?
+            .file("lab-agent", &self.agent)?
+            .file("ept-virt", &self.product.cli)?
+            .file("ept-virt-hook", &self.product.hook)?
+            .file("kvm_ept_sample.ko", &self.module)?
+            .file("vmlinuz", &self.kernel)?
+            .content("guest.cpio", &initramfs.finish()?)
+    }
+}
+
+/// Debian packages that any build of the workspace needs.
+pub fn ensure_packages(lab: &Lab) -> Result<()> {
+    apt::ensure(
+        lab,
+        &[
+            need("libvirt-dev", "the CLI links libvirt"),
+            need("gcc", "links Rust programs"),
+            need("libc6-dev", "links Rust programs"),
+            need("pkg-config", "finds libvirt"),
+        ],
+    )
+}
+
+/// Builds CLI and hook.
+fn build(lab: &Lab) -> Result<Product> {
+    ensure_packages(lab)?;
+    let step = lab.progress.step("building ept-virt");
+    let mut command = cargo(lab);
+    command.args(["build", "--release", "--package=ept-virt"]);
+    command.arg("--package=ept-virt-hook");
+    proc::run(&mut command, &lab.log("cargo-product"), BUILD_TIMEOUT)?;
+    step.done("");
+    let out = target_dir(lab).join("release");
+    Ok(Product { cli: out.join("ept-virt"), hook: out.join("ept-virt-hook") })
+}
+
+/// Builds the static program that runs inside hosts and guests.
+pub fn build_agent(lab: &Lab) -> Result<PathBuf> {
+    ensure_packages(lab)?;
+    let step = lab.progress.step("building the lab's agent");
+    // A folder of its own: other flags would rebuild everything each time.
+    let target_dir = target_dir(lab).join("static");
+    let mut command = cargo(lab);
+    command
+        .env("RUSTFLAGS", "-C target-feature=+crt-static")
+        .args(["build", "--release", "--package=ept-virt-lab-agent"])
+        .args(["--target", TARGET])
+        .arg("--target-dir")
+        .arg(&target_dir);
+    proc::run(&mut command, &lab.log("cargo-agent"), BUILD_TIMEOUT)?;
+    step.done("");
+    Ok(target_dir.join(TARGET).join("release/ept-virt-lab-agent"))
+}
+
+/// Cargo in the project's root. The variables that our own `cargo run` set for
+/// this program would only make crates rebuild.
+pub fn cargo(lab: &Lab) -> Command {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.current_dir(&lab.root);
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("CARGO_PKG_")
+            || name.to_string_lossy().starts_with("CARGO_MANIFEST_")
+        {
+            command.env_remove(name);
+        }
+    }
+    command
+}
+
+fn target_dir(lab: &Lab) -> PathBuf {
+    match std::env::var_os("CARGO_TARGET_DIR") {
+        Some(dir) => lab.root.join(dir),
+        None => lab.root.join("target"),
+    }
+}

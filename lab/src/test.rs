@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `cargo xtask test`: everything that must hold.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Args;
+
+use crate::Lab;
+use crate::amd::{AmdHost, Wire};
+use crate::debian::BuildTree;
+use crate::product::{self, Installation};
+use crate::verdict::{self, Tally, Verdict};
+use crate::{kmod, proc};
+
+const CARGO_TIMEOUT: Duration = Duration::from_secs(20 * 60);
+
+/// Scenarios that share one start of the AMD host, and how long they may take
+/// together. Those that must not see each other's traces stand apart.
+const AMD_RUNS: &[(&str, &[&str])] = &[
+    ("amd-place", &["boot", "e2e-memfd", "e2e-thp"]),
+    (
+        "amd-bad",
+        &[
+            "bad-no-module",
+            "bad-no-daemon",
+            "bad-tcg-guest",
+            "bad-policy",
+            "bad-numatune",
+            "bad-daemon-killed",
+            "bad-libvirtd-restarted",
+            "bad-module-removed",
+            "bad-guest-dies",
+        ],
+    ),
+];
+const SCENARIO_TIMEOUT: Duration = Duration::from_secs(150);
+
+/// What to run.
+#[derive(Args)]
+pub struct Options {
+    /// Only these scenarios of the AMD host, none of the rest.
+    #[arg(long, value_name = "NAME", num_args = 1.., conflicts_with = "intel")]
+    amd: Vec<String>,
+    /// Only the Intel host.
+    #[arg(long)]
+    intel: bool,
+}
+
+/// Runs the tests; whether none failed.
+pub fn run(lab: &Lab, options: &Options) -> Result<bool> {
+    let mut tally = Tally::default();
+    let only_some = options.intel || !options.amd.is_empty();
+    product::ensure_packages(lab)?;
+    if !only_some {
+        sources(lab, &mut tally);
+    }
+    if let Err(error) = hosts(lab, options, &mut tally) {
+        tally.check("emulated hosts", || Err(error));
+    }
+    let minutes = lab.progress.elapsed().as_secs_f64() / 60.0;
+    eprintln!("after {minutes:.1} minutes, logs in {}", lab.log("").display());
+    println!("{}", tally.closing());
+    Ok(tally.count(Verdict::Fail) == 0)
+}
+
+/// What needs no emulated host.
+fn sources(lab: &Lab, tally: &mut Tally) {
+    let checks: [(&str, &[&str]); 3] = [
+        ("fmt", &["fmt", "--all", "--check"]),
+        ("clippy", &["clippy", "--workspace", "--all-targets", "--", "--deny=warnings"]),
+        // The ABI header against its Rust mirror is one of these.
+        ("unit-tests", &["test", "--workspace"]),
+    ];
+    for (name, args) in checks {
+        tally.check(name, || {
+            let log = lab.log(&format!("cargo-{name}"));
+            proc::run(product::cargo(lab).args(args), &log, CARGO_TIMEOUT)?;
+            Ok(String::new())
+        });
+    }
+}
+
+/// What runs on emulated hosts.
+fn hosts(lab: &Lab, options: &Options, tally: &mut Tally) -> Result<()> {
+    let tree = BuildTree::get(lab)?;
+    let mut module = None;
+    tally.check("kmod-build", || {
+        module = Some(kmod::build(lab, &tree)?);
+        Ok(format!("W=1, {}", tree.release))
+    });
+    let module = module.context("without the module nothing else can be tested")?;
+    let agent = product::build_agent(lab)?;
+    if !options.intel {
+        let files = Installation::build(lab, &tree, module.clone(), agent.clone())?;
+        let host = AmdHost::prepare(lab, &tree)?;
+        if options.amd.is_empty() {
+            for (name, scenarios) in AMD_RUNS {
+                amd_run(lab, &host, &files, name, scenarios, tally)?;
+            }
+        } else {
+            let names: Vec<&str> = options.amd.iter().map(String::as_str).collect();
+            amd_run(lab, &host, &files, "amd-some", &names, tally)?;
+        }
+    }
+    Ok(())
+}
+
+fn amd_run(
+    lab: &Lab,
+    host: &AmdHost,
+    files: &Installation,
+    name: &str,
+    scenarios: &[&str],
+    tally: &mut Tally,
+) -> Result<()> {
+    let step = lab.progress.step(format!("AMD host: {}", scenarios.join(", ")));
+    let payload = files.payload(&format!("exec ./lab-agent scenario {}", scenarios.join(" ")))?;
+    let wire = lab.log(&format!("{name}-wire"));
+    let mut machine = host.start(lab, name, payload, &Wire::File(wire.clone()))?;
+    let timeout = SCENARIO_TIMEOUT * u32::try_from(scenarios.len())?;
+    verdict::collect(name, &wire, &machine.console.clone(), &mut machine.qemu, timeout, tally, &step)?;
+    step.done("");
+    Ok(())
+}
