@@ -9,32 +9,55 @@
 #include <linux/version.h>
 #include <linux/kvm_host.h>
 
+#define KES_KERNEL_IS(major, minor) \
+	(LINUX_VERSION_CODE >= KERNEL_VERSION(major, minor, 0) && \
+	 LINUX_VERSION_CODE < KERNEL_VERSION(major, (minor) + 1, 0))
+#define KES_KERNEL_FROM(major, minor) \
+	(LINUX_VERSION_CODE >= KERNEL_VERSION(major, minor, 0))
+
 /*
  * KVM's private structures and entry bits are read directly, so a kernel line
- * is either known or refused: nothing is guessed. 6.12 is the line whose
+ * is either known or refused: nothing is guessed. These are the lines whose
  * layouts are written down in vm.c and entry.h.
  */
-#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 12, 0) || \
-	LINUX_VERSION_CODE >= KERNEL_VERSION(6, 13, 0)
-#error "kvm_ept_sample knows the KVM of Linux 6.12 only; see docs/KERNELS.md"
+#if !KES_KERNEL_IS(6, 1) && !KES_KERNEL_IS(6, 12) && !KES_KERNEL_IS(7, 3)
+#error "kvm_ept_sample knows the KVM of Linux 6.1, 6.12 and 7.3 only; see docs/KERNELS.md"
+#endif
+
+/* 6.7: the operations of a VM's file name the vendor module as their owner. */
+#if KES_KERNEL_FROM(6, 7)
+#define KES_COMPAT_VM_FILE_OWNER
+#endif
+
+/* 6.8: guests can have private memory. */
+#ifndef kvm_arch_has_private_mem
+#define kvm_arch_has_private_mem(kvm) false
+#endif
+
+/* After 6.12: TDX mirrors its tables, and the mirror is not what the CPU reads. */
+#if KES_KERNEL_IS(7, 3)
+#define kes_compat_is_mirror(role) ((role).is_mirror)
+#else
+#define kes_compat_is_mirror(role) false
 #endif
 
 /*
  * Up to 6.12 KVM tells the host that a page is dirty when it unmaps an entry
- * with the dirty bit (7.3: already when it maps a writable one). Who clears the
- * bit before that owes the host the same word.
+ * with the dirty bit; since then already when it maps a writable one. Who clears
+ * the bit in between owes the older kernels the same word.
  *
  * Call with kvm->mmu_lock held for read, which keeps the frame the guest's.
  */
 static inline void kes_compat_set_pfn_dirty(kvm_pfn_t pfn)
 {
+#if !KES_KERNEL_IS(7, 3)
 	kvm_set_pfn_dirty(pfn);
+#endif
 }
 
-/* Exported up to 6.12. Waits until every running vCPU has left the guest. */
-static inline void kes_compat_flush_tlbs(struct kvm *kvm)
-{
-	kvm_flush_remote_tlbs(kvm);
-}
+/* After 6.12 kvm_flush_remote_tlbs() is exported to KVM's own modules only. */
+#if !KES_KERNEL_IS(7, 3)
+#define KES_COMPAT_FLUSH_EXPORTED
+#endif
 
 #endif /* KES_COMPAT_H */

@@ -16,6 +16,7 @@
 #include <linux/uaccess.h>
 
 #include "compat.h"
+#include "flush.h"
 #include "gather.h"
 #include "harvest.h"
 #include "nodes.h"
@@ -404,7 +405,7 @@ long kes_harvest(struct kvm *kvm, const struct kes_entry_format *format,
 	if (arg->stats.entries_cleared)
 		harvester->unflushed = true;
 	if ((arg->flags & KES_HARVEST_FLUSH) && harvester->unflushed) {
-		kes_compat_flush_tlbs(kvm);
+		kes_flush_tlbs(kvm);
 		harvester->unflushed = false;
 		arg->stats.flushes++;
 	}

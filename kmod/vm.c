@@ -38,17 +38,20 @@ static_assert(offsetof(struct kes_mmu_page, gfn) == 40);
 static_assert(offsetof(struct kes_mmu_page, spt) == 48);
 
 /*
- * Any file may be called "kvm-vm"; what only KVM can make is an anonymous inode
- * with that name whose operations belong to KVM's vendor module.
+ * Any file may be called "kvm-vm"; an anonymous inode gets its name from kernel
+ * code only, and that one from KVM only. Newer kernels also say whose it is.
  */
 static bool file_is_kvm_vm(struct file *file)
 {
-	const struct module *owner = file->f_op->owner;
-
-	return file_inode(file)->i_sb->s_magic == ANON_INODE_FS_MAGIC &&
-	       !strcmp(file->f_path.dentry->d_name.name, "kvm-vm") &&
-	       owner && (!strcmp(owner->name, "kvm_intel") ||
-			 !strcmp(owner->name, "kvm_amd"));
+	if (file_inode(file)->i_sb->s_magic != ANON_INODE_FS_MAGIC ||
+	    strcmp(file->f_path.dentry->d_name.name, "kvm-vm"))
+		return false;
+#ifdef KES_COMPAT_VM_FILE_OWNER
+	return file->f_op->owner && (!strcmp(file->f_op->owner->name, "kvm_intel") ||
+				     !strcmp(file->f_op->owner->name, "kvm_amd"));
+#else
+	return true;
+#endif
 }
 
 /*
@@ -130,7 +133,7 @@ int kes_vm_roots(struct kvm *kvm, struct kes_root roots[KES_MAX_ROOTS])
 		}
 		role.word = READ_ONCE(page->role.word);
 		/* Invalid: on its way out. SMM: another address space. */
-		if (role.invalid || role.smm)
+		if (role.invalid || role.smm || kes_compat_is_mirror(role))
 			continue;
 		if (role.ad_disabled) {
 			pr_warn_once("refused a VM without accessed and dirty bits: no EPT A/D, or kvm_intel.eptad=0\n");
