@@ -104,6 +104,8 @@ pub fn churn() -> Result<Outcome> {
                     while !stop.load(Ordering::Relaxed) {
                         harvest(&mut sampler, clear)?;
                         harvests.fetch_add(1, Ordering::Relaxed);
+                        // Each harvest kicks the guest: without a pause it would not get on.
+                        std::thread::sleep(Duration::from_millis(2));
                     }
                     Ok(())
                 })
