@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! PID 1 of the Intel host: loads KVM from the initramfs, runs the tests that
+//! the kernel command line names, and switches the machine off.
+//!
+//! The host has no disk and no user space but this program. What it reports
+//! goes to port 0xE9, which Bochs copies to its standard output byte by byte:
+//! unlike the serial console it loses nothing when the machine stops.
+
+use std::ffi::CString;
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use nix::kmod::{ModuleInitFlags, finit_module};
+use nix::mount::{MsFlags, mount};
+
+use crate::microvm;
+use crate::report::judge;
+
+/// One module per line, in the order of loading: the file's name, then its parameters.
+const MODULE_LIST: &str = "/modules/load";
+const DEBUG_PORT: u64 = 0xE9;
+/// Bochs ends when it reads the word "Shutdown" here.
+const SHUTDOWN_PORT: u64 = 0x8900;
+
+/// Sets the machine up, runs the tests and ends the machine. Comes back only
+/// when the machine can not be ended.
+pub fn run() -> Result<()> {
+    mount_kernel_filesystems()?;
+    let wire = Wire::open()?;
+    let cmdline = fs::read_to_string("/proc/cmdline").context("cannot read /proc/cmdline")?;
+    let host = parameter(&cmdline, "ept.host=").unwrap_or("intel");
+    match load_modules(&wire) {
+        Ok(()) => run_tests(&wire, host, &requested_tests(&cmdline))?,
+        Err(error) => wire.line(&judge(host, || Err(error)).line())?,
+    }
+    wire.line("EPT-DONE")?;
+    wire.put(SHUTDOWN_PORT, b"Shutdown")?;
+    bail!("the machine went on after it was told to stop at port {SHUTDOWN_PORT:#x}")
+}
+
+/// The tests of `ept.tests=a,b`; without it all but those of `ept.without=c,d`.
+fn requested_tests(cmdline: &str) -> Vec<&str> {
+    let names = |prefix| parameter(cmdline, prefix).map(|list| list.split(',').collect::<Vec<_>>());
+    names("ept.tests=").unwrap_or_else(|| {
+        let without = names("ept.without=").unwrap_or_default();
+        microvm::names().filter(|name| !without.contains(name)).collect()
+    })
+}
+
+fn run_tests(wire: &Wire, host: &str, tests: &[&str]) -> Result<()> {
+    for test in tests {
+        let name = format!("{host}/{test}");
+        wire.line(&format!("running {name}"))?;
+        wire.line(&judge(&name, || microvm::run(test)).line())?;
+    }
+    Ok(())
+}
+
+/// The value of a parameter on the kernel command line.
+fn parameter<'a>(cmdline: &'a str, prefix: &str) -> Option<&'a str> {
+    cmdline.split_whitespace().find_map(|word| word.strip_prefix(prefix))
+}
+
+fn mount_kernel_filesystems() -> Result<()> {
+    for (kind, target) in
+        [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("debugfs", "/sys/kernel/debug")]
+    {
+        fs::create_dir_all(target).with_context(|| format!("cannot make {target}"))?;
+        mount(Some(kind), target, Some(kind), MsFlags::empty(), None::<&str>)
+            .with_context(|| format!("cannot mount {kind} on {target}"))?;
+    }
+    Ok(())
+}
+
+fn load_modules(wire: &Wire) -> Result<()> {
+    let list = fs::read_to_string(MODULE_LIST).with_context(|| format!("cannot read {MODULE_LIST}"))?;
+    for line in list.lines() {
+        let (file, parameters) = line.split_once(' ').unwrap_or((line, ""));
+        let start = Instant::now();
+        let module =
+            File::open(format!("/modules/{file}")).with_context(|| format!("cannot open module {file}"))?;
+        let parameters = CString::new(parameters).context("a module's parameters hold a zero byte")?;
+        finit_module(&module, &parameters, ModuleInitFlags::empty())
+            .with_context(|| format!("cannot load module {file}; the console log says why"))?;
+        wire.line(&format!("loaded {line} in {} ms", start.elapsed().as_millis()))?;
+    }
+    Ok(())
+}
+
+/// The emulator's ports, through /dev/port: a byte written at an offset of it
+/// goes to the port of that number.
+struct Wire {
+    ports: File,
+}
+
+impl Wire {
+    fn open() -> Result<Self> {
+        let ports = OpenOptions::new().write(true).open("/dev/port").context("cannot open /dev/port")?;
+        Ok(Self { ports })
+    }
+
+    fn line(&self, text: &str) -> Result<()> {
+        self.put(DEBUG_PORT, text.as_bytes())?;
+        self.put(DEBUG_PORT, b"\n")
+    }
+
+    /// Byte by byte: a longer write would go on to the next ports.
+    fn put(&self, port: u64, bytes: &[u8]) -> Result<()> {
+        for byte in bytes.chunks(1) {
+            self.ports.write_all_at(byte, port).with_context(|| format!("cannot write to port {port:#x}"))?;
+        }
+        Ok(())
+    }
+}
