@@ -57,8 +57,16 @@ pub fn ones(mut word: u64) -> impl Iterator<Item = usize> {
     })
 }
 
+/// The bits of the last word of a bitmap of `bits` bits that stand for something.
+pub fn tail_mask(bits: usize) -> u64 {
+    match bits % WORD_BITS {
+        0 => !0,
+        rest => (1 << rest) - 1,
+    }
+}
+
 /// The words that `range` touches, each with the mask of its bits in `range`.
-fn masks(range: Range<usize>) -> impl Iterator<Item = (usize, u64)> {
+pub fn masks(range: Range<usize>) -> impl Iterator<Item = (usize, u64)> {
     let Range { start, end } = range;
     (start / WORD_BITS..words_for(end)).map(move |index| {
         let base = index * WORD_BITS;

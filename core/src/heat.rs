@@ -147,10 +147,37 @@ impl HeatMap {
     /// how pages are judged that can only move together.
     pub fn unit(&self, pages: Range<usize>) -> (u16, bool) {
         let cells = self.cells.get(pages).unwrap_or_default();
-        let (hottest, counts) = cells
-            .iter()
-            .fold((0, 0), |(hottest, counts), cell| (cell.max(&hottest).to_owned(), counts | cell));
+        let (hottest, counts) =
+            cells.iter().fold((0, 0), |(hottest, counts), cell| (*cell.max(&hottest), counts | cell));
         (hottest & MAX_TEMPERATURE, counts & IDLE_COUNT == 0)
+    }
+
+    /// The lowest and the highest temperature in `pages`.
+    pub fn extremes(&self, pages: Range<usize>) -> (u16, u16) {
+        let cells = self.cells.get(pages).unwrap_or_default();
+        let (low, high) =
+            cells.iter().fold((u16::MAX, 0), |(low, high), cell| (*cell.min(&low), *cell.max(&high)));
+        (low & MAX_TEMPERATURE, high & MAX_TEMPERATURE)
+    }
+
+    /// The lowest temperature of the idle ones among the 64 pages of word
+    /// `index` of a bitmap, those past the last page included.
+    pub(crate) fn coldest_idle(&self, index: usize) -> Option<u16> {
+        // The count becomes the highest bits, so one minimum tells both.
+        let low = self.block(index).iter().fold(u16::MAX, |low, cell| low.min(cell.rotate_right(2)));
+        let temperature = low.rotate_left(2);
+        (temperature & IDLE_COUNT == 0).then_some(temperature)
+    }
+
+    /// The highest temperature among the 64 pages of word `index` of a bitmap.
+    pub(crate) fn hottest(&self, index: usize) -> u16 {
+        self.block(index).iter().fold(0, |high, cell| high.max(*cell)) & MAX_TEMPERATURE
+    }
+
+    /// The cells of word `index` of a bitmap. The fixed length lets loops over
+    /// it run in vectors.
+    fn block(&self, index: usize) -> &[u16; WORD_BITS] {
+        self.cells.as_chunks().0.get(index).unwrap_or(&[0; WORD_BITS])
     }
 
     /// Class of `page`.
@@ -198,7 +225,7 @@ impl HeatMap {
         for (index, block) in self.cells.as_chunks_mut::<WORD_BITS>().0.iter_mut().enumerate() {
             let mut word = bitmap::word(accessed, index);
             if index + 1 == last {
-                word &= tail_mask(self.pages);
+                word &= bitmap::tail_mask(self.pages);
             }
             step.apply(block, word);
         }
@@ -223,7 +250,7 @@ impl HeatMap {
         for (index, pending) in self.pending.iter_mut().enumerate() {
             let mut word = bitmap::word(accessed, index);
             if index + 1 == words {
-                word &= tail_mask(self.pages);
+                word &= bitmap::tail_mask(self.pages);
             }
             *pending |= word;
             for bit in bitmap::ones(word) {
@@ -239,14 +266,6 @@ pub fn class_of(temperature: u16) -> Class {
         HOT_FROM.. => Class::Hot,
         COLD_BELOW.. => Class::Warm,
         _ => Class::Cold,
-    }
-}
-
-/// The bits of the last word that stand for pages.
-fn tail_mask(pages: usize) -> u64 {
-    match pages % WORD_BITS {
-        0 => !0,
-        rest => (1 << rest) - 1,
     }
 }
 

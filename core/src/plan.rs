@@ -23,7 +23,7 @@ mod view;
 
 use std::iter::Peekable;
 
-use crate::heat::{COLD_BELOW, MAX_TEMPERATURE};
+use crate::heat::MAX_TEMPERATURE;
 use crate::units::{Bytes, Share};
 
 use candidates::{Candidate, Candidates};
@@ -125,9 +125,4 @@ fn make_room(
         victims.push(victim);
     }
     Some(victims)
-}
-
-/// Whether a unit on the slow tier is worth moving at all.
-fn worth_promoting(temperature: u16) -> bool {
-    temperature >= COLD_BELOW
 }

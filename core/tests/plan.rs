@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use ept_virt_core::bitmap;
 use ept_virt_core::heat::{COLD_BELOW, HeatMap, HeatParams, MAX_TEMPERATURE};
-use ept_virt_core::plan::{MoveUnit, PlaceMap, Plan, PlanInput, SlotView, plan};
+use ept_virt_core::plan::{MoveUnit, PlaceMap, Plan, PlanInput, SlotView, map_runs, plan, strip};
 use ept_virt_core::sampler::Level;
 use ept_virt_core::units::{Bytes, PAGE_BYTES, Share};
 use ept_virt_core::wire::Place;
@@ -265,6 +265,50 @@ proptest! {
     }
 
     #[test]
+    fn pictures_show_every_page_once(slots in domain(), cells in 1usize..300) {
+        let views: Vec<SlotView<'_>> = slots.iter().map(Slot::view).collect();
+        let mut runs = map_runs(&views).into_iter();
+        let mut run = runs.next().unwrap();
+        for slot in &slots {
+            for page in 0..slot.place.pages() {
+                let shown = (run.gfn, run.hva, run.class, run.place);
+                let gfn = slot.place.gfn_start() + page as u64;
+                let hva = slot.hva + page as u64 * PAGE_BYTES;
+                prop_assert_eq!(shown, (gfn, hva, slot.heat.class(page), slot.place.place(page)));
+                run.gfn += 1;
+                run.hva += PAGE_BYTES;
+                run.pages -= 1;
+                if run.pages == 0 {
+                    let Some(next) = runs.next() else { break };
+                    let neighbour = (next.gfn, next.class, next.place) == (run.gfn, run.class, run.place);
+                    prop_assert!(!neighbour || page + 1 == slot.place.pages(), "a run that could be longer");
+                    run = next;
+                }
+            }
+        }
+        prop_assert!(runs.next().is_none() && run.pages == 0);
+
+        let pages: Vec<(u16, Place)> = slots
+            .iter()
+            .flat_map(|slot| (0..slot.place.pages()).map(|page| (slot.heat.temperature(page), slot.place.place(page))))
+            .collect();
+        let shown = strip(&views, cells);
+        let cells = cells.min(pages.len());
+        prop_assert_eq!(shown.len(), cells);
+        for (index, cell) in shown.iter().enumerate() {
+            let part = &pages[index * pages.len() / cells..(index + 1) * pages.len() / cells];
+            let mut hottest: Vec<u64> = part.iter().map(|(temperature, _)| u64::from(temperature >> 8)).collect();
+            hottest.sort_by_key(|temperature| std::cmp::Reverse(*temperature));
+            hottest.truncate(part.len().div_ceil(8));
+            prop_assert_eq!(u64::from(cell.heat), hottest.iter().sum::<u64>() / hottest.len() as u64);
+            let count = |place| part.iter().filter(|page| page.1 == place).count();
+            let (slow, resident) = (count(Place::Slow), part.len() - count(Place::Absent));
+            prop_assert_eq!(usize::from(cell.slow), (slow * 255).div_ceil(resident.max(1)));
+            prop_assert_eq!(usize::from(cell.resident), (resident * 255).div_ceil(part.len()));
+        }
+    }
+
+    #[test]
     fn the_same_input_gives_the_same_plan(slots in domain(), limits in limits()) {
         prop_assert_eq!(plan_of(&slots, limits), plan_of(&slots.clone(), limits));
     }
@@ -288,6 +332,40 @@ fn simple(pages: usize, hot: Range<usize>, slow: Range<usize>) -> Slot {
 
 fn percent_of_heat(gap: u16, target_pages: u64, quota: u64) -> Limits {
     Limits { target: Some(Bytes::of_pages(target_pages)), gap: Share::from_percent(gap), quota }
+}
+
+/// Enough pages that the search drops its surplus on the way.
+#[test]
+fn in_a_large_slot_the_best_are_found_as_by_sorting() {
+    let pages = 300_000;
+    let mut slot = simple(pages, 0..0, 0..pages / 2);
+    // Temperatures that fall with the address: each page is colder than all before.
+    for round in 0..60 {
+        let mut accessed = vec![0; pages.div_ceil(64)];
+        let low = |from: usize| from..from + (pages / 2) * (60 - round) / 60;
+        bitmap::fill(&mut accessed, low(0), true);
+        bitmap::fill(&mut accessed, low(pages / 2), true);
+        slot.heat.step(&accessed, ROUND / 10);
+    }
+    slot.heat.step(&[], ROUND);
+    slot.heat.step(&[], ROUND);
+    let mut all = units(&slot);
+    let sorted_by_heat = |all: &[Unit], place: Place, quota: usize| -> Vec<MoveUnit> {
+        all.iter().filter(|unit| unit.place == place).map(|unit| unit.unit).take(quota).collect()
+    };
+    for quota in [1, 100, 40_000] {
+        all.sort_by_key(|unit| unit.temperature);
+        let coldest = sorted_by_heat(&all, Place::Fast, quota);
+        let plan = plan_of(std::slice::from_ref(&slot), percent_of_heat(100, 0, quota as u64));
+        assert!(plan.demote == coldest, "the coldest {quota}");
+
+        all.sort_by_key(|unit| (std::cmp::Reverse(unit.temperature), unit.unit.gfn));
+        let hottest = sorted_by_heat(&all, Place::Slow, quota);
+        let limits = Limits { target: None, gap: Share::WHOLE, quota: quota as u64 };
+        let plan = plan_of(std::slice::from_ref(&slot), limits);
+        assert!(plan.promote == hottest, "the hottest {quota}");
+        all.sort_by_key(|unit| unit.unit.gfn);
+    }
 }
 
 #[test]

@@ -1,14 +1,19 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The units that may move: the coldest of the fast tier, the hottest of the
-//! slow one, no more of either than a round can move.
+//! slow one, little more of either than a round can move.
+//!
+//! One pass over the cells. What can not be among the best so far is passed
+//! over 64 pages at a time, which for most of a guest is all there is to do.
+
+use std::ops::Range;
 
 use crate::bitmap::{self, WORD_BITS};
-use crate::heat::Histogram;
+use crate::heat::{COLD_BELOW, Histogram, MAX_TEMPERATURE};
 use crate::sampler::Level;
 use crate::units::{PAGE_BYTES, PAGES_PER_2M};
 use crate::wire::Place;
 
-use super::{MoveUnit, SlotView, worth_promoting};
+use super::{MoveUnit, SlotView};
 
 /// A unit with what it is judged by.
 #[derive(Clone, Copy, Debug)]
@@ -23,116 +28,147 @@ impl Candidate {
     }
 }
 
-/// What may move, in the order in which it should.
+/// What may move, in the order in which it should; equals by address.
 pub(super) struct Candidates {
     /// Idle units of the fast tier.
     pub(super) coldest_fast: Vec<Candidate>,
-    /// Units of the slow tier that are worth promoting.
+    /// Units of the slow tier that are not cold.
     pub(super) hottest_slow: Vec<Candidate>,
 }
 
 impl Candidates {
-    /// At least `wanted` pages of each kind, or all there are. Two passes: the
-    /// first counts pages by temperature, the second takes those beyond the
-    /// threshold, so that only what is taken is sorted.
+    /// At least `wanted` pages of each kind, or all there are.
     pub(super) fn collect(slots: &[SlotView<'_>], wanted: u64) -> Self {
-        let mut kinds = [Selection::default(), Selection::default()];
-        if wanted == 0 {
-            return Candidates { coldest_fast: Vec::new(), hottest_slow: Vec::new() };
-        }
+        let mut survey = Survey {
+            fast: Selection::new(wanted, u32::from(MAX_TEMPERATURE) + 1),
+            slow: Selection::new(wanted, u32::from(distance_from_top(COLD_BELOW)) + 1),
+        };
         for slot in slots {
-            each_candidate(slot, |place, candidate| {
-                kinds[usize::from(place == Place::Slow)]
-                    .histogram
-                    .add(candidate.temperature, candidate.pages());
-            });
+            for (pages, level) in slot.place.regions() {
+                survey.region(slot, pages, level);
+            }
         }
-        let (cold_from, colder) = kinds[0].histogram.coldest(wanted);
-        kinds[0].threshold = cold_from;
-        kinds[0].at_threshold = wanted.saturating_sub(colder);
-        let (hot_from, hotter) = kinds[1].histogram.hottest(wanted);
-        kinds[1].threshold = hot_from;
-        kinds[1].at_threshold = wanted.saturating_sub(hotter);
-        for slot in slots {
-            each_candidate(slot, |place, candidate| match place {
-                Place::Slow => kinds[1].offer(candidate, candidate.temperature > hot_from),
-                _ => kinds[0].offer(candidate, candidate.temperature < cold_from),
-            });
-        }
-        let [mut cold, mut hot] = kinds.map(|kind| kind.taken);
-        // Stable: among equals the lower address goes first.
-        cold.sort_by_key(|candidate| candidate.temperature);
-        hot.sort_by_key(|candidate| std::cmp::Reverse(candidate.temperature));
-        Candidates { coldest_fast: cold, hottest_slow: hot }
+        Candidates { coldest_fast: survey.fast.finish(), hottest_slow: survey.slow.finish() }
     }
 }
 
-/// One kind of candidate while it is collected.
-#[derive(Default)]
+/// The key of hot pages: the lowest is the hottest.
+fn distance_from_top(temperature: u16) -> u16 {
+    MAX_TEMPERATURE - temperature
+}
+
+struct Survey {
+    fast: Selection,
+    slow: Selection,
+}
+
+impl Survey {
+    /// Offers what may move of a region, in order of address.
+    fn region(&mut self, slot: &SlotView<'_>, pages: Range<usize>, level: Level) {
+        // A page of 1 GiB can not move in parts.
+        if level == Level::Huge1G {
+            return;
+        }
+        let whole = level == Level::Huge2M && pages.len() as u64 == PAGES_PER_2M;
+        if let Some(place) = slot.place.common_place(pages.clone()).filter(|_| whole) {
+            if !bitmap::any(slot.held, pages.clone()) {
+                self.unit(slot, place, pages);
+            }
+            return;
+        }
+        for (index, mask) in bitmap::masks(pages) {
+            self.block(slot, index, mask & !bitmap::word(slot.held, index));
+        }
+    }
+
+    /// Offers the pages of a block of 64 that are in `mask`.
+    fn block(&mut self, slot: &SlotView<'_>, index: usize, mask: u64) {
+        let (fast, slow) = slot.place.words(index);
+        let page = |bit| index * WORD_BITS + bit..index * WORD_BITS + bit + 1;
+        if fast & mask != 0 && slot.heat.coldest_idle(index).is_some_and(|key| self.fast.wants(key)) {
+            bitmap::ones(fast & mask).for_each(|bit| self.unit(slot, Place::Fast, page(bit)));
+        }
+        if slow & mask != 0 && self.slow.wants(distance_from_top(slot.heat.hottest(index))) {
+            bitmap::ones(slow & mask).for_each(|bit| self.unit(slot, Place::Slow, page(bit)));
+        }
+    }
+
+    fn unit(&mut self, slot: &SlotView<'_>, place: Place, pages: Range<usize>) {
+        let (temperature, idle) = slot.heat.unit(pages.clone());
+        let (selection, key) = match place {
+            Place::Fast if idle => (&mut self.fast, temperature),
+            Place::Slow => (&mut self.slow, distance_from_top(temperature)),
+            _ => return,
+        };
+        if selection.wants(key) {
+            let unit = MoveUnit {
+                gfn: slot.place.gfn_start() + pages.start as u64,
+                hva: slot.hva + pages.start as u64 * PAGE_BYTES,
+                pages: pages.len() as u32,
+            };
+            selection.take(key, Candidate { unit, temperature });
+        }
+    }
+}
+
+/// The units with the lowest keys of all that were offered.
 struct Selection {
+    /// Pages wanted.
+    wanted: u64,
+    /// Keys from here on are not wanted any more.
+    bound: u32,
+    /// Pages of `taken` by key.
     histogram: Histogram,
-    threshold: u16,
-    /// Pages still to be taken of those that are exactly at the threshold.
-    at_threshold: u64,
-    taken: Vec<Candidate>,
+    pages: u64,
+    taken: Vec<(u16, Candidate)>,
 }
 
 impl Selection {
-    fn offer(&mut self, candidate: Candidate, beyond: bool) {
-        if beyond {
-            self.taken.push(candidate);
-        } else if candidate.temperature == self.threshold && self.at_threshold > 0 {
-            self.at_threshold = self.at_threshold.saturating_sub(candidate.pages());
-            self.taken.push(candidate);
+    /// Pages taken beyond twice what is wanted before the surplus is dropped.
+    const SLACK: u64 = 1 << 15;
+
+    fn new(wanted: u64, bound: u32) -> Self {
+        let bound = if wanted == 0 { 0 } else { bound };
+        Selection { wanted, bound, histogram: Histogram::default(), pages: 0, taken: Vec::new() }
+    }
+
+    fn wants(&self, key: u16) -> bool {
+        u32::from(key) < self.bound
+    }
+
+    fn take(&mut self, key: u16, candidate: Candidate) {
+        self.histogram.add(key, candidate.pages());
+        self.pages += candidate.pages();
+        self.taken.push((key, candidate));
+        if self.pages > self.wanted.saturating_mul(2).saturating_add(Self::SLACK) {
+            self.drop_surplus();
         }
     }
-}
 
-/// Calls `visit` for each unit of `slot` that may move, in order of address.
-fn each_candidate(slot: &SlotView<'_>, mut visit: impl FnMut(Place, Candidate)) {
-    let mut offer = |place: Place, page: usize, pages: u32| {
-        let range = page..page + pages as usize;
-        let (temperature, idle) = slot.heat.unit(range);
-        let may_move = match place {
-            Place::Fast => idle,
-            Place::Slow => worth_promoting(temperature),
-            Place::Absent => false,
-        };
-        if may_move {
-            let gfn = slot.place.gfn_start() + page as u64;
-            let unit = MoveUnit { gfn, hva: slot.hva + page as u64 * PAGE_BYTES, pages };
-            visit(place, Candidate { unit, temperature });
-        }
-    };
-    for (pages, level) in slot.place.regions() {
-        // A page of 1 GiB can not move in parts.
-        if level == Level::Huge1G {
-            continue;
-        }
-        let whole = level == Level::Huge2M && pages.len() as u64 == PAGES_PER_2M;
-        match slot.place.common_place(pages.clone()) {
-            Some(place) if whole => {
-                if !bitmap::any(slot.held, pages.clone()) {
-                    offer(place, pages.start, PAGES_PER_2M as u32);
-                }
-                continue;
+    /// Keeps the lowest keys until there is enough, of equals those that came
+    /// first; later ones must be lower.
+    fn drop_surplus(&mut self) {
+        let Some((threshold, below)) = self.histogram.lowest(self.wanted) else { return };
+        let mut missing = self.wanted - below;
+        let Selection { histogram, pages, .. } = self;
+        self.taken.retain(|(key, candidate)| {
+            let keep = *key < threshold || *key == threshold && missing > 0;
+            if *key == threshold {
+                missing = missing.saturating_sub(candidate.pages());
             }
-            _ => {}
-        }
-        let mut page = pages.start;
-        while page < pages.end {
-            let index = page / WORD_BITS;
-            let end = ((index + 1) * WORD_BITS).min(pages.end);
-            let (fast, slow) = slot.place.words(index);
-            let free = !bitmap::word(slot.held, index);
-            for bit in bitmap::ones((fast | slow) & free) {
-                let at = index * WORD_BITS + bit;
-                if at >= page && at < end {
-                    let place = if slow >> bit & 1 == 1 { Place::Slow } else { Place::Fast };
-                    offer(place, at, 1);
-                }
+            if !keep {
+                histogram.remove(*key, candidate.pages());
+                *pages -= candidate.pages();
             }
-            page = end;
-        }
+            keep
+        });
+        self.bound = threshold.into();
+    }
+
+    fn finish(mut self) -> Vec<Candidate> {
+        self.drop_surplus();
+        // Stable, so that equals stay in order of address.
+        self.taken.sort_by_key(|(key, _)| *key);
+        self.taken.into_iter().map(|(_, candidate)| candidate).collect()
     }
 }

@@ -63,8 +63,10 @@ impl PlaceMap {
 
     /// Takes in a harvest of the whole slot; missing words are zero.
     pub fn observe(&mut self, mapped: &[u64], on_slow: &[u64], levels: &[Level]) {
+        let last = self.pages / bitmap::WORD_BITS;
         for (index, (resident, slow)) in self.resident.iter_mut().zip(&mut self.slow).enumerate() {
-            let mapped = bitmap::word(mapped, index);
+            let tail = if index == last { bitmap::tail_mask(self.pages) } else { !0 };
+            let mapped = bitmap::word(mapped, index) & tail;
             *slow = *slow & !mapped | bitmap::word(on_slow, index) & mapped;
             *resident |= mapped;
         }

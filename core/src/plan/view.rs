@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A domain's memory with heat and place, and the pictures made from it.
 
-use crate::heat::{HeatMap, MAX_TEMPERATURE};
+use std::ops::Range;
+
+use crate::bitmap::{self, WORD_BITS};
+use crate::heat::{HeatMap, class_of};
 use crate::units::PAGE_BYTES;
-use crate::wire::{MapRun, Place, StripCell};
+use crate::wire::{Class, MapRun, Place, StripCell};
 
 use super::PlaceMap;
 
@@ -21,22 +24,35 @@ pub struct SlotView<'a> {
     pub held: &'a [u64],
 }
 
+impl SlotView<'_> {
+    /// Class and place that all `pages` of one block of 64 have, if they do.
+    fn common(&self, pages: Range<usize>) -> Option<(Class, Place)> {
+        let (low, high) = self.heat.extremes(pages.clone());
+        let class = class_of(low);
+        let place = self.place.common_place(pages)?;
+        (class == class_of(high)).then_some((class, place))
+    }
+}
+
 /// The domain's pages as runs of one class and place, in order of the slots.
 pub fn map_runs(slots: &[SlotView<'_>]) -> Vec<MapRun> {
     let mut runs = Vec::new();
     for slot in slots {
         let mut open: Option<MapRun> = None;
-        for page in 0..slot.place.pages() {
-            let (class, place) = (slot.heat.class(page), slot.place.place(page));
-            match &mut open {
-                Some(run) if run.class == class && run.place == place => run.pages += 1,
-                _ => runs.extend(open.replace(MapRun {
-                    gfn: slot.place.gfn_start() + page as u64,
-                    pages: 1,
-                    hva: slot.hva + page as u64 * PAGE_BYTES,
-                    class,
-                    place,
-                })),
+        let mut extend = |page: usize, pages: usize, class: Class, place: Place| match &mut open {
+            Some(run) if run.class == class && run.place == place => run.pages += pages as u64,
+            _ => runs.extend(open.replace(MapRun {
+                gfn: slot.place.gfn_start() + page as u64,
+                pages: pages as u64,
+                hva: slot.hva + page as u64 * PAGE_BYTES,
+                class,
+                place,
+            })),
+        };
+        for block in blocks(0..slot.place.pages()) {
+            match slot.common(block.clone()) {
+                Some((class, place)) => extend(block.start, block.len(), class, place),
+                None => block.for_each(|page| extend(page, 1, slot.heat.class(page), slot.place.place(page))),
             }
         }
         runs.extend(open);
@@ -49,40 +65,81 @@ pub fn map_runs(slots: &[SlotView<'_>]) -> Vec<MapRun> {
 pub fn strip(slots: &[SlotView<'_>], cells: usize) -> Vec<StripCell> {
     let total: usize = slots.iter().map(|slot| slot.place.pages()).sum();
     let cells = cells.min(total);
-    let mut pages = slots.iter().flat_map(|slot| {
-        (0..slot.place.pages()).map(|page| (slot.heat.temperature(page), slot.place.place(page)))
-    });
-    (1..=cells)
-        .map(|cell| {
+    let mut strip = Vec::with_capacity(cells);
+    let mut tally = Tally::new();
+    let mut done = 0;
+    for slot in slots {
+        let mut page = 0;
+        while page < slot.place.pages() {
             // Multiplied before divided, so that the parts differ by a page at most.
-            let length = cell * total / cells - (cell - 1) * total / cells;
-            strip_cell(pages.by_ref().take(length), length)
-        })
-        .collect()
+            let cell_end = (strip.len() + 1) * total / cells;
+            let pages = (cell_end - done).min(slot.place.pages() - page);
+            tally.add(slot, page..page + pages);
+            page += pages;
+            done += pages;
+            if done == cell_end {
+                strip.push(tally.take());
+            }
+        }
+    }
+    strip
 }
 
-fn strip_cell(pages: impl Iterator<Item = (u16, Place)>, length: usize) -> StripCell {
-    let mut temperatures = Vec::with_capacity(length);
-    let (mut slow, mut resident) = (0, 0);
-    for (temperature, place) in pages {
-        temperatures.push(temperature);
-        slow += usize::from(place == Place::Slow);
-        resident += usize::from(place != Place::Absent);
+/// Pages of one part of the memory.
+struct Tally {
+    pages: u64,
+    slow: u64,
+    resident: u64,
+    /// Pages by the upper 8 bits of their temperature.
+    heat: [u64; 256],
+}
+
+impl Tally {
+    fn new() -> Self {
+        Tally { pages: 0, slow: 0, resident: 0, heat: [0; 256] }
     }
-    let eighth = length.div_ceil(8);
-    if temperatures.len() > eighth {
-        temperatures.select_nth_unstable_by(eighth, |a, b| b.cmp(a));
-        temperatures.truncate(eighth);
+
+    fn add(&mut self, slot: &SlotView<'_>, pages: Range<usize>) {
+        self.pages += pages.len() as u64;
+        for (index, mask) in bitmap::masks(pages.clone()) {
+            let (fast, slow) = slot.place.words(index);
+            self.slow += u64::from((slow & mask).count_ones());
+            self.resident += u64::from(((fast | slow) & mask).count_ones());
+        }
+        let bin = |temperature: u16| usize::from(temperature >> 8);
+        for block in blocks(pages) {
+            let (low, high) = slot.heat.extremes(block.clone());
+            if bin(low) == bin(high) {
+                self.heat[bin(low)] += block.len() as u64;
+            } else {
+                block.for_each(|page| self.heat[bin(slot.heat.temperature(page))] += 1);
+            }
+        }
     }
-    let sum: u64 = temperatures.iter().map(|temperature| u64::from(*temperature)).sum();
-    StripCell {
-        heat: share_of_255(sum, temperatures.len() as u64 * u64::from(MAX_TEMPERATURE)),
-        slow: share_of_255(slow as u64, resident as u64),
-        resident: share_of_255(resident as u64, length as u64),
+
+    fn take(&mut self) -> StripCell {
+        let share = |part: u64, whole: u64| (part * 255).div_ceil(whole.max(1)).min(255) as u8;
+        let eighth = self.pages.div_ceil(8).max(1);
+        let (mut left, mut sum) = (eighth, 0);
+        for (value, pages) in self.heat.iter().enumerate().rev() {
+            let taken = left.min(*pages);
+            sum += taken * value as u64;
+            left -= taken;
+        }
+        let cell = StripCell {
+            heat: (sum / eighth) as u8,
+            slow: share(self.slow, self.resident),
+            resident: share(self.resident, self.pages),
+        };
+        *self = Tally::new();
+        cell
     }
 }
 
-/// Rounded up, so that 0 means none at all.
-fn share_of_255(part: u64, whole: u64) -> u8 {
-    (part * 255).div_ceil(whole.max(1)).min(255) as u8
+/// `pages` cut where words of a bitmap end.
+fn blocks(pages: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    (pages.start / WORD_BITS..bitmap::words_for(pages.end)).map(move |index| {
+        let (start, end) = (index * WORD_BITS, (index + 1) * WORD_BITS);
+        start.max(pages.start)..end.min(pages.end)
+    })
 }
