@@ -139,12 +139,12 @@ impl Policy {
             Mode::Off => "off: neither observed nor moved".into(),
             Mode::Observe => format!("observe: {observed}; nothing is moved"),
             Mode::Place => format!(
-                "place: {observed}; DRAM {}{}; demote after {} without access, at most {}, exchange from {} of the heat scale apart",
+                "place: {observed}; DRAM {}{}; demote after {} without access, exchange pages {} of the heat scale apart, move at most {}",
                 self.dram,
                 self.describe_nodes(),
                 format_duration(self.migration.delay),
-                self.migration.bandwidth,
                 self.migration.tolerance,
+                self.migration.bandwidth,
             ),
         }
     }

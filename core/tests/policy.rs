@@ -116,13 +116,13 @@ fn a_policy_describes_itself_in_one_line() {
     assert_eq!(
         describe("place-40-percent.xml"),
         "place: harvest every 1 s, half-life 30 s; DRAM 40% of guest memory; \
-         demote after 5 s without access, at most 64 MiB/s, exchange from 10% of the heat scale apart"
+         demote after 5 s without access, exchange pages 10% of the heat scale apart, move at most 64 MiB/s"
     );
     assert_eq!(
         describe("everything.xml"),
         "place: harvest every 500 ms without TLB flush, half-life 5 min; DRAM 12.5% of guest memory, \
          at least 64 MiB, at most 4 GiB on NUMA nodes 0, the rest on 1,4-5; \
-         demote after 2 s without access, at most 256 MiB/s, exchange from 5% of the heat scale apart"
+         demote after 2 s without access, exchange pages 5% of the heat scale apart, move at most 256 MiB/s"
     );
 }
 
