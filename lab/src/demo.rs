@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! `cargo xtask demo`: the product at work, live.
+//! `cargo xtask demo` and `cargo xtask bench`: programs on the AMD host whose
+//! output is for people.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,16 +16,17 @@ use crate::{kmod, proc};
 
 const TIMEOUT: Duration = Duration::from_secs(300);
 
-/// Runs the demo; whether it came to its end.
-pub fn run(lab: &Lab) -> Result<bool> {
+/// Runs the agent's program `name` ("demo" or "bench") on the host and shows
+/// what it prints; whether it came to its end.
+pub fn run(lab: &Lab, name: &str) -> Result<bool> {
     let tree = BuildTree::get(lab)?;
     let module = kmod::build(lab, &tree)?;
     let agent = product::build_agent(lab)?;
     let files = Installation::build(lab, &tree, module, agent)?;
     let host = AmdHost::prepare(lab, &tree)?;
-    let wire = lab.log("demo-wire");
-    let payload = files.payload("exec ./lab-agent demo")?;
-    let mut machine = host.start(lab, "demo", payload, &Wire::File(wire.clone()))?;
+    let wire = lab.log(&format!("{name}-wire"));
+    let payload = files.payload(&format!("exec ./lab-agent {name}"))?;
+    let mut machine = host.start(lab, name, payload, &Wire::File(wire.clone()))?;
     lab.progress.line("an emulated AMD host with 2 GiB of DRAM and 1 GiB of slower memory");
     let deadline = Instant::now() + TIMEOUT;
     let mut follower = Follower::new(&wire);
@@ -35,14 +37,14 @@ pub fn run(lab: &Lab) -> Result<bool> {
             if line == "EPT-DONE" {
                 return Ok(!failed);
             }
-            failed |= line.starts_with("The demo failed");
+            failed |= line.starts_with(&format!("The {name} failed"));
             println!("{line}");
         }
         if let Some(status) = ended {
             bail!("the emulator {}\n{}", proc::describe(status), proc::log_tail(&machine.console));
         }
         if Instant::now() > deadline {
-            bail!("the demo took more than {} s\n{}", TIMEOUT.as_secs(), proc::log_tail(&machine.console));
+            bail!("the {name} took more than {} s\n{}", TIMEOUT.as_secs(), proc::log_tail(&machine.console));
         }
         thread::sleep(Duration::from_millis(50));
     }

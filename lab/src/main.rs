@@ -7,6 +7,10 @@ mod cache;
 mod cpio;
 mod debian;
 mod demo;
+mod intel;
+mod intel_bochs;
+mod intel_image;
+mod intel_kernel;
 mod kmod;
 mod proc;
 mod product;
@@ -40,6 +44,8 @@ enum Command {
     Demo,
     /// Run all tests; ends with "N passed, N failed, N skipped".
     Test(test::Options),
+    /// Compare ways to learn which pages were accessed and where they lie.
+    Bench,
     /// Open a shell on an emulated AMD host, with the product installed.
     Lab,
 }
@@ -112,7 +118,8 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<bool> {
     let lab = Lab::new()?;
     match cli.command {
-        Command::Demo => demo::run(&lab),
+        Command::Demo => demo::run(&lab, "demo"),
+        Command::Bench => demo::run(&lab, "bench"),
         Command::Test(options) => test::run(&lab, &options),
         Command::Lab => shell::run(&lab).map(|()| true),
     }

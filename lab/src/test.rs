@@ -9,9 +9,10 @@ use clap::Args;
 use crate::Lab;
 use crate::amd::{AmdHost, Wire};
 use crate::debian::BuildTree;
+use crate::intel_image::Ingredients;
 use crate::product::{self, Installation};
 use crate::verdict::{self, Tally, Verdict};
-use crate::{kmod, proc};
+use crate::{intel, kmod, proc};
 
 const CARGO_TIMEOUT: Duration = Duration::from_secs(20 * 60);
 
@@ -102,6 +103,10 @@ fn hosts(lab: &Lab, options: &Options, tally: &mut Tally) -> Result<()> {
             let names: Vec<&str> = options.amd.iter().map(String::as_str).collect();
             amd_run(lab, &host, &files, "amd-some", &names, tally)?;
         }
+    }
+    if options.amd.is_empty() {
+        let ingredients = Ingredients { tree: &tree, sampler: &module, agent: &agent };
+        intel::test(lab, ingredients, tally)?;
     }
     Ok(())
 }

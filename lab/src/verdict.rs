@@ -106,12 +106,6 @@ impl Tally {
         self.add(result, None);
     }
 
-    /// Counts a test that can not run.
-    pub fn skip(&mut self, name: &str, why: &str) {
-        let result = TestResult { name: name.into(), verdict: Verdict::Skip, detail: why.into(), ms: 0 };
-        self.add(result, None);
-    }
-
     /// How many results have this verdict.
     pub fn count(&self, verdict: Verdict) -> usize {
         self.results.iter().filter(|r| r.verdict == verdict).count()

@@ -19,9 +19,13 @@ fn main() -> Result<()> {
         args if args.contains(&"init-intel") => init_intel::run(),
         ["scenario", names @ ..] => scenario::run(names),
         ["demo"] => scenario::demo(),
+        ["bench"] => scenario::bench(),
+        ["example"] => scenario::example(),
         ["microvm", names @ ..] => microvm_tests(names),
         ["microvm-victim"] => microvm::victim(),
-        other => bail!("usage: lab-agent guest|init-intel|scenario NAME...|demo|microvm [TEST...] (got {other:?})"),
+        other => bail!(
+            "usage: lab-agent guest|init-intel|scenario NAME...|demo|bench|example|microvm [TEST...] (got {other:?})"
+        ),
     }
 }
 

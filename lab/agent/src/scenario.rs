@@ -3,6 +3,7 @@
 //! the product as it is installed.
 
 mod bad_paths;
+mod bench;
 mod boot;
 mod daemon;
 mod demo;
@@ -15,7 +16,8 @@ use anyhow::{Context, Result};
 
 use crate::report::{self, Outcome};
 
-pub use demo::run as demo;
+pub use bench::run as bench;
+pub use demo::{example, run as demo};
 
 /// A scenario's code.
 type Test = fn() -> Result<Outcome>;

@@ -35,6 +35,16 @@ pub fn run() -> Result<()> {
     outcome
 }
 
+/// Prints the XML of the demo's domain.
+pub fn example() -> Result<()> {
+    print!("{}", placed().xml());
+    Ok(())
+}
+
+fn placed() -> DomainSpec {
+    DomainSpec { policy: Some(("mode='place'", POLICY)), ..DomainSpec::default() }
+}
+
 fn show() -> Result<()> {
     host::reset()?;
     let _daemon = Daemon::start()?;

@@ -89,7 +89,8 @@ impl DomainSpec {
         Ok(Domain { name: self.name, log, console, seen: 0 })
     }
 
-    fn xml(&self) -> String {
+    /// Its definition for libvirt.
+    pub fn xml(&self) -> String {
         let kind = if self.kvm { "kvm" } else { "qemu" };
         let cpu = if self.kvm {
             "<cpu mode='host-passthrough'><feature policy='disable' name='svm'/></cpu>"

@@ -76,13 +76,17 @@ pub fn score_hot(truth: &Truth, map: &MemoryMap, unit: u64) -> Score {
 }
 
 /// How many of the guest frames lie on which node of the host, by the host's
-/// kernel: move_pages(2) without targets asks, and moves nothing.
+/// kernel.
 pub fn pages_by_node(pid: i32, map: &MemoryMap, frames: &BTreeSet<u64>) -> Result<BTreeMap<i32, u64>> {
-    let addresses: Vec<*const libc::c_void> = frames
-        .iter()
-        .filter_map(|gfn| address(&map.runs, *gfn))
-        .map(|address| address as *const libc::c_void)
-        .collect();
+    let addresses: Vec<u64> = frames.iter().filter_map(|gfn| address(&map.runs, *gfn)).collect();
+    count_nodes(pid, &addresses)
+}
+
+/// move_pages(2) without targets asks, and moves nothing.
+///
+/// How many of the pages at these addresses of a process lie on which node; a
+/// negative node is an errno, as for a page that is not there.
+pub fn count_nodes(pid: i32, addresses: &[u64]) -> Result<BTreeMap<i32, u64>> {
     let mut nodes = BTreeMap::new();
     for chunk in addresses.chunks(CHUNK) {
         let mut status = vec![0_i32; chunk.len()];
@@ -93,7 +97,7 @@ pub fn pages_by_node(pid: i32, map: &MemoryMap, frames: &BTreeSet<u64>) -> Resul
                 libc::SYS_move_pages,
                 pid,
                 chunk.len(),
-                chunk.as_ptr(),
+                chunk.as_ptr().cast::<*const libc::c_void>(),
                 std::ptr::null::<i32>(),
                 status.as_mut_ptr(),
                 0,
