@@ -166,6 +166,7 @@ fn misfit(reply: &Reply) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::sys::socket::{Backlog, listen};
     use std::os::unix::net::UnixListener;
     use std::path::PathBuf;
     use std::process;
@@ -235,8 +236,7 @@ mod tests {
                        look at `systemctl status ept-virt` and `journalctl -u ept-virt`";
         assert_eq!(fake.failure(), message);
         // Its queue full, even a connect would block.
-        // SAFETY: listen on a socket that this test owns only changes the length of its queue.
-        assert_eq!(unsafe { nix::libc::listen(listener.as_raw_fd(), 0) }, 0);
+        listen(&listener, Backlog::new(0).unwrap()).unwrap();
         let _waiting: Vec<_> =
             (0..4).map(|_| open(&fake.0, Instant::now() + Duration::from_millis(20))).collect();
         assert_eq!(fake.failure(), message);

@@ -24,12 +24,13 @@ impl Daemon {
         let mut answer: serde_json::Value = serde_json::from_str(json).unwrap();
         answer["v"] = 1.into();
         answer["reply"] = reply.into();
+        let answer = answer.to_string() + "\n";
         thread::spawn(move || {
             for stream in listener.incoming() {
                 let mut stream = BufReader::new(stream.unwrap());
                 let mut request = String::new();
                 stream.read_line(&mut request).unwrap();
-                let _ = writeln!(stream.get_mut(), "{answer}");
+                let _ = stream.get_mut().write_all(answer.as_bytes());
             }
         });
         Daemon(path)
