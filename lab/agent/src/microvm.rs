@@ -6,6 +6,7 @@
 //! can therefore be compared page by page. The same tests run on AMD and Intel.
 
 mod abi;
+mod cost;
 mod exact;
 mod flush;
 mod huge;
@@ -36,14 +37,17 @@ const TESTS: &[Test] = &[
     ("flush-proof", flush::proof),
 ];
 
+/// Measurements: run by name only.
+const BENCHES: &[Test] = &[("harvest-cost", cost::harvest_cost)];
+
 /// Names of all tests.
 pub fn names() -> impl Iterator<Item = &'static str> {
     TESTS.iter().map(|(name, _)| *name)
 }
 
-/// Runs one test.
+/// Runs one test or measurement.
 pub fn run(name: &str) -> Result<Outcome> {
-    match TESTS.iter().find(|(known, _)| *known == name) {
+    match TESTS.iter().chain(BENCHES).find(|(known, _)| *known == name) {
         Some((_, test)) => test(),
         None => bail!("there is no test {name:?}; there are: {}", names().collect::<Vec<_>>().join(" ")),
     }
