@@ -69,6 +69,8 @@ impl Reconciler {
 
     /// Stops all workers.
     pub fn stop(&mut self) {
+        // All are asked before one is waited for.
+        self.entries.values_mut().filter_map(|entry| entry.worker.as_mut()).for_each(Worker::stop);
         self.entries.clear();
     }
 

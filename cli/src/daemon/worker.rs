@@ -156,10 +156,15 @@ impl Worker {
         self.join()
     }
 
-    fn join(&mut self) -> End {
+    /// Asks the worker to stop, and does not wait until it has.
+    pub fn stop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         // A closed channel wakes the thread.
         self.orders = None;
+    }
+
+    fn join(&mut self) -> End {
+        self.stop();
         match self.thread.take().map(JoinHandle::join) {
             None => End::Stopped,
             Some(Ok(end)) => end,
