@@ -117,7 +117,11 @@ fn run(cli: Cli) -> Result<(), Failure> {
 /// `head` does, has what it wanted.
 fn print<T: Serialize>(output: Output, value: &T, text: impl FnOnce() -> String) -> Result<(), Failure> {
     let text = match output.json {
-        true => serde_json::to_string(value).map_err(|error| Failure::refused(format!("cannot write JSON: {error}")))? + "\n",
+        true => {
+            serde_json::to_string(value)
+                .map_err(|error| Failure::refused(format!("cannot write JSON: {error}")))?
+                + "\n"
+        }
         false => text(),
     };
     let mut stdout = io::stdout().lock();

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Heat, plan and place together over many rounds, on a guest made up here.
+
+use std::time::Duration;
+
+use ept_virt_core::bitmap;
+use ept_virt_core::heat::{HeatMap, HeatParams};
+use ept_virt_core::plan::{PlaceMap, PlanInput, SlotView, plan};
+use ept_virt_core::sampler::Level;
+use ept_virt_core::units::{Bytes, Share};
+use ept_virt_core::wire::Place;
+
+const PAGES: usize = 16_384;
+const ROUND: Duration = Duration::from_secs(1);
+const DELAY: Duration = Duration::from_secs(2);
+
+/// A guest whose pages are all in DRAM when it is found.
+struct Guest {
+    heat: HeatMap,
+    place: PlaceMap,
+    level: Level,
+    target_pages: u64,
+    quota_pages: u64,
+    random: u64,
+}
+
+impl Guest {
+    fn new(level: Level, target_pages: u64, half_life_s: u64) -> Self {
+        let mut place = PlaceMap::new(0, PAGES);
+        place.observe(&[!0; PAGES / 64], &[], &[level; PAGES / 512]);
+        let heat =
+            HeatMap::new(PAGES, HeatParams { half_life: Duration::from_secs(half_life_s), delay: DELAY });
+        Guest { heat, place, level, target_pages, quota_pages: 2048, random: 88_172_645_463_325_252 }
+    }
+
+    /// Xorshift: the same numbers in every run.
+    fn chance(&mut self, one_in: u64) -> bool {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random.is_multiple_of(one_in)
+    }
+
+    /// A round in which the pages of `hot` are accessed, and one in a hundred of
+    /// the others; returns the pages moved.
+    fn round(&mut self, hot: impl Fn(usize) -> bool) -> u64 {
+        let mut accessed = vec![0; PAGES / 64];
+        for page in 0..PAGES {
+            let unit = if self.level == Level::Huge2M {
+                page / 512 * 512..page / 512 * 512 + 512
+            } else {
+                page..page + 1
+            };
+            // Noise would make every huge page young in every round.
+            let noise = self.level == Level::Page4K && self.chance(100);
+            if hot(page) || noise {
+                bitmap::fill(&mut accessed, unit, true);
+            }
+        }
+        self.heat.step(&accessed, ROUND);
+        let view = SlotView { hva: 0, heat: &self.heat, place: &self.place, held: &[] };
+        let plan = plan(&PlanInput {
+            slots: &[view],
+            dram_target: Some(Bytes::of_pages(self.target_pages)),
+            gap: Share::from_percent(10),
+            quota_pages: self.quota_pages,
+        });
+        for (units, place) in [(&plan.demote, Place::Slow), (&plan.promote, Place::Fast)] {
+            for unit in units {
+                let first = unit.gfn as usize;
+                self.place.record(first..first + unit.pages as usize, place);
+            }
+        }
+        plan.pages()
+    }
+
+    /// Share of the accesses to `hot` that DRAM serves.
+    fn hit_ratio(&self, hot: impl Fn(usize) -> bool) -> f64 {
+        let hot: Vec<usize> = (0..PAGES).filter(|page| hot(*page)).collect();
+        let hits = hot.iter().filter(|page| self.place.place(**page) == Place::Fast).count();
+        hits as f64 / hot.len() as f64
+    }
+}
+
+#[test]
+fn a_scattered_hot_set_stays_in_dram_and_the_moving_ends() {
+    let hot = |page: usize| page % 5 == 3;
+    let mut guest = Guest::new(Level::Page4K, PAGES as u64 * 3 / 10, 30);
+    let moved: u64 = (0..60).map(|_| guest.round(hot)).sum();
+    assert!(guest.hit_ratio(hot) >= 0.98, "{}", guest.hit_ratio(hot));
+    assert_eq!(guest.place.counts().fast, guest.target_pages);
+    // The oracle moves what is above the target, once.
+    let oracle = PAGES as u64 - guest.target_pages;
+    assert!(moved * 2 <= oracle * 3, "{moved} pages moved, the oracle moves {oracle}");
+    let steady: u64 = (0..60).map(|_| guest.round(hot)).sum();
+    assert!(steady * 1000 <= PAGES as u64, "{steady} pages moved in a steady minute");
+}
+
+#[test]
+fn a_hot_set_that_moves_is_followed() {
+    let (before, after) = (|page: usize| page < PAGES / 4, |page: usize| page >= PAGES - PAGES / 4);
+    let mut guest = Guest::new(Level::Page4K, PAGES as u64 * 3 / 10, 10);
+    for _ in 0..30 {
+        guest.round(before);
+    }
+    assert!(guest.hit_ratio(before) >= 0.98 && guest.hit_ratio(after) < 0.2);
+    for _ in 0..15 {
+        guest.round(after);
+    }
+    assert!(guest.hit_ratio(after) >= 0.95, "{}", guest.hit_ratio(after));
+}
+
+#[test]
+fn a_small_hot_block_among_huge_pages_stays() {
+    // Two huge pages of 32, one of them hot by a single page.
+    let hot = |page: usize| page == 700 || (8192..8704).contains(&page);
+    let mut guest = Guest::new(Level::Huge2M, 4 * 512, 10);
+    for _ in 0..30 {
+        guest.round(hot);
+    }
+    assert_eq!(guest.hit_ratio(hot), 1.0);
+    assert_eq!(guest.place.counts().fast, 4 * 512);
+}
+
+#[test]
+fn a_hot_block_of_a_thousandth_comes_back_within_seconds() {
+    let hot = |page: usize| (5000..5016).contains(&page);
+    let mut guest = Guest::new(Level::Page4K, PAGES as u64 / 10, 10);
+    guest.place.record(0..PAGES, Place::Slow);
+    // Nobody uses DRAM: what is not cold comes at once.
+    for _ in 0..2 {
+        guest.round(hot);
+    }
+    assert_eq!(guest.hit_ratio(hot), 1.0);
+}
