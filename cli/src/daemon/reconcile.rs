@@ -16,9 +16,7 @@ use log::{info, warn};
 
 use super::guest::Orders;
 use super::state::{Cell, Shared};
-use super::worker::{self, End, Unattached, Worker};
-
-const GONE: &str = "its QEMU has ended";
+use super::worker::{self, Unattached, Worker};
 
 /// A domain that libvirt says is running.
 struct Entry {
@@ -199,11 +197,7 @@ impl Entry {
     /// Forgets a worker that has ended by itself.
     fn reap(&mut self) {
         let Some(worker) = self.worker.take_if(|worker| worker.has_ended()) else { return };
-        let reason = match worker.finish() {
-            End::Stopped | End::Gone => GONE.to_owned(),
-            End::Failed(reason) => reason,
-        };
-        self.cell.clear(DomainState::Unobserved, Some(reason));
+        self.cell.clear(DomainState::Unobserved, Some(worker.finish().reason()));
     }
 
     fn switch_off(&mut self) {

@@ -94,6 +94,17 @@ pub enum End {
     Failed(String),
 }
 
+impl End {
+    /// Why the domain is no longer observed, in plain words.
+    pub fn reason(&self) -> String {
+        match self {
+            End::Stopped => "it is no longer to be observed".into(),
+            End::Gone => "its QEMU has ended".into(),
+            End::Failed(reason) => reason.clone(),
+        }
+    }
+}
+
 impl From<ProcessGone> for End {
     fn from(_: ProcessGone) -> Self {
         End::Gone
@@ -202,6 +213,8 @@ impl Run {
             End::Gone => info!("domain {:?}: its QEMU has ended", self.name),
             End::Failed(reason) => warn!("domain {:?} can not be observed: {reason}", self.name),
         }
+        // At once, not when somebody looks for the thread.
+        self.cell.clear(DomainState::Unobserved, Some(end.reason()));
         end
     }
 
@@ -397,6 +410,8 @@ mod tests {
         wait_for("the first round", || rounds(&cell) >= 1);
         child.kill().unwrap();
         wait_for("the end", || worker.has_ended());
+        let status = cell.status();
+        assert_eq!((status.state, status.pid, status.round), (DomainState::Unobserved, None, None));
         assert_eq!(worker.finish(), End::Gone);
         child.wait().unwrap();
     }
