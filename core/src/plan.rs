@@ -41,7 +41,8 @@ pub struct PlanInput<'a> {
     /// How much hotter, as a share of the whole scale of temperature, a page
     /// must be than the one that it drives out.
     pub gap: Share,
-    /// Pages of 4 KiB that may move in this round, both directions together.
+    /// Pages of 4 KiB that may move in this round, both directions together. With
+    /// less than 512 no huge page moves, with less than 1024 none is exchanged.
     pub quota_pages: u64,
 }
 
@@ -63,13 +64,6 @@ pub struct Plan {
     pub demote: Vec<MoveUnit>,
     /// To the fast tier, hottest first.
     pub promote: Vec<MoveUnit>,
-}
-
-impl Plan {
-    /// Pages of 4 KiB in both lists.
-    pub fn pages(&self) -> u64 {
-        self.demote.iter().chain(&self.promote).map(|unit| u64::from(unit.pages)).sum()
-    }
 }
 
 /// Makes a plan for one round of one domain.

@@ -71,7 +71,7 @@ impl Guest {
                 self.place.record(first..first + unit.pages as usize, place);
             }
         }
-        plan.pages()
+        plan.demote.iter().chain(&plan.promote).map(|unit| u64::from(unit.pages)).sum()
     }
 
     /// Share of the accesses to `hot` that DRAM serves.
