@@ -133,14 +133,18 @@ impl AmdHost {
     /// Starts the host from the snapshot and gives it `payload`. `name` stands
     /// in the names of the logs.
     pub fn start(&self, lab: &Lab, name: &str, payload: Payload, wire: &Wire) -> Result<Machine> {
-        let work = work_folder(lab, name)?;
+        let work = lab.run_folder(name)?;
         payload.write(&work.join("payload"))?;
-        let mut command = self.command(&work, lab, name, wire);
+        let mut command = self.command(&work, lab, name, wire)?;
         command.env("SAVED", &self.ready).args(["-incoming", "exec:cat \"$SAVED\""]);
         Machine::spawn(lab, name, &mut command, work)
     }
 
-    fn command(&self, work: &Path, lab: &Lab, name: &str, wire: &Wire) -> Command {
+    fn command(&self, work: &Path, lab: &Lab, name: &str, wire: &Wire) -> Result<Command> {
+        if let Wire::File(path) = wire {
+            // What an earlier run wrote must not count for this one.
+            File::create(path).with_context(|| format!("creating {}", path.display()))?;
+        }
         let wire = match wire {
             Wire::File(path) => format!("file:{}", path.display()),
             Wire::Socket => "unix:wire,server=on,wait=off".into(),
@@ -163,18 +167,16 @@ impl AmdHost {
             .arg(format!("file:{}", console_log(lab, name).display()))
             .args(["-serial", &wire])
             .args(["-qmp", "unix:qmp,server=on,wait=off"]);
-        command
+        Ok(command)
     }
 
     fn boot_and_save(&self, lab: &Lab, state: &Path) -> Result<()> {
         let step = lab.progress.step("booting the AMD host for the first time");
-        let work = work_folder(lab, "amd-boot")?;
+        let work = lab.run_folder("amd-boot")?;
         payload::write_empty(&work.join("payload"))?;
         let wire = lab.log("amd-boot-wire");
-        let mut command = self.command(&work, lab, "amd-boot", &Wire::File(wire.clone()));
+        let mut command = self.command(&work, lab, "amd-boot", &Wire::File(wire.clone()))?;
         command.env("SAVED", state);
-        // What an earlier boot wrote must not count for this one.
-        File::create(&wire).with_context(|| format!("creating {}", wire.display()))?;
         let mut machine = Machine::spawn(lab, "amd-boot", &mut command, work)?;
         machine.wait_for_line(&wire, READY, BOOT_TIMEOUT)?;
         step.note("saving the snapshot");
@@ -253,12 +255,6 @@ impl Drop for Machine {
         // A left-over folder is replaced by the next run of this process id.
         let _ = fs::remove_dir_all(&self.work);
     }
-}
-
-/// A folder that no other run of the lab uses.
-fn work_folder(lab: &Lab, name: &str) -> Result<PathBuf> {
-    let path = lab.run_folder(name)?;
-    Ok(path)
 }
 
 fn console_log(lab: &Lab, name: &str) -> PathBuf {
