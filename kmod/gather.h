@@ -51,6 +51,18 @@ static __always_inline u64 gather_below(u64 word, u64 value, u64 limit)
 	return word;
 }
 
+/* Bit 0 becomes bit 63. Once for 64 entries. */
+static __always_inline u64 reverse_bits(u64 word)
+{
+	const u64 ones = 0x5555555555555555ULL, pairs = 0x3333333333333333ULL;
+	const u64 nibbles = 0x0f0f0f0f0f0f0f0fULL;
+
+	word = (word >> 1 & ones) | (word & ones) << 1;
+	word = (word >> 2 & pairs) | (word & pairs) << 2;
+	word = (word >> 4 & nibbles) | (word & nibbles) << 4;
+	return __builtin_bswap64(word);
+}
+
 /* Constant @dirty and @range make four loops of this one. */
 static __always_inline struct kes_bits
 gather_loop(const u64 *entry, unsigned int count, const struct kes_gather *what,
@@ -60,12 +72,15 @@ gather_loop(const u64 *entry, unsigned int count, const struct kes_gather *what,
 	const u64 start = what->range_start, bytes = what->range_bytes;
 	const u64 frame = kes_entry_frame_mask();
 	u64 mapped = 0, accessed = 0, dirtied = 0, in_range = 0;
-	const u64 *at = entry + count;
+	const u64 *end = entry + count;
 
-	/* Downwards, as each bit pushes the ones before it up. */
+	/*
+	 * Upwards, as the CPU fetches ahead. Each bit pushes the ones before it
+	 * up, so the words come out the wrong way round.
+	 */
 	#pragma GCC unroll 8
-	while (at != entry) {
-		u64 value = READ_ONCE(*--at);
+	for (; entry != end; entry++) {
+		u64 value = READ_ONCE(*entry);
 
 		mapped = gather_bit(mapped, value, KES_ENTRY_PRESENT_NR);
 		accessed = gather_bit(accessed, value, accessed_nr);
@@ -76,10 +91,10 @@ gather_loop(const u64 *entry, unsigned int count, const struct kes_gather *what,
 	}
 	/* The other bits of an entry that maps nothing mean something else. */
 	return (struct kes_bits){
-		.mapped = mapped,
-		.accessed = accessed & mapped,
-		.dirty = dirtied & mapped,
-		.in_range = in_range & mapped,
+		.mapped = reverse_bits(mapped) >> (64 - count),
+		.accessed = reverse_bits(accessed & mapped) >> (64 - count),
+		.dirty = dirty ? reverse_bits(dirtied & mapped) >> (64 - count) : 0,
+		.in_range = range ? reverse_bits(in_range & mapped) >> (64 - count) : 0,
 	};
 }
 
