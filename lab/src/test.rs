@@ -16,8 +16,12 @@ use crate::{intel, kmod, proc};
 
 const CARGO_TIMEOUT: Duration = Duration::from_secs(20 * 60);
 
-/// Scenarios that share one start of the AMD host, and how long they may take
-/// together. Those that must not see each other's traces stand apart.
+/// The module's tests against micro VMs, on the AMD host.
+const AMD_MICROVM: &str = "insmod kvm_ept_sample.ko && ./lab-agent microvm amd && echo EPT-DONE";
+const MICROVM_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Scenarios that share one start of the AMD host. Those that must not see each
+/// other's traces stand apart.
 const AMD_RUNS: &[(&str, &[&str])] = &[
     ("amd-place", &["boot", "e2e-memfd", "e2e-thp"]),
     (
@@ -95,13 +99,15 @@ fn hosts(lab: &Lab, options: &Options, tally: &mut Tally) -> Result<()> {
     if !options.intel {
         let files = Installation::build(lab, &tree, module.clone(), agent.clone())?;
         let host = AmdHost::prepare(lab, &tree)?;
+        let amd = Amd { lab, host, files };
         if options.amd.is_empty() {
+            amd.run("amd-microvm", AMD_MICROVM, MICROVM_TIMEOUT, tally)?;
             for (name, scenarios) in AMD_RUNS {
-                amd_run(lab, &host, &files, name, scenarios, tally)?;
+                amd.scenarios(name, scenarios, tally)?;
             }
         } else {
             let names: Vec<&str> = options.amd.iter().map(String::as_str).collect();
-            amd_run(lab, &host, &files, "amd-some", &names, tally)?;
+            amd.scenarios("amd-some", &names, tally)?;
         }
     }
     if options.amd.is_empty() {
@@ -111,20 +117,28 @@ fn hosts(lab: &Lab, options: &Options, tally: &mut Tally) -> Result<()> {
     Ok(())
 }
 
-fn amd_run(
-    lab: &Lab,
-    host: &AmdHost,
-    files: &Installation,
-    name: &str,
-    scenarios: &[&str],
-    tally: &mut Tally,
-) -> Result<()> {
-    let step = lab.progress.step(format!("AMD host: {}", scenarios.join(", ")));
-    let payload = files.payload(&format!("exec ./lab-agent scenario {}", scenarios.join(" ")))?;
-    let wire = lab.log(&format!("{name}-wire"));
-    let mut machine = host.start(lab, name, payload, &Wire::File(wire.clone()))?;
-    let timeout = SCENARIO_TIMEOUT * u32::try_from(scenarios.len())?;
-    verdict::collect(name, &wire, &machine.console.clone(), &mut machine.qemu, timeout, tally, &step)?;
-    step.done("");
-    Ok(())
+/// The AMD host with what is tested on it.
+struct Amd<'a> {
+    lab: &'a Lab,
+    host: AmdHost,
+    files: Installation,
+}
+
+impl Amd<'_> {
+    fn scenarios(&self, name: &str, scenarios: &[&str], tally: &mut Tally) -> Result<()> {
+        let script = format!("exec ./lab-agent scenario {}", scenarios.join(" "));
+        let timeout = SCENARIO_TIMEOUT * u32::try_from(scenarios.len())?;
+        self.run(name, &script, timeout, tally)
+    }
+
+    fn run(&self, name: &str, script: &str, timeout: Duration, tally: &mut Tally) -> Result<()> {
+        let step = self.lab.progress.step(format!("AMD host: {name}"));
+        let wire = self.lab.log(&format!("{name}-wire"));
+        let payload = self.files.payload(script)?;
+        let mut machine = self.host.start(self.lab, name, payload, &Wire::File(wire.clone()))?;
+        let console = machine.console.clone();
+        verdict::collect(name, &wire, &console, &mut machine.qemu, timeout, tally, &step)?;
+        step.done("");
+        Ok(())
+    }
 }

@@ -21,19 +21,21 @@ fn main() -> Result<()> {
         ["demo"] => scenario::demo(),
         ["bench"] => scenario::bench(),
         ["example"] => scenario::example(),
-        ["microvm", names @ ..] => microvm_tests(names),
+        ["microvm", host, names @ ..] => microvm_tests(host, names),
         ["microvm-victim"] => microvm::victim(),
         other => bail!(
-            "usage: lab-agent guest|init-intel|scenario NAME...|demo|bench|example|microvm [TEST...] (got {other:?})"
+            "usage: lab-agent guest|init-intel|scenario NAME...|demo|bench|example|microvm HOST [TEST...] (got {other:?})"
         ),
     }
 }
 
-/// Runs the tests named, or all, and prints a verdict line for each.
-fn microvm_tests(names: &[&str]) -> Result<()> {
+/// Runs the tests named, or all, and prints a verdict line for each, with the
+/// host in its name.
+fn microvm_tests(host: &str, names: &[&str]) -> Result<()> {
     let all: Vec<&str> = microvm::names().collect();
-    for name in if names.is_empty() { &all } else { names } {
-        println!("{}", report::judge(name, || microvm::run(name)).line());
+    for test in if names.is_empty() { &all } else { names } {
+        let name = format!("{host}/{test}");
+        println!("{}", report::judge(&name, || microvm::run(test)).line());
     }
     Ok(())
 }

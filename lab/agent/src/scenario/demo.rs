@@ -17,7 +17,7 @@ use super::truth::{self, Truth};
 
 const POLICY: &str = "<ev:sampling><ev:interval unit='ms'>500</ev:interval></ev:sampling>\
     <ev:temperature><ev:half-life unit='s'>3</ev:half-life></ev:temperature>\
-    <ev:dram><ev:max unit='MiB'>44</ev:max></ev:dram>\
+    <ev:dram><ev:max unit='MiB'>37</ev:max></ev:dram>\
     <ev:migration><ev:delay unit='s'>2</ev:delay>\
     <ev:bandwidth unit='MiB/s'>8</ev:bandwidth></ev:migration>";
 
@@ -73,7 +73,7 @@ fn watch(guest: &Domain, truth: &Truth) -> Result<()> {
             runs: Vec::new(),
         });
         let idle = on_node(1, guest, &map, &truth.idle)?;
-        if idle * 100 >= truth.idle.len() as u64 * 98 || Instant::now() > end {
+        if idle * 100 >= truth.idle.len() as u64 * 95 || Instant::now() > end {
             return Ok(());
         }
         thread::sleep(PAUSE);

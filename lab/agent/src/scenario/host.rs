@@ -77,6 +77,7 @@ pub fn succeed(command: &mut Command) -> Result<String> {
 /// Runs a command to its end, whatever that is, within [`COMMAND_TIMEOUT`].
 pub fn run(command: &mut Command) -> Result<Output> {
     let name = name(command);
+    eprintln!("running {name}");
     let child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -101,6 +102,8 @@ pub fn run(command: &mut Command) -> Result<Output> {
 
 /// Waits until `done` says so; an error that names `what` after `timeout`.
 pub fn wait_until(what: &str, timeout: Duration, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
+    // Standard error is the host's console: where a run that hangs is looked at.
+    eprintln!("waiting until {what}");
     let deadline = Instant::now() + timeout;
     while !done()? {
         if Instant::now() > deadline {

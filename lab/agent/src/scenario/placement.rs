@@ -19,11 +19,12 @@ const TIMES: &str = "<ev:sampling><ev:interval unit='ms'>500</ev:interval></ev:s
     <ev:temperature><ev:half-life unit='s'>3</ev:half-life></ev:temperature>\
     <ev:migration><ev:delay unit='s'>2</ev:delay></ev:migration>";
 
-/// The hot block and a little for the guest's kernel.
-const MEMFD_POLICY: &str = "<ev:dram><ev:max unit='MiB'>44</ev:max></ev:dram>";
+/// The hot block and a little for the guest's kernel; what is above that stays
+/// with whatever is there, idle pages among it.
+const MEMFD_POLICY: &str = "<ev:dram><ev:max unit='MiB'>37</ev:max></ev:dram>";
 
 /// In units of 2 MiB the guest's kernel makes more memory look hot.
-const HUGE_POLICY: &str = "<ev:dram><ev:max unit='MiB'>72</ev:max></ev:dram>";
+const HUGE_POLICY: &str = "<ev:dram><ev:max unit='MiB'>48</ev:max></ev:dram>";
 
 const OBSERVE_TIMEOUT: Duration = Duration::from_secs(60);
 const PLACE_TIMEOUT: Duration = Duration::from_secs(150);
@@ -99,6 +100,7 @@ fn wait_placed(guest: &Domain, truth: &Truth) -> Result<String> {
         let idle = share_on(SLOW, guest, &truth.idle)?;
         let hot = share_on(FAST, guest, &truth.hot)?;
         seen = format!("{:.1} % of idle slow, {:.1} % of hot fast", idle * 100.0, hot * 100.0);
+        eprintln!("{seen}");
         Ok(idle >= 0.9 && hot >= 0.9)
     });
     outcome.with_context(|| {
