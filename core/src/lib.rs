@@ -2,7 +2,7 @@
 //! Observing, judging and placing the memory of KVM guests.
 //!
 //! Data flows one way: [`sampler`] → [`heat`] → [`plan`] → [`migrate`], under a
-//! [`policy`] that [`domain`] reads from libvirt. The modules between are pure.
+//! [`policy`] that `domain` reads from libvirt. The modules between are pure.
 
 pub mod bitmap;
 #[cfg(feature = "libvirt")]

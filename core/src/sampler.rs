@@ -285,13 +285,14 @@ impl KernelSampler {
     /// Opens a session and checks that module and program fit.
     pub fn open() -> Result<Self, SamplerError> {
         const OPERATION: &str = "open /proc/kvm_ept_sample";
-        let file = OpenOptions::new().read(true).write(true).open(uapi::PROC_PATH).map_err(
-            |source| match source.kind() {
+        let file =
+            OpenOptions::new().read(true).write(true).open(uapi::PROC_PATH).map_err(|source| match source
+                .kind()
+            {
                 io::ErrorKind::NotFound => SamplerError::ModuleMissing,
                 io::ErrorKind::PermissionDenied => SamplerError::NotPermitted { operation: OPERATION },
                 _ => SamplerError::Io { operation: OPERATION, source },
-            },
-        )?;
+            })?;
         let raw = uapi::get_info(&file).map_err(|source| explain("KES_GET_INFO", source))?;
         let abi = (raw.abi_version >> 16, raw.abi_version & 0xffff);
         if abi.0 != uapi::ABI_VERSION >> 16 {
@@ -300,7 +301,11 @@ impl KernelSampler {
         let format = match raw.entry_format {
             uapi::FORMAT_EPT => EntryFormat::Ept,
             uapi::FORMAT_NPT => EntryFormat::Npt,
-            _ => return Err(SamplerError::Unsupported("the kernel module reports a table format that this program does not know")),
+            _ => {
+                return Err(SamplerError::Unsupported(
+                    "the kernel module reports a table format that this program does not know",
+                ));
+            }
         };
         let clear_dirty = raw.features & uapi::FEATURE_CLEAR_DIRTY != 0;
         Ok(KernelSampler { file, info: ModuleInfo { abi, format, clear_dirty } })

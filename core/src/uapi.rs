@@ -205,8 +205,7 @@ pub fn get_memslots(file: &File) -> io::Result<(u64, Vec<KesMemslot>)> {
     // limit is 32764 slots, which eleven doublings of 32 pass.
     for _ in 0..16 {
         let capacity = u32::try_from(slots.len()).unwrap_or(u32::MAX);
-        let mut request =
-            KesMemslots { slots: slots.as_mut_ptr() as u64, capacity, ..Default::default() };
+        let mut request = KesMemslots { slots: slots.as_mut_ptr() as u64, capacity, ..Default::default() };
         // SAFETY: as in `get_info`; `slots` stays alive and unmoved during the
         // call and has room for `capacity` entries.
         check(unsafe { libc::ioctl(file.as_raw_fd(), number::GET_MEMSLOTS, &mut request) })?;

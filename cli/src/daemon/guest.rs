@@ -13,7 +13,7 @@ use ept_virt_core::plan::{self, MoveUnit, PlanInput};
 use ept_virt_core::policy::{Mode, Policy};
 use ept_virt_core::sampler::{Harvest, HarvestRequest, HarvestStats, Sampler, SamplerError};
 use ept_virt_core::topology::Tiers;
-use ept_virt_core::units::{Bytes, PAGE_BYTES};
+use ept_virt_core::units::{Bytes, PAGE_BYTES, PAGES_PER_2M};
 use ept_virt_core::wire::{MoveTotals, Place, RoundStatus};
 
 use super::memory::GuestMemory;
@@ -21,6 +21,12 @@ use super::state::lock;
 
 /// How long pages that were refused are left alone, at least.
 const HOLD: Duration = Duration::from_secs(30);
+
+/// Bytes of a huge page of 2 MiB.
+const HUGE_BYTES: u64 = PAGES_PER_2M * PAGE_BYTES;
+
+/// Least quota of a plan: one huge page comes and one goes.
+const SMALLEST_QUOTA_PAGES: u64 = 2 * PAGES_PER_2M;
 
 /// Pages in one look at the places of unmapped pages.
 const SURVEY_PAGES: usize = 512;
@@ -95,6 +101,8 @@ pub struct Guest {
     /// The kernel forbade moves; until when they are not tried again.
     forbidden_until: Option<Duration>,
     slow_is_full: bool,
+    /// More lies on the fast tier than granted, and all of it is in use.
+    all_in_use: bool,
 }
 
 impl Guest {
@@ -121,6 +129,7 @@ impl Guest {
             released_at: now,
             forbidden_until: None,
             slow_is_full: false,
+            all_in_use: false,
         }
     }
 
@@ -158,24 +167,21 @@ impl Guest {
         let started = Instant::now();
         let elapsed = self.harvested_at.map(|before| now.saturating_sub(before));
         let (generation, infos) = self.sampler.memslots()?;
-        let mut order: Vec<_> = {
+        let slots: Vec<_> = {
             let mut memory = lock(&self.memory);
             memory.adopt(generation, infos);
             memory.slots().map(|(index, info)| (index, *info)).collect()
         };
-        // One flush serves the whole VM. It goes with the largest slot, which
-        // is the least likely to have had nothing to clear.
-        order.sort_by_key(|(_, info)| info.page_count);
-        let last = order.len().saturating_sub(1);
         let mut stats = HarvestStats::default();
-        for (turn, (index, info)) in order.iter().enumerate() {
+        for (index, info) in &slots {
             let request = HarvestRequest {
                 gfn_start: info.gfn_start,
                 gfn_count: info.page_count,
                 clear_accessed: true,
                 // Nobody here asks what was written since when.
                 clear_dirty: false,
-                flush: self.orders.policy.sampling.flush && turn == last,
+                // One flush, at the end, serves the whole VM.
+                flush: self.orders.policy.sampling.flush && index + 1 == slots.len(),
             };
             self.sampler.harvest(&request, &self.orders.tiers.slow, &mut self.harvest)?;
             stats.add(&self.harvest.stats);
@@ -248,6 +254,8 @@ impl Guest {
             Some("placement waits until the place of every page is known".into())
         } else if self.slow_is_full {
             Some("the slow tier has no room for what should be demoted".into())
+        } else if self.all_in_use {
+            Some("more DRAM is in use than the policy grants: what lies there was accessed within the delay, and huge pages count whole".into())
         } else {
             None
         }
@@ -255,7 +263,7 @@ impl Guest {
 
     /// Plans what to move in the next `interval`.
     pub fn plan(&mut self, now: Duration, interval: Duration) -> Moves {
-        self.slow_is_full = false;
+        (self.slow_is_full, self.all_in_use) = (false, false);
         if !self.orders.place() || self.hindrance(now).is_some() {
             return Moves::default();
         }
@@ -275,8 +283,10 @@ impl Guest {
             slots: &memory.views(),
             dram_target: Some(Bytes(target)),
             gap: policy.migration.tolerance,
-            quota_pages: u64::try_from(budget).unwrap_or(u64::MAX) / PAGE_BYTES,
+            // Less would never move a huge page; the bucket keeps the pace.
+            quota_pages: (u64::try_from(budget).unwrap_or(u64::MAX) / PAGE_BYTES).max(SMALLEST_QUOTA_PAGES),
         });
+        self.all_in_use = fast >= target + HUGE_BYTES && plan.demote.is_empty();
         let mut room = self.mover.room(&tiers.slow);
         let fits =
             |unit: &MoveUnit| room.checked_sub(unit_bytes(unit)).inspect(|rest| room = *rest).is_some();
