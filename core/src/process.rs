@@ -5,10 +5,8 @@
 //! the pidfd first, use the number, then ask the pidfd whether the process is
 //! still there. If it is, the number meant this process all the time.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 
@@ -133,32 +131,6 @@ impl Process {
         !matches!(poll(&mut fds, PollTimeout::ZERO), Ok(n) if n > 0)
     }
 
-    /// Bytes on each NUMA node, by the kernel's own account, of the mappings
-    /// that overlap the address range. The kernel counts whole mappings: one
-    /// that reaches beyond the range is counted whole.
-    pub fn bytes_by_node(&self, range: Range<u64>) -> Result<BTreeMap<u32, u64>, ProcessError> {
-        let maps = self.read("maps", "read the mappings")?;
-        let numa_maps = self.read("numa_maps", "read the NUMA mappings")?;
-        let maps = String::from_utf8_lossy(&maps);
-        let wanted: Vec<u64> = maps
-            .lines()
-            .filter_map(parse_maps_line)
-            .filter(|mapping| mapping.start < range.end && range.start < mapping.end)
-            .map(|mapping| mapping.start)
-            .collect();
-        let mut bytes = BTreeMap::new();
-        for mapping in String::from_utf8_lossy(&numa_maps)
-            .lines()
-            .filter_map(parse_numa_maps_line)
-            .filter(|mapping| wanted.contains(&mapping.start))
-        {
-            for (node, pages) in mapping.pages_by_node {
-                *bytes.entry(node).or_insert(0) += pages * mapping.page_bytes;
-            }
-        }
-        Ok(bytes)
-    }
-
     /// Reads `/proc/PID/NAME`, which is this process's for certain when it
     /// returns with success.
     fn read(&self, name: &str, operation: &'static str) -> Result<Vec<u8>, ProcessError> {
@@ -257,37 +229,6 @@ fn is_qemu_of(command_line: &[u8], uuid: &str) -> bool {
         }
     }
     false
-}
-
-/// A line of `/proc/PID/maps`.
-fn parse_maps_line(line: &str) -> Option<Range<u64>> {
-    let (start, end) = line.split_whitespace().next()?.split_once('-')?;
-    Some(u64::from_str_radix(start, 16).ok()?..u64::from_str_radix(end, 16).ok()?)
-}
-
-/// What one line of `/proc/PID/numa_maps` says.
-#[derive(Debug, PartialEq, Eq)]
-struct NumaMapping {
-    start: u64,
-    pages_by_node: Vec<(u32, u64)>,
-    page_bytes: u64,
-}
-
-fn parse_numa_maps_line(line: &str) -> Option<NumaMapping> {
-    let mut words = line.split_whitespace();
-    let start = u64::from_str_radix(words.next()?, 16).ok()?;
-    let mut pages_by_node = Vec::new();
-    let mut page_bytes = 4096;
-    // Not split at the first space of a file name with spaces: its words can
-    // not be taken for counts unless they look like "N0=1".
-    for (key, value) in words.filter_map(|word| word.split_once('=')) {
-        if let Some(node) = key.strip_prefix('N').and_then(|node| node.parse().ok()) {
-            pages_by_node.push((node, value.parse().ok()?));
-        } else if key == "kernelpagesize_kB" {
-            page_bytes = value.parse::<u64>().ok()? * 1024;
-        }
-    }
-    Some(NumaMapping { start, pages_by_node, page_bytes })
 }
 
 #[cfg(test)]
@@ -391,41 +332,5 @@ mod tests {
         assert_eq!(fstat(&taken).unwrap().st_ino, fstat(&file).unwrap().st_ino);
         assert!(matches!(hold(2), Err(ProcessError::SeveralVms { count: 2, .. })));
         assert!(matches!(hold(0), Err(ProcessError::NoKvm { .. })));
-    }
-
-    #[test]
-    fn reads_numa_maps_lines() {
-        let thp = "7f1c00000000 default anon=16384 dirty=16384 active=0 N0=8192 N1=8192 kernelpagesize_kB=4";
-        assert_eq!(
-            parse_numa_maps_line(thp).unwrap(),
-            NumaMapping {
-                start: 0x7f1c_0000_0000,
-                pages_by_node: vec![(0, 8192), (1, 8192)],
-                page_bytes: 4096,
-            }
-        );
-        let memfd =
-            "7f1c00000000 bind:0 file=/memfd:pc.ram\\040(deleted) dirty=512 N0=512 kernelpagesize_kB=4";
-        assert_eq!(parse_numa_maps_line(memfd).unwrap().pages_by_node, [(0, 512)]);
-        let hugetlb = "7f1c40000000 default file=/dev/hugepages/x huge dirty=2 N1=2 kernelpagesize_kB=2048";
-        let mapping = parse_numa_maps_line(hugetlb).unwrap();
-        assert_eq!((mapping.page_bytes, &mapping.pages_by_node[..]), (2 << 20, &[(1, 2)][..]));
-        assert_eq!(parse_numa_maps_line("not a mapping"), None);
-        assert_eq!(parse_maps_line("7f00-8000 rw-p 0 00:00 0 [heap]"), Some(0x7f00..0x8000));
-        assert_eq!(parse_maps_line(""), None);
-    }
-
-    #[test]
-    fn counts_own_memory_by_node() {
-        const BYTES: usize = 4 << 20;
-        let memory = vec![1u8; BYTES];
-        let start = memory.as_ptr() as u64;
-        let process = Process::open(own_pid()).unwrap();
-        match process.bytes_by_node(start..start + BYTES as u64) {
-            Ok(bytes) => assert!(bytes.values().sum::<u64>() >= BYTES as u64, "{bytes:?}"),
-            // A kernel without CONFIG_NUMA has no numa_maps.
-            Err(ProcessError::Io { .. }) => eprintln!("SKIP: no /proc/self/numa_maps here"),
-            Err(error) => panic!("{error}"),
-        }
     }
 }
