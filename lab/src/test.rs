@@ -64,7 +64,7 @@ pub fn run(lab: &Lab, options: &Options) -> Result<bool> {
         tally.check("emulated hosts", || Err(error));
     }
     let minutes = lab.progress.elapsed().as_secs_f64() / 60.0;
-    eprintln!("after {minutes:.1} minutes, logs in {}", lab.log("").display());
+    eprintln!("after {minutes:.1} minutes, logs in {}", lab.cache.dir().join("logs").display());
     println!("{}", tally.closing());
     Ok(tally.count(Verdict::Fail) == 0)
 }

@@ -125,7 +125,7 @@ impl DomainSpec {
     <type arch='x86_64' machine='pc'>hvm</type>
     <kernel>{PAYLOAD}/vmlinuz</kernel>
     <initrd>{PAYLOAD}/guest.cpio</initrd>
-    <cmdline>console=ttyS0 quiet nokaslr mitigations=off tsc=reliable no_timer_check \
+    <cmdline>console=ttyS0 loglevel=1 nokaslr mitigations=off tsc=reliable no_timer_check \
 acpi=off panic=-1 HOT_MIB={hot_mib} IDLE_MIB={idle_mib} -- guest</cmdline>
   </os>
   {cpu}
@@ -187,13 +187,21 @@ impl Domain {
 
     fn read_until(&mut self, last: &str, timeout: Duration) -> Result<Vec<String>> {
         let mut lines = Vec::new();
-        let what = format!("guest {} says {last:?}", self.name);
+        let what = format!("{} says {last:?}", self.name);
         let outcome = host::wait_until(&what, timeout, || {
             lines.extend(self.new_lines()?);
             Ok(lines.iter().any(|line| line == last))
         });
-        outcome.with_context(|| format!("so far: {}", lines.join("; ")))?;
+        outcome.with_context(|| format!("so far: {}; its console: {}", lines.join("; "), self.log_tail()))?;
         Ok(lines)
+    }
+
+    /// The last lines of its console, the kernel's among them.
+    fn log_tail(&self) -> String {
+        let bytes = fs::read(&self.log).unwrap_or_default();
+        let text = String::from_utf8_lossy(&bytes);
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(8)..].join(" | ")
     }
 
     /// What the workload said since the last call, without its mark; complete
