@@ -2,9 +2,10 @@
 //! A guest under libvirt, and a line to the workload in it.
 
 use std::fs;
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -86,6 +87,10 @@ impl DomainSpec {
         virsh(&["start", self.name])?;
         let console = UnixStream::connect(format!("/run/{}.sock", self.name))
             .with_context(|| format!("connecting to the console of {}", self.name))?;
+        // What the guest says is read from the log, which has it from the start.
+        // But a connection that nobody reads fills up, and then the guest waits.
+        let mut unread = console.try_clone().context("duplicating the connection")?;
+        thread::spawn(move || io::copy(&mut unread, &mut io::sink()));
         Ok(Domain { name: self.name, log, console, seen: 0 })
     }
 

@@ -24,7 +24,7 @@ const TIMES: &str = "<ev:sampling><ev:interval unit='ms'>500</ev:interval></ev:s
 const MEMFD_POLICY: &str = "<ev:dram><ev:max unit='MiB'>37</ev:max></ev:dram>";
 
 /// In units of 2 MiB the guest's kernel makes more memory look hot.
-const HUGE_POLICY: &str = "<ev:dram><ev:max unit='MiB'>48</ev:max></ev:dram>";
+const HUGE_POLICY: &str = "<ev:dram><ev:max unit='MiB'>56</ev:max></ev:dram>";
 
 const OBSERVE_TIMEOUT: Duration = Duration::from_secs(60);
 const FIND_TIMEOUT: Duration = Duration::from_secs(60);
