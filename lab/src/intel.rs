@@ -2,9 +2,10 @@
 //! The Intel host: VT-x with EPT, emulated by Bochs, on which tests of the
 //! module run against small virtual machines of their own.
 //!
-//! The emulation is deterministic: one instruction is one tick of the clock.
-//! It flushes all translations at each VM entry and exit, so a stale one shows
-//! only on a guest that spins without exits on another CPU.
+//! One instruction is one tick of the emulated clock: times taken in the host
+//! count instructions, not what real hardware takes. All translations are
+//! flushed at each VM entry and exit, so a stale one shows only on a guest that
+//! spins without exits on another CPU.
 
 use std::fmt;
 use std::fs;
@@ -24,7 +25,8 @@ use crate::verdict::{self, Tally, Verdict};
 /// Instructions per emulated second. The fast boot tells the kernel, which
 /// would otherwise measure for a second.
 const INSTRUCTIONS_PER_SECOND: u32 = 50_000_000;
-/// Guest memory that Bochs holds in memory at once; more would go to a file.
+/// How much of the emulated memory Bochs keeps in real memory; the rest goes to
+/// a file once it is touched.
 const RESIDENT_MIB: u32 = 2048;
 /// Boot and tests take 10 to 30 s with our own build of Bochs.
 const FAST_TIMEOUT: Duration = Duration::from_secs(180);

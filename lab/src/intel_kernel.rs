@@ -197,3 +197,58 @@ fn array_at<const N: usize>(bytes: &[u8], at: usize) -> Result<[u8; N]> {
         None => bail!("ends before byte {}", at + N),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An ELF file with these loadable segments: virtual and physical address, data, size in memory.
+    fn elf(entry: u64, segments: &[(u64, u64, &[u8], u64)]) -> Vec<u8> {
+        const HEADER: usize = 64;
+        const SEGMENT: usize = 56;
+        let mut file = vec![0; HEADER + segments.len() * SEGMENT];
+        file[..5].copy_from_slice(b"\x7fELF\x02");
+        file[24..32].copy_from_slice(&entry.to_le_bytes());
+        file[32..40].copy_from_slice(&(HEADER as u64).to_le_bytes());
+        file[54..56].copy_from_slice(&(SEGMENT as u16).to_le_bytes());
+        file[56..58].copy_from_slice(&(segments.len() as u16).to_le_bytes());
+        for (index, (virtual_address, address, data, memory_bytes)) in segments.iter().enumerate() {
+            let at = HEADER + index * SEGMENT;
+            file[at..at + 4].copy_from_slice(&1u32.to_le_bytes());
+            let fields = [file.len() as u64, *virtual_address, *address, data.len() as u64, *memory_bytes];
+            for (field, value) in fields.iter().enumerate() {
+                let at = at + 8 + field * 8;
+                file[at..at + 8].copy_from_slice(&value.to_le_bytes());
+            }
+            file.extend_from_slice(data);
+        }
+        file
+    }
+
+    #[test]
+    fn segments_lie_by_physical_address_with_their_gaps() {
+        let upper = 0xffff_ffff_8100_0000;
+        let file = elf(upper + 2, &[(0, 0x100_0010, b"data", 24), (upper, 0x100_0000, b"code", 4)]);
+        let kernel = lay_out(&file).unwrap();
+        assert_eq!((kernel.address, kernel.entry), (0x100_0000, 0x100_0002));
+        assert_eq!(kernel.bytes, b"code\0\0\0\0\0\0\0\0\0\0\0\0data\0\0\0\0");
+        assert_eq!(kernel.clear_bytes, 16);
+    }
+
+    #[test]
+    fn a_truncated_file_is_an_error() {
+        let file = elf(0, &[(0, 0x100_0000, b"code", 4)]);
+        for length in 0..file.len() {
+            assert!(lay_out(&file[..length]).is_err(), "{length} bytes");
+        }
+    }
+
+    #[test]
+    fn an_image_of_another_compression_is_refused() {
+        let mut image = vec![0; 4096];
+        image[header::SETUP_SECTS] = 1;
+        image[header::PAYLOAD_LENGTH] = 64;
+        let error = split(&image).unwrap_err().to_string();
+        assert!(error.contains("not compressed with zstd"), "{error}");
+    }
+}
