@@ -2,6 +2,7 @@
 //! `cargo xtask demo` and `cargo xtask bench`: programs on the AMD host whose
 //! output is for people.
 
+use std::io::{self, IsTerminal};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -25,7 +26,9 @@ pub fn run(lab: &Lab, name: &str) -> Result<bool> {
     let files = Installation::build(lab, &tree, module, agent)?;
     let host = AmdHost::prepare(lab, &tree)?;
     let wire = lab.log(&format!("{name}-wire"));
-    let payload = files.payload(&format!("exec ./lab-agent {name}"))?;
+    let colour = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let environment = if colour { "" } else { "NO_COLOR=1 " };
+    let payload = files.payload(&format!("{environment}exec ./lab-agent {name}"))?;
     let mut machine = host.start(lab, name, payload, &Wire::File(wire.clone()))?;
     lab.progress.line("an emulated AMD host with 2 GiB of DRAM and 1 GiB of slower memory");
     let deadline = Instant::now() + TIMEOUT;
