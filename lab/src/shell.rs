@@ -20,6 +20,8 @@ static TERMINAL: Mutex<Option<Termios>> = Mutex::new(None);
 
 /// Installs the product and starts a shell on the host's second serial port.
 const RUN: &str = "\
+exec 2>&1
+busybox hostname amd
 insmod kvm_ept_sample.ko
 install -D ept-virt-hook /etc/libvirt/hooks/qemu.d/ept-virt
 install ept-virt /usr/local/bin/
