@@ -34,7 +34,7 @@ const FAST_TIMEOUT: Duration = Duration::from_secs(180);
 const STOCK_TIMEOUT: Duration = Duration::from_secs(400);
 
 /// The boots that the tests need.
-const RUNS: [Run; 3] = [
+const RUNS: [Run; 5] = [
     Run {
         name: "intel",
         cpu: Cpu::SkylakeX,
@@ -42,6 +42,7 @@ const RUNS: [Run; 3] = [
         flavour: Flavour::Fast,
         // Enough for the kernel to use transparent huge pages.
         memory_mib: 1024,
+        kvm: "",
         // The next host has the memory for a page of 1 GiB.
         tests: Tests::AllBut(&["levels-1g"]),
     },
@@ -52,6 +53,7 @@ const RUNS: [Run; 3] = [
         flavour: Flavour::Fast,
         // With the second GiB free as a whole.
         memory_mib: 2304,
+        kvm: "",
         tests: Tests::Only(&["harvest-exact", "dirty-exact", "levels-1g"]),
     },
     Run {
@@ -60,7 +62,26 @@ const RUNS: [Run; 3] = [
         cpus: 1,
         flavour: Flavour::Stock,
         memory_mib: 512,
+        kvm: "",
         tests: Tests::Only(&["harvest-exact", "dirty-exact"]),
+    },
+    Run {
+        name: "intel-ivybridge",
+        cpu: Cpu::IvyBridge,
+        cpus: 1,
+        flavour: Flavour::Fast,
+        memory_mib: 512,
+        kvm: "",
+        tests: Tests::Only(&["refuses-no-ad-bits"]),
+    },
+    Run {
+        name: "intel-shadow",
+        cpu: Cpu::SkylakeX,
+        cpus: 1,
+        flavour: Flavour::Fast,
+        memory_mib: 512,
+        kvm: "kvm.tdp_mmu=0",
+        tests: Tests::Only(&["refuses-shadow-mmu"]),
     },
 ];
 
@@ -73,6 +94,8 @@ pub fn test(lab: &Lab, ingredients: Ingredients, tally: &mut Tally) -> Result<()
 /// Processors that differ in what their EPT can do.
 #[derive(Clone, Copy)]
 pub enum Cpu {
+    /// EPT without accessed and dirty bits.
+    IvyBridge,
     /// EPT with accessed and dirty bits.
     Haswell,
     /// EPT with accessed and dirty bits and page modification logging (PML).
@@ -93,6 +116,8 @@ pub struct Run<'a> {
     pub flavour: Flavour,
     /// The host's memory; 3 GiB take 4 s longer to boot than 512 MiB.
     pub memory_mib: u32,
+    /// Parameters of KVM's modules, on the kernel command line.
+    pub kvm: &'a str,
     /// What to run.
     pub tests: Tests<'a>,
 }
@@ -167,6 +192,8 @@ impl Run<'_> {
             // A bug ends the emulator at once: Bochs stops at a triple fault.
             "oops=panic panic=-1 reboot=triple".to_owned(),
             format!("ept.host={}", self.name),
+            // Posted interrupts and the virtual APIC of Bochs do not suit QEMU's guests.
+            format!("kvm_intel.enable_apicv=0 {}", self.kvm),
             match self.tests {
                 Tests::AllBut(names) => format!("ept.without={}", names.join(",")),
                 Tests::Only(names) => format!("ept.tests={}", names.join(",")),
@@ -272,6 +299,7 @@ impl Machine {
 impl Cpu {
     fn bochs_model(self) -> &'static str {
         match self {
+            Self::IvyBridge => "corei7_ivy_bridge_3770k",
             Self::Haswell => "corei7_haswell_4770",
             Self::SkylakeX => "corei7_skylake_x",
         }
@@ -281,6 +309,7 @@ impl Cpu {
 impl fmt::Display for Cpu {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::IvyBridge => "Ivy Bridge",
             Self::Haswell => "Haswell",
             Self::SkylakeX => "Skylake X",
         })

@@ -20,8 +20,6 @@ use crate::proc;
 const BOOT_LOADER: [&str; 2] =
     ["/usr/lib/ISOLINUX/isolinux.bin", "/usr/lib/syslinux/modules/bios/ldlinux.c32"];
 const KVM_INTEL: &str = "kernel/arch/x86/kvm/kvm-intel.ko.xz";
-/// Posted interrupts and the virtual APIC of Bochs do not suit QEMU's guests.
-const KVM_INTEL_PARAMETERS: &str = "enable_apicv=0";
 const TOOL_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// What the host is made of.
@@ -105,10 +103,7 @@ fn initramfs_content(lab: &Lab, from: &Ingredients, flavour: Flavour) -> Result<
     for module in kvm_modules(lab, from, flavour)? {
         let name = file_name(&module);
         archive.file(&format!("modules/{name}"), &module)?;
-        let is_kvm_intel = Path::new(KVM_INTEL).file_stem() == module.file_name();
-        let parameters = if is_kvm_intel { KVM_INTEL_PARAMETERS } else { "" };
-        load += format!("{name} {parameters}").trim_end();
-        load += "\n";
+        load += &format!("{name}\n");
     }
     let sampler = file_name(from.sampler);
     archive.file(&format!("modules/{sampler}"), from.sampler)?;

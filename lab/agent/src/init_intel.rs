@@ -18,7 +18,8 @@ use nix::mount::{MsFlags, mount};
 use crate::microvm;
 use crate::report::judge;
 
-/// One module per line, in the order of loading: the file's name, then its parameters.
+/// The file of one module per line, in the order of loading. Parameters stand on
+/// the kernel command line, as `MODULE.PARAMETER=VALUE`.
 const MODULE_LIST: &str = "/modules/load";
 const DEBUG_PORT: u64 = 0xE9;
 /// Bochs ends when it reads the word "Shutdown" here.
@@ -31,7 +32,7 @@ pub fn run() -> Result<()> {
     let wire = Wire::open()?;
     let cmdline = fs::read_to_string("/proc/cmdline").context("cannot read /proc/cmdline")?;
     let host = parameter(&cmdline, "ept.host=").unwrap_or("intel");
-    match load_modules(&wire) {
+    match load_modules(&wire, &cmdline) {
         Ok(()) => run_tests(&wire, host, &requested_tests(&cmdline))?,
         Err(error) => wire.line(&judge(host, || Err(error)).line())?,
     }
@@ -74,19 +75,26 @@ fn mount_kernel_filesystems() -> Result<()> {
     Ok(())
 }
 
-fn load_modules(wire: &Wire) -> Result<()> {
+fn load_modules(wire: &Wire, cmdline: &str) -> Result<()> {
     let list = fs::read_to_string(MODULE_LIST).with_context(|| format!("cannot read {MODULE_LIST}"))?;
-    for line in list.lines() {
-        let (file, parameters) = line.split_once(' ').unwrap_or((line, ""));
+    for file in list.lines() {
         let start = Instant::now();
         let module =
             File::open(format!("/modules/{file}")).with_context(|| format!("cannot open module {file}"))?;
-        let parameters = CString::new(parameters).context("a module's parameters hold a zero byte")?;
-        finit_module(&module, &parameters, ModuleInitFlags::empty())
+        let parameters = module_parameters(cmdline, file);
+        let words = CString::new(parameters.as_str()).context("a module's parameters hold a zero byte")?;
+        finit_module(&module, &words, ModuleInitFlags::empty())
             .with_context(|| format!("cannot load module {file}; the console log says why"))?;
-        wire.line(&format!("loaded {line} in {} ms", start.elapsed().as_millis()))?;
+        wire.line(&format!("loaded {file} {parameters} in {} ms", start.elapsed().as_millis()))?;
     }
     Ok(())
+}
+
+/// What the command line says to the module in `file`, as modprobe would pass it.
+fn module_parameters(cmdline: &str, file: &str) -> String {
+    let prefix = file.trim_end_matches(".ko").replace('-', "_") + ".";
+    let words: Vec<&str> = cmdline.split_whitespace().filter_map(|word| word.strip_prefix(&prefix)).collect();
+    words.join(" ")
 }
 
 /// The emulator's ports, through /dev/port: a byte written at an offset of it

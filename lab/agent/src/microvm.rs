@@ -13,6 +13,7 @@ mod huge;
 mod lifecycle;
 mod machine;
 mod place;
+mod refused;
 
 use anyhow::{Result, bail};
 
@@ -37,17 +38,21 @@ const TESTS: &[Test] = &[
     ("flush-proof", flush::proof),
 ];
 
-/// Measurements: run by name only.
-const BENCHES: &[Test] = &[("harvest-cost", cost::harvest_cost)];
+/// Run by name only: measurements, and what needs a host of a certain kind.
+const BY_NAME: &[Test] = &[
+    ("harvest-cost", cost::harvest_cost),
+    ("refuses-no-ad-bits", refused::no_ad_bits),
+    ("refuses-shadow-mmu", refused::shadow_mmu),
+];
 
-/// Names of all tests.
+/// Names of the tests that every host runs.
 pub fn names() -> impl Iterator<Item = &'static str> {
     TESTS.iter().map(|(name, _)| *name)
 }
 
 /// Runs one test or measurement.
 pub fn run(name: &str) -> Result<Outcome> {
-    match TESTS.iter().chain(BENCHES).find(|(known, _)| *known == name) {
+    match TESTS.iter().chain(BY_NAME).find(|(known, _)| *known == name) {
         Some((_, test)) => test(),
         None => bail!("there is no test {name:?}; there are: {}", names().collect::<Vec<_>>().join(" ")),
     }

@@ -245,7 +245,7 @@ impl Machine {
         }
         sregs.cr0 |= 1;
         self.vcpu.set_sregs(&sregs).context("KVM_SET_SREGS")?;
-        let regs = kvm_regs { rip: CODE_GFN * PAGE as u64, rflags: 2, ..Default::default() };
+        let regs = kvm_regs { rip: CODE_GFN * PAGE as u64, rflags: 0x202, ..Default::default() };
         self.vcpu.set_regs(&regs).context("KVM_SET_REGS")
     }
 
