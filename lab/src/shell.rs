@@ -87,10 +87,10 @@ fn raw_terminal() -> Result<()> {
 }
 
 fn restore_terminal() {
-    if let Ok(mut terminal) = TERMINAL.lock() {
-        if let Some(saved) = terminal.take() {
-            // There is nobody to tell when the terminal is gone.
-            let _ = tcsetattr(io::stdin(), SetArg::TCSANOW, &saved);
-        }
+    if let Ok(mut terminal) = TERMINAL.lock()
+        && let Some(saved) = terminal.take()
+    {
+        // There is nobody to tell when the terminal is gone.
+        let _ = tcsetattr(io::stdin(), SetArg::TCSANOW, &saved);
     }
 }

@@ -62,8 +62,9 @@ pub fn huge_pages() -> Result<Outcome> {
     let _daemon = Daemon::start()?;
     let (mut guest, truth) = start(Memory::Anonymous, HUGE_POLICY)?;
     let placed = wait_placed(&guest, &truth)?;
-    // The guest's kernel has something hot in many units of 2 MiB.
-    let score = wait_found(&guest, &truth, HUGE_PAGES, 0.5)?;
+    // No bound on precision: the guest's kernel has some hot page in most of
+    // its units of 2 MiB, and they are truly hot.
+    let score = wait_found(&guest, &truth, HUGE_PAGES, 0.0)?;
     let round = daemon::domain(guest.name)?.and_then(|d| d.round).context("the daemon lost the domain")?;
     ensure!(
         round.mapped_huge_bytes * 2 > round.mapped_bytes,
