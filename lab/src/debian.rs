@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::Lab;
 use crate::apt::{self, need};
@@ -84,7 +84,20 @@ pub fn host_tree(lab: &Lab) -> Result<PathBuf> {
 fn tree(lab: &Lab, name: &str, packages: &[&str]) -> Result<PathBuf> {
     let key = Key::new("debian tree 1").text(SUITE).texts(&LEFT_OUT).texts(packages);
     lab.cache.get_or_build(name, &key, |root| {
-        apt::ensure(lab, &[need("mmdebstrap", "unpacks Debian trees for the emulated hosts")])?;
+        if !nix::unistd::geteuid().is_root() {
+            bail!(
+                "unpacking a Debian tree takes root's rights (chroot, device nodes): \
+                 run this command as root once; the tree is then kept"
+            );
+        }
+        apt::ensure(
+            lab,
+            &[
+                need("mmdebstrap", "unpacks Debian trees for the emulated hosts"),
+                need("gpg", "checks the archive's signatures for mmdebstrap"),
+                need("debian-archive-keyring", "holds the archive's keys"),
+            ],
+        )?;
         let mirror = apt::mirror(lab)?;
         let step = lab.progress.step(format!("unpacking Debian {SUITE} ({name})"));
         let mut command = Command::new("mmdebstrap");
