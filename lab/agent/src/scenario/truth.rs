@@ -82,10 +82,9 @@ pub fn pages_by_node(pid: i32, map: &MemoryMap, frames: &BTreeSet<u64>) -> Resul
     count_nodes(pid, &addresses)
 }
 
-/// move_pages(2) without targets asks, and moves nothing.
-///
 /// How many of the pages at these addresses of a process lie on which node; a
-/// negative node is an errno, as for a page that is not there.
+/// negative node is an errno, as for a page that is not there. move_pages(2)
+/// without targets only asks.
 pub fn count_nodes(pid: i32, addresses: &[u64]) -> Result<BTreeMap<i32, u64>> {
     let mut nodes = BTreeMap::new();
     for chunk in addresses.chunks(CHUNK) {
