@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! `cargo xtask demo` and `cargo xtask bench`: programs on the AMD host whose
-//! output is for people.
+//! `cargo xtask demo`, and the AMD host's part of `cargo xtask bench`: programs
+//! on that host whose output is for people.
 
 use std::io::{self, IsTerminal};
 use std::thread;

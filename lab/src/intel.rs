@@ -85,6 +85,25 @@ const RUNS: [Run; 5] = [
     },
 ];
 
+/// Where instructions are counted.
+const BENCH: Run = Run {
+    name: "intel-bench",
+    cpu: Cpu::SkylakeX,
+    cpus: 1,
+    flavour: Flavour::Fast,
+    // 256 MiB are the guest's.
+    memory_mib: 1024,
+    kvm: "",
+    tests: Tests::Only(&["harvest-cost"]),
+};
+
+/// Counts instructions; whether all came to an end.
+pub fn bench(lab: &Lab, ingredients: Ingredients) -> Result<bool> {
+    let mut tally = Tally::default();
+    IntelHost::prepare(lab, ingredients)?.run(lab, &BENCH, &mut tally)?;
+    Ok(tally.count(Verdict::Fail) == 0)
+}
+
 /// Runs the tests of the module on all Intel hosts; their verdicts go to `tally`.
 pub fn test(lab: &Lab, ingredients: Ingredients, tally: &mut Tally) -> Result<()> {
     let host = IntelHost::prepare(lab, ingredients)?;

@@ -3,6 +3,7 @@
 
 mod amd;
 mod apt;
+mod bench;
 mod cache;
 mod cpio;
 mod debian;
@@ -44,7 +45,7 @@ enum Command {
     Demo,
     /// Run all tests; ends with "N passed, N failed, N skipped".
     Test(test::Options),
-    /// Compare ways to learn which pages were accessed and where they lie.
+    /// Compare what things cost with their alternatives, in the same run.
     Bench,
     /// Open a shell on an emulated AMD host, with the product installed.
     Lab,
@@ -119,7 +120,7 @@ fn run(cli: Cli) -> Result<bool> {
     let lab = Lab::new()?;
     match cli.command {
         Command::Demo => demo::run(&lab, "demo"),
-        Command::Bench => demo::run(&lab, "bench"),
+        Command::Bench => bench::run(&lab),
         Command::Test(options) => test::run(&lab, &options),
         Command::Lab => shell::run(&lab).map(|()| true),
     }

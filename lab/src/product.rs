@@ -116,7 +116,7 @@ pub fn cargo(lab: &Lab) -> Command {
     command
 }
 
-fn target_dir(lab: &Lab) -> PathBuf {
+pub fn target_dir(lab: &Lab) -> PathBuf {
     match std::env::var_os("CARGO_TARGET_DIR") {
         Some(dir) => lab.root.join(dir),
         None => lab.root.join("target"),

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `cargo xtask bench`: each way of doing a thing beside its alternatives, in
+//! the same run. What emulated hosts show are ratios, and counts of
+//! instructions; only the first table is in nanoseconds of a real machine.
+
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+
+use crate::Lab;
+use crate::debian::BuildTree;
+use crate::intel_image::Ingredients;
+use crate::{demo, intel, kmod, proc, product};
+
+/// 512 MiB of entries: the tables of 256 GiB of guest memory.
+const ENTRIES_MIB: &str = "512";
+const GATHER_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Runs all benches; whether they came to their ends.
+pub fn run(lab: &Lab) -> Result<bool> {
+    gather(lab)?;
+    println!("\nWays to learn about a QEMU guest, on the emulated AMD host:\n");
+    let amd = demo::run(lab, "bench")?;
+    println!("\nInstructions of a harvest, on the emulated Intel host:\n");
+    let tree = BuildTree::get(lab)?;
+    let module = kmod::build(lab, &tree)?;
+    let agent = product::build_agent(lab)?;
+    let intel = intel::bench(lab, Ingredients { tree: &tree, sampler: &module, agent: &agent })?;
+    Ok(amd && intel)
+}
+
+/// A line of what `kmod/bench/gather.c` prints.
+#[derive(Deserialize)]
+struct Gather {
+    young_percent: u32,
+    read_ns: f64,
+    gather_ns: f64,
+    one_by_one_ns: f64,
+    gather_to_read: f64,
+    one_by_one_to_read: f64,
+}
+
+/// The module's inner loop, built for this machine.
+fn gather(lab: &Lab) -> Result<()> {
+    let folder = lab.root.join("kmod/bench");
+    let program = product::target_dir(lab).join("gather");
+    proc::run(
+        Command::new("cc")
+            .args(["-O2", "-Wall", "-Wextra", "-Werror", "-Ishim", "-I..", "gather.c", "-o"])
+            .arg(&program)
+            .current_dir(&folder),
+        &lab.log("gather-cc"),
+        GATHER_TIMEOUT,
+    )?;
+    let log = lab.log("gather");
+    proc::run(Command::new(program).arg(ENTRIES_MIB), &log, GATHER_TIMEOUT)?;
+    println!("The harvest's inner loop over {ENTRIES_MIB} MiB of entries, on this machine, ns per entry:\n");
+    println!("{:>7} {:>12} {:>22} {:>22}", "young", "plain read", "gathered by 64", "one by one");
+    let text = std::fs::read_to_string(&log).with_context(|| format!("reading {}", log.display()))?;
+    for line in text.lines() {
+        let row: Gather = serde_json::from_str(line).with_context(|| format!("reading {line:?}"))?;
+        println!(
+            "{:>5} % {:>12.2} {:>12.2} ({:>5.2} x) {:>12.2} ({:>5.2} x)",
+            row.young_percent,
+            row.read_ns,
+            row.gather_ns,
+            row.gather_to_read,
+            row.one_by_one_ns,
+            row.one_by_one_to_read
+        );
+    }
+    Ok(())
+}
