@@ -36,11 +36,10 @@ struct kes_walk {
 };
 
 /*
- * Clears the bits @seen in an entry that was read as @old. Only bits that were
- * reported: one that appears later stays for the next harvest. Another writer
- * may get in between; then the new value is taken as it is, a few times at most.
+ * Another writer got in between, and left @old: it is taken as it is, a few
+ * times at most. Giving up leaves the bits for the next harvest.
  */
-static bool entry_clear(u64 *entry, u64 old, u64 seen)
+static noinline bool entry_clear_again(u64 *entry, u64 old, u64 seen)
 {
 	int tries;
 
@@ -54,56 +53,85 @@ static bool entry_clear(u64 *entry, u64 old, u64 seen)
 }
 
 /*
- * Clears what @bits says was seen. With clear_dirty the caller holds mmu_lock
- * for read, which keeps each frame the guest's.
+ * Clears the bits @seen in an entry. Only bits that were reported: one that
+ * appeared since stays for the next harvest.
  */
-static void entries_clear(struct kes_walk *walk, u64 *entry, const struct kes_bits *bits)
+static __always_inline bool entry_clear(u64 *entry, u64 seen)
+{
+	u64 old = READ_ONCE(*entry);
+
+	if (likely((old & (KES_ENTRY_PRESENT | seen)) == (KES_ENTRY_PRESENT | seen)) &&
+	    likely(try_cmpxchg64(entry, &old, old & ~seen)))
+		return true;
+	return entry_clear_again(entry, old, seen);
+}
+
+static void entries_clear_accessed(struct kes_walk *walk, u64 *entry, u64 todo)
+{
+	const u64 seen = BIT_ULL(walk->gather.format->accessed_nr);
+	unsigned int cleared = 0;
+
+	for (; todo; todo &= todo - 1)
+		cleared += entry_clear(&entry[__ffs64(todo)], seen);
+	walk->stats->entries_cleared += cleared;
+}
+
+/*
+ * Clears the dirty bits of @todo, and the accessed bits of those of them in
+ * @accessed. The caller holds mmu_lock for read, which keeps each frame the
+ * guest's.
+ */
+static void entries_clear_dirty(struct kes_walk *walk, u64 *entry, u64 todo, u64 accessed)
 {
 	const struct kes_entry_format *format = walk->gather.format;
-	u64 accessed = walk->clear_accessed ? bits->accessed : 0;
-	u64 dirty = walk->clear_dirty ? bits->dirty : 0;
-	u64 todo;
 
-	for (todo = accessed | dirty; todo; todo &= todo - 1) {
+	for (; todo; todo &= todo - 1) {
 		unsigned int i = __ffs64(todo);
-		u64 seen = (accessed >> i & 1) << format->accessed_nr;
-		u64 old = READ_ONCE(entry[i]);
+		u64 seen = BIT_ULL(format->dirty_nr);
+		u64 value = READ_ONCE(entry[i]);
 
-		if (!(old & KES_ENTRY_PRESENT))
+		if (!(value & KES_ENTRY_PRESENT))
 			continue;
-		if (dirty >> i & 1) {
-			/* First the word to the host, then the clearing: no gap. */
-			kes_compat_set_pfn_dirty(kes_entry_pfn(old));
-			seen |= BIT_ULL(format->dirty_nr);
-		}
-		walk->stats->entries_cleared += entry_clear(&entry[i], old, seen);
+		if (accessed >> i & 1)
+			seen |= BIT_ULL(format->accessed_nr);
+		/* First the word to the host, then the clearing: no gap. */
+		kes_compat_set_pfn_dirty(kes_entry_pfn(value));
+		walk->stats->entries_cleared += entry_clear(&entry[i], seen);
 	}
 }
 
-/* Which of @count entries that map something lie on the nodes asked for. */
-static u64 entries_on_nodes(const struct kes_walk *walk, const u64 *entry,
-			    unsigned int count, const struct kes_bits *bits)
+/* What the first range of nodes does not tell: other ranges, or page by page. */
+static noinline u64 entries_on_other_nodes(const struct kes_walk *walk, const u64 *entry,
+					   unsigned int count, u64 mapped)
 {
 	const struct kes_nodes *nodes = &walk->nodes;
 	struct kes_gather other = walk->gather;
-	u64 on_nodes = bits->in_range, todo;
+	u64 on_nodes = 0;
 	unsigned int i;
 
 	if (nodes->by_page) {
-		for (todo = bits->mapped; todo; todo &= todo - 1) {
-			i = __ffs64(todo);
+		for (; mapped; mapped &= mapped - 1) {
+			i = __ffs64(mapped);
 			if (kes_nodes_has_pfn(nodes, kes_entry_pfn(READ_ONCE(entry[i]))))
 				on_nodes |= BIT_ULL(i);
 		}
 		return on_nodes;
 	}
-	/* The first range came with the other bits. */
 	for (i = 1; i < nodes->ranges; i++) {
 		other.range_start = nodes->range[i].start;
 		other.range_bytes = nodes->range[i].bytes;
 		on_nodes |= gather_entries(entry, count, &other).in_range;
 	}
 	return on_nodes;
+}
+
+/* Which of @count entries that map something lie on the nodes asked for. */
+static u64 entries_on_nodes(const struct kes_walk *walk, const u64 *entry,
+			    unsigned int count, const struct kes_bits *bits)
+{
+	if (likely(walk->nodes.ranges <= 1 && !walk->nodes.by_page))
+		return bits->in_range;
+	return bits->in_range | entries_on_other_nodes(walk, entry, count, bits->mapped);
 }
 
 /*
@@ -123,12 +151,16 @@ static void chunk_add(struct kes_walk *walk, u64 gfn, const struct kes_bits *bit
 	on_nodes <<= shift;
 	*mapped_stat += hweight64(mapped & ~chunk->mapped[word]);
 	stats->accessed += hweight64(accessed & ~chunk->accessed[word]);
-	stats->dirty += hweight64(dirty & ~chunk->dirty[word]);
-	stats->on_nodes += hweight64(on_nodes & ~chunk->on_nodes[word]);
 	chunk->mapped[word] |= mapped;
 	chunk->accessed[word] |= accessed;
-	chunk->dirty[word] |= dirty;
-	chunk->on_nodes[word] |= on_nodes;
+	if (dirty) {
+		stats->dirty += hweight64(dirty & ~chunk->dirty[word]);
+		chunk->dirty[word] |= dirty;
+	}
+	if (on_nodes) {
+		stats->on_nodes += hweight64(on_nodes & ~chunk->on_nodes[word]);
+		chunk->on_nodes[word] |= on_nodes;
+	}
 }
 
 /* How many pages from @gfn on share its word of the bitmaps, up to @end. */
@@ -153,10 +185,14 @@ static struct kes_bits entries_harvest(struct kes_walk *walk, u64 *entry,
 				       unsigned int count, bool clear)
 {
 	struct kes_bits bits = gather_entries(entry, count, &walk->gather);
+	u64 accessed = clear && walk->clear_accessed ? bits.accessed : 0;
+	u64 dirty = clear && walk->clear_dirty ? bits.dirty : 0;
 
 	walk->stats->entries_read += count;
-	if (clear && (walk->clear_accessed || walk->clear_dirty))
-		entries_clear(walk, entry, &bits);
+	if (dirty)
+		entries_clear_dirty(walk, entry, dirty, accessed);
+	if (accessed & ~dirty)
+		entries_clear_accessed(walk, entry, accessed & ~dirty);
 	return bits;
 }
 

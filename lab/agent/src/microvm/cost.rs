@@ -79,7 +79,7 @@ fn measure(session: &File, bitmaps: &[&str], young: u64) -> Result<u64> {
     let words = (PAGES_MEASURED / 64) as usize;
     let bitmap = |name: &str| vec![0_u64; if bitmaps.contains(&name) { words } else { 0 }];
     let (mut accessed, mut dirty, mut on_nodes) = (bitmap("accessed"), bitmap("dirty"), bitmap("on-nodes"));
-    let nodes: NodeSet = "1".parse()?;
+    let nodes: NodeSet = "0".parse()?;
     let buffers = HarvestBuffers {
         accessed: &mut accessed,
         dirty: &mut dirty,
