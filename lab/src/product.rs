@@ -15,6 +15,9 @@ use crate::debian::BuildTree;
 use crate::proc;
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// Of the workspace: release without link-time optimisation, which builds in a
+/// quarter of the time.
+const PROFILE: &str = "--profile=lab";
 
 /// The first build compiles all dependencies.
 const BUILD_TIMEOUT: Duration = Duration::from_secs(20 * 60);
@@ -74,11 +77,11 @@ fn build(lab: &Lab) -> Result<Product> {
     ensure_packages(lab)?;
     let step = lab.progress.step("building ept-virt");
     let mut command = cargo(lab);
-    command.args(["build", "--release", "--package=ept-virt"]);
+    command.args(["build", PROFILE, "--package=ept-virt"]);
     command.arg("--package=ept-virt-hook");
     proc::run(&mut command, &lab.log("cargo-product"), BUILD_TIMEOUT)?;
     step.done("");
-    let out = target_dir(lab).join("release");
+    let out = target_dir(lab).join("lab");
     Ok(Product { cli: out.join("ept-virt"), hook: out.join("ept-virt-hook") })
 }
 
@@ -91,13 +94,13 @@ pub fn build_agent(lab: &Lab) -> Result<PathBuf> {
     let mut command = cargo(lab);
     command
         .env("RUSTFLAGS", "-C target-feature=+crt-static")
-        .args(["build", "--release", "--package=ept-virt-lab-agent"])
+        .args(["build", PROFILE, "--package=ept-virt-lab-agent"])
         .args(["--target", TARGET])
         .arg("--target-dir")
         .arg(&target_dir);
     proc::run(&mut command, &lab.log("cargo-agent"), BUILD_TIMEOUT)?;
     step.done("");
-    Ok(target_dir.join(TARGET).join("release/ept-virt-lab-agent"))
+    Ok(target_dir.join(TARGET).join("lab/ept-virt-lab-agent"))
 }
 
 /// Cargo in the project's root. The variables that our own `cargo run` set for
@@ -116,6 +119,7 @@ pub fn cargo(lab: &Lab) -> Command {
     command
 }
 
+/// Where cargo puts what it builds.
 pub fn target_dir(lab: &Lab) -> PathBuf {
     match std::env::var_os("CARGO_TARGET_DIR") {
         Some(dir) => lab.root.join(dir),
