@@ -12,7 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::daemon::{self, Daemon};
-use super::domain::DomainSpec;
+use super::domain::{DomainSpec, policy};
 use super::host;
 use crate::report::Outcome;
 
@@ -66,7 +66,7 @@ pub fn tcg_guest() -> Result<Outcome> {
 /// wrong where, and the guest is observed by default.
 pub fn broken_policy() -> Result<Outcome> {
     let _daemon = Daemon::start()?;
-    let spec = DomainSpec { policy: Some(("mode='plase'", "")), ..DomainSpec::default() };
+    let spec = DomainSpec { policy: policy("plase", ""), ..DomainSpec::default() };
     let guest = spec.start()?;
     let status = wait_observed(guest.name)?;
     let error = status.policy_error.context("status shows no policy error")?;
@@ -81,8 +81,7 @@ pub fn broken_policy() -> Result<Outcome> {
 /// A guest bound to a node: the kernel refuses the moves, status says why.
 pub fn strict_numatune() -> Result<Outcome> {
     let _daemon = Daemon::start()?;
-    let spec =
-        DomainSpec { policy: Some(("mode='place'", SQUEEZE)), strict_node: Some(0), ..DomainSpec::default() };
+    let spec = DomainSpec { policy: policy("place", SQUEEZE), strict_node: Some(0), ..DomainSpec::default() };
     let mut guest = spec.start()?;
     guest.wait_ready()?;
     let status = daemon::wait_for(guest.name, "moves are refused", TIMEOUT, |d| !d.moves.refused.is_empty())?;

@@ -11,7 +11,7 @@ use anyhow::Result;
 use ept_virt_core::wire::MemoryMap;
 
 use super::daemon::{self, Daemon};
-use super::domain::{Domain, DomainSpec};
+use super::domain::{Domain, DomainSpec, policy};
 use super::host::{self, PAYLOAD};
 use super::truth::{self, Truth};
 
@@ -42,7 +42,7 @@ pub fn example() -> Result<()> {
 }
 
 fn placed() -> DomainSpec {
-    DomainSpec { policy: Some(("mode='place'", POLICY)), ..DomainSpec::default() }
+    DomainSpec { policy: policy("place", POLICY), ..DomainSpec::default() }
 }
 
 fn show() -> Result<()> {
@@ -50,7 +50,7 @@ fn show() -> Result<()> {
     let _daemon = Daemon::start()?;
     say("the daemon runs; no guest yet");
     status(None)?;
-    let spec = DomainSpec { policy: Some(("mode='place'", POLICY)), ..DomainSpec::default() };
+    let spec = placed();
     say(&format!("its policy, in the <metadata> of the domain's XML: {POLICY}"));
     say("$ virsh define guest.xml && virsh start guest");
     let mut guest = spec.start()?;

@@ -40,8 +40,8 @@ pub struct DomainSpec {
     pub kvm: bool,
     /// What backs its memory.
     pub memory: Memory,
-    /// Attributes and content of the policy element, or no policy.
-    pub policy: Option<(&'static str, &'static str)>,
+    /// The policy element, or none.
+    pub policy: Option<String>,
     /// `<numatune mode='strict'>` on this node.
     pub strict_node: Option<u32>,
     /// Memory that the workload rewrites all the time.
@@ -62,6 +62,11 @@ impl Default for DomainSpec {
             idle_mib: 64,
         }
     }
+}
+
+/// A policy element with this mode and these children, whose prefix is `ev`.
+pub fn policy(mode: &str, children: &str) -> Option<String> {
+    Some(format!("<ev:placement xmlns:ev='{POLICY_NAMESPACE}' mode='{mode}'>{children}</ev:placement>"))
 }
 
 /// A started domain; destroyed when dropped.
@@ -109,12 +114,8 @@ impl DomainSpec {
         let numatune = self.strict_node.map_or(String::new(), |node| {
             format!("<numatune><memory mode='strict' nodeset='{node}'/></numatune>")
         });
-        let metadata = self.policy.map_or(String::new(), |(attributes, content)| {
-            format!(
-                "<metadata><ev:placement xmlns:ev='{POLICY_NAMESPACE}' {attributes}>{content}\
-                 </ev:placement></metadata>"
-            )
-        });
+        let metadata =
+            self.policy.as_ref().map_or(String::new(), |policy| format!("<metadata>{policy}</metadata>"));
         let Self { name, hot_mib, idle_mib, .. } = self;
         let memory_mib = hot_mib + idle_mib + 96;
         // Words after "--" reach the guest's first program.

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use ept_virt_core::wire::DomainState;
 
 use super::daemon::{self, Daemon};
-use super::domain::{Domain, DomainSpec, Memory};
+use super::domain::{Domain, DomainSpec, Memory, policy};
 use super::host;
 use super::truth::{self, Score, Truth};
 use crate::report::Outcome;
@@ -86,8 +86,8 @@ pub fn huge_pages() -> Result<Outcome> {
 }
 
 fn start(memory: Memory, dram: &str) -> Result<(Domain, Truth)> {
-    let content: &'static str = Box::leak(format!("{TIMES}{dram}").into_boxed_str());
-    let spec = DomainSpec { memory, policy: Some(("mode='place'", content)), ..DomainSpec::default() };
+    let policy = policy("place", &format!("{TIMES}{dram}"));
+    let spec = DomainSpec { memory, policy, ..DomainSpec::default() };
     let mut guest = spec.start()?;
     let truth = guest.wait_ready()?;
     daemon::wait_for(guest.name, "the daemon places", OBSERVE_TIMEOUT, |d| {
