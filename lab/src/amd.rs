@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::Lab;
-use crate::apt::{self, need};
+use crate::apt::{self, Need, need};
 use crate::cache::Key;
 use crate::debian::BuildTree;
 use crate::proc::{self, Child, log_tail};
@@ -76,6 +76,13 @@ const MACHINE: &[&str] = &[
     "console=ttyS0 mitigations=off panic=-1 quiet",
 ];
 
+/// What emulating the AMD host takes.
+pub const NEEDS: &[Need] = &[
+    need("qemu-system-x86", "emulates the AMD host"),
+    need("erofs-utils", "makes the AMD host's root image"),
+    need("xz-utils", "unpacks kernel modules"),
+];
+
 /// The host's files, all in the cache.
 pub struct AmdHost {
     kernel: PathBuf,
@@ -105,14 +112,7 @@ pub struct Machine {
 impl AmdHost {
     /// Makes all that is not in the cache: images, then the snapshot.
     pub fn prepare(lab: &Lab, tree: &BuildTree) -> Result<Self> {
-        apt::ensure(
-            lab,
-            &[
-                need("qemu-system-x86", "emulates the AMD host"),
-                need("erofs-utils", "makes the AMD host's root image"),
-                need("xz-utils", "unpacks kernel modules"),
-            ],
-        )?;
+        apt::ensure(lab, NEEDS)?;
         let mut host = Self {
             kernel: tree.kernel(),
             initramfs: image::initramfs(lab, tree)?,

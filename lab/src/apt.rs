@@ -14,6 +14,7 @@ use crate::proc;
 const APT_TIMEOUT: Duration = Duration::from_secs(15 * 60);
 
 /// A package that must be installed, and what it is needed for.
+#[derive(Clone, Copy)]
 pub struct Need {
     /// Debian's package name.
     pub package: &'static str,

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::Lab;
-use crate::apt::{self, need};
+use crate::apt::{self, Need, need};
 use crate::cache::Key;
 use crate::proc;
 
@@ -42,6 +42,13 @@ const HOST_PACKAGES: [&str; 7] = [
     "libvirt-daemon-driver-qemu",
     "numactl",
     "qemu-system-x86",
+];
+
+/// What unpacking a tree takes.
+pub const NEEDS: &[Need] = &[
+    need("mmdebstrap", "unpacks Debian trees for the emulated hosts"),
+    need("gpg", "checks the archive's signatures for mmdebstrap"),
+    need("debian-archive-keyring", "holds the archive's keys"),
 ];
 
 /// A Debian tree with kernel, headers and compiler.
@@ -90,14 +97,7 @@ fn tree(lab: &Lab, name: &str, packages: &[&str]) -> Result<PathBuf> {
                  run this command as root once; the tree is then kept"
             );
         }
-        apt::ensure(
-            lab,
-            &[
-                need("mmdebstrap", "unpacks Debian trees for the emulated hosts"),
-                need("gpg", "checks the archive's signatures for mmdebstrap"),
-                need("debian-archive-keyring", "holds the archive's keys"),
-            ],
-        )?;
+        apt::ensure(lab, NEEDS)?;
         let mirror = apt::mirror(lab)?;
         let step = lab.progress.step(format!("unpacking Debian {SUITE} ({name})"));
         let mut command = Command::new("mmdebstrap");

@@ -9,22 +9,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 
 use crate::Lab;
-use crate::amd::{AmdHost, Wire};
-use crate::debian::BuildTree;
-use crate::product::{self, Installation};
+use crate::amd::Wire;
 use crate::verdict::Follower;
-use crate::{kmod, proc};
+use crate::{prepare, proc};
 
 const TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Runs the agent's program `name` ("demo" or "bench") on the host and shows
 /// what it prints; whether it came to its end.
 pub fn run(lab: &Lab, name: &str) -> Result<bool> {
-    let tree = BuildTree::get(lab)?;
-    let module = kmod::build(lab, &tree)?;
-    let agent = product::build_agent(lab)?;
-    let files = Installation::build(lab, &tree, module, agent)?;
-    let host = AmdHost::prepare(lab, &tree)?;
+    let (host, files) = prepare::amd(lab)?;
     let wire = lab.log(&format!("{name}-wire"));
     let colour = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let environment = if colour { "" } else { "NO_COLOR=1 " };

@@ -16,11 +16,22 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use crate::Lab;
-use crate::apt::{self, need};
+use crate::apt::{self, Need, need};
 use crate::intel_bochs::{self, Bochs};
 use crate::intel_image::{self, Flavour, Ingredients};
 use crate::proc;
 use crate::verdict::{self, Tally, Verdict};
+
+/// What booting the Intel host takes.
+pub const NEEDS: &[Need] = &[
+    need("binutils", "puts the uncompressed kernel of the Intel host together"),
+    need("bochsbios", "firmware of the Intel host"),
+    need("isolinux", "boot loader of the Intel host"),
+    need("syslinux-common", "boot loader of the Intel host"),
+    need("vgabios", "firmware of the Intel host"),
+    need("xorriso", "makes the CD that the Intel host boots from"),
+    need("zstd", "unpacks the kernel of the Intel host"),
+];
 
 /// Instructions per emulated second. The fast boot tells the kernel, which
 /// would otherwise measure for a second.
@@ -158,18 +169,7 @@ pub struct IntelHost<'a> {
 impl<'a> IntelHost<'a> {
     /// Installs what is needed and builds the emulator, unless that was done before.
     pub fn prepare(lab: &Lab, ingredients: Ingredients<'a>) -> Result<Self> {
-        apt::ensure(
-            lab,
-            &[
-                need("binutils", "puts the uncompressed kernel of the Intel host together"),
-                need("bochsbios", "firmware of the Intel host"),
-                need("isolinux", "boot loader of the Intel host"),
-                need("syslinux-common", "boot loader of the Intel host"),
-                need("vgabios", "firmware of the Intel host"),
-                need("xorriso", "makes the CD that the Intel host boots from"),
-                need("zstd", "unpacks the kernel of the Intel host"),
-            ],
-        )?;
+        apt::ensure(lab, NEEDS)?;
         let bochs = intel_bochs::obtain(lab)?;
         Ok(Self { bochs, ingredients })
     }

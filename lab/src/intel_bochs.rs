@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use crate::Lab;
-use crate::apt::{self, need};
+use crate::apt::{self, Need, need};
 use crate::cache::Key;
 use crate::proc;
 
@@ -60,18 +60,18 @@ pub enum Bochs {
     Packaged,
 }
 
+/// What building the emulator takes.
+pub const NEEDS: &[Need] = &[
+    need("g++", "compiles the emulator of the Intel host"),
+    need("make", "builds the emulator of the Intel host"),
+    need("patch", "mends the emulator of the Intel host"),
+    need("xz-utils", "unpacks the emulator's source and kernel modules"),
+];
+
 /// Builds the emulator, or takes it from the cache. Says so when it has to fall
 /// back to the packaged one.
 pub fn obtain(lab: &Lab) -> Result<Bochs> {
-    apt::ensure(
-        lab,
-        &[
-            need("g++", "compiles the emulator of the Intel host"),
-            need("make", "builds the emulator of the Intel host"),
-            need("patch", "mends the emulator of the Intel host"),
-            need("xz-utils", "unpacks the emulator's source and kernel modules"),
-        ],
-    )?;
+    apt::ensure(lab, NEEDS)?;
     let key =
         Key::new("1").text(SOURCE_SHA256).text(PATCH).text(COMPILER_FLAGS).texts(CONFIGURE).text(&cpu()?);
     let built = lab.cache.get_or_build("bochs", &key, |out| build(lab, out));

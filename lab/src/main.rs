@@ -13,6 +13,7 @@ mod intel_bochs;
 mod intel_image;
 mod intel_kernel;
 mod kmod;
+mod prepare;
 mod proc;
 mod product;
 mod progress;

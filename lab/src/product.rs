@@ -9,12 +9,19 @@ use anyhow::Result;
 
 use crate::Lab;
 use crate::amd::Payload;
-use crate::apt::{self, need};
+use crate::apt::{Need, need};
 use crate::cpio::Cpio;
-use crate::debian::BuildTree;
 use crate::proc;
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// What building the product takes.
+pub const NEEDS: &[Need] = &[
+    need("libvirt-dev", "the CLI links libvirt"),
+    need("gcc", "links Rust programs"),
+    need("libc6-dev", "links Rust programs"),
+    need("pkg-config", "finds libvirt"),
+];
+
 /// Of the workspace: release without link-time optimisation, which builds in a
 /// quarter of the time.
 const PROFILE: &str = "--profile=lab";
@@ -23,7 +30,7 @@ const PROFILE: &str = "--profile=lab";
 const BUILD_TIMEOUT: Duration = Duration::from_secs(20 * 60);
 
 /// The project's binaries.
-struct Product {
+pub struct Product {
     /// CLI and daemon.
     pub cli: PathBuf,
     /// libvirt's qemu hook.
@@ -32,20 +39,18 @@ struct Product {
 
 /// All that an emulated AMD host is given to test or show.
 pub struct Installation {
-    product: Product,
-    module: PathBuf,
-    agent: PathBuf,
-    kernel: PathBuf,
+    /// CLI, daemon and hook.
+    pub product: Product,
+    /// kvm_ept_sample.ko for the host's kernel.
+    pub module: PathBuf,
+    /// The static program inside hosts and guests.
+    pub agent: PathBuf,
+    /// The guests boot the host's own kernel.
+    pub kernel: PathBuf,
 }
 
 impl Installation {
-    /// Builds what is not built.
-    pub fn build(lab: &Lab, tree: &BuildTree, module: PathBuf, agent: PathBuf) -> Result<Self> {
-        Ok(Self { product: build(lab)?, module, agent, kernel: tree.kernel() })
-    }
-
     /// The files for the host; `run` is the shell script that it starts with.
-    /// The guests boot the host's own kernel.
     pub fn payload(&self, run: &str) -> Result<Payload> {
         let mut initramfs = Cpio::default();
         initramfs.file("init", &self.agent)?;
@@ -59,22 +64,8 @@ impl Installation {
     }
 }
 
-/// Debian packages that any build of the workspace needs.
-pub fn ensure_packages(lab: &Lab) -> Result<()> {
-    apt::ensure(
-        lab,
-        &[
-            need("libvirt-dev", "the CLI links libvirt"),
-            need("gcc", "links Rust programs"),
-            need("libc6-dev", "links Rust programs"),
-            need("pkg-config", "finds libvirt"),
-        ],
-    )
-}
-
 /// Builds CLI and hook.
-fn build(lab: &Lab) -> Result<Product> {
-    ensure_packages(lab)?;
+pub fn build(lab: &Lab) -> Result<Product> {
     let step = lab.progress.step("building ept-virt");
     let mut command = cargo(lab);
     command.args(["build", PROFILE, "--package=ept-virt"]);
@@ -87,7 +78,6 @@ fn build(lab: &Lab) -> Result<Product> {
 
 /// Builds the static program that runs inside hosts and guests.
 pub fn build_agent(lab: &Lab) -> Result<PathBuf> {
-    ensure_packages(lab)?;
     let step = lab.progress.step("building the lab's agent");
     // A folder of its own: other flags would rebuild everything each time.
     let target_dir = target_dir(lab).join("static");

@@ -6,11 +6,12 @@ use std::cell::Cell;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 /// Where progress is shown: standard error.
 pub struct Progress {
-    terminal: bool,
+    /// All steps under way, in a terminal: several threads may have one each.
+    bars: Option<MultiProgress>,
     started: Instant,
 }
 
@@ -19,20 +20,22 @@ pub struct Step {
     what: String,
     started: Instant,
     bar: Option<ProgressBar>,
+    bars: Option<MultiProgress>,
     finished: Cell<bool>,
 }
 
 impl Progress {
     /// Shows spinners when standard error is a terminal.
     pub fn new() -> Self {
-        Self { terminal: std::io::stderr().is_terminal(), started: Instant::now() }
+        let bars = std::io::stderr().is_terminal().then(MultiProgress::new);
+        Self { bars, started: Instant::now() }
     }
 
     /// Starts a step.
     pub fn step(&self, what: impl Into<String>) -> Step {
         let what = what.into();
-        let bar = if self.terminal {
-            let bar = ProgressBar::new_spinner().with_message(what.clone());
+        let bar = if let Some(bars) = &self.bars {
+            let bar = bars.add(ProgressBar::new_spinner().with_message(what.clone()));
             bar.set_style(
                 ProgressStyle::with_template("{spinner} {msg} [{elapsed}]")
                     .unwrap_or_else(|_| ProgressStyle::default_spinner()),
@@ -43,12 +46,12 @@ impl Progress {
             eprintln!("[{:6.1} s] {what} ...", self.started.elapsed().as_secs_f64());
             None
         };
-        Step { what, started: Instant::now(), bar, finished: Cell::new(false) }
+        Step { what, started: Instant::now(), bar, bars: self.bars.clone(), finished: Cell::new(false) }
     }
 
-    /// Prints one line. Not while a step is under way: see [`Step::line`].
+    /// Prints one line, above the steps under way.
     pub fn line(&self, text: &str) {
-        eprintln!("{text}");
+        print_above(self.bars.as_ref(), text);
     }
 
     /// Time since the program started.
@@ -72,12 +75,9 @@ impl Step {
         }
     }
 
-    /// Prints a line that stays, above the step.
+    /// Prints a line that stays, above the steps under way.
     pub fn line(&self, text: &str) {
-        match &self.bar {
-            Some(bar) => bar.suspend(|| eprintln!("{text}")),
-            None => eprintln!("{text}"),
-        }
+        print_above(self.bars.as_ref(), text);
     }
 
     /// Ends the step well; `detail` may be empty.
@@ -92,7 +92,14 @@ impl Step {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
-        eprintln!("{mark} {}{detail} ({took:.1} s)", self.what);
+        print_above(self.bars.as_ref(), &format!("{mark} {}{detail} ({took:.1} s)", self.what));
+    }
+}
+
+fn print_above(bars: Option<&MultiProgress>, text: &str) {
+    match bars {
+        Some(bars) => bars.suspend(|| eprintln!("{text}")),
+        None => eprintln!("{text}"),
     }
 }
 

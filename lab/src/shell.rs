@@ -10,10 +10,8 @@ use anyhow::{Context, Result};
 use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 
 use crate::Lab;
-use crate::amd::{AmdHost, Wire};
-use crate::debian::BuildTree;
-use crate::product::{self, Installation};
-use crate::{kmod, proc};
+use crate::amd::Wire;
+use crate::{prepare, proc};
 
 /// The terminal as it was, for the way out.
 static TERMINAL: Mutex<Option<Termios>> = Mutex::new(None);
@@ -39,11 +37,7 @@ busybox setsid -c bash -i
 
 /// Runs the shell until it ends.
 pub fn run(lab: &Lab) -> Result<()> {
-    let tree = BuildTree::get(lab)?;
-    let module = kmod::build(lab, &tree)?;
-    let agent = product::build_agent(lab)?;
-    let files = Installation::build(lab, &tree, module, agent)?;
-    let host = AmdHost::prepare(lab, &tree)?;
+    let (host, files) = prepare::amd(lab)?;
     let mut machine = host.start(lab, "lab", files.payload(RUN)?, &Wire::Socket)?;
     let stream = machine.connect()?;
     raw_terminal()?;

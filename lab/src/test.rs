@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `cargo xtask test`: everything that must hold.
 
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -10,9 +11,10 @@ use crate::Lab;
 use crate::amd::{AmdHost, Wire};
 use crate::debian::BuildTree;
 use crate::intel_image::Ingredients;
+use crate::prepare::Hosts;
 use crate::product::{self, Installation};
 use crate::verdict::{self, Tally, Verdict};
-use crate::{intel, kmod, proc};
+use crate::{intel, kmod, prepare, proc};
 
 const CARGO_TIMEOUT: Duration = Duration::from_secs(20 * 60);
 
@@ -56,13 +58,16 @@ pub struct Options {
 pub fn run(lab: &Lab, options: &Options) -> Result<bool> {
     let mut tally = Tally::default();
     let only_some = options.intel || !options.amd.is_empty();
-    product::ensure_packages(lab)?;
-    if !only_some {
-        sources(lab, &mut tally);
-    }
-    if let Err(error) = hosts(lab, options, &mut tally) {
-        tally.check("emulated hosts", || Err(error));
-    }
+    prepare::packages(lab, Hosts::All)?;
+    thread::scope(|scope| {
+        prepare::in_background(scope, lab, Hosts::All);
+        if !only_some {
+            sources(lab, &mut tally);
+        }
+        if let Err(error) = hosts(lab, options, &mut tally) {
+            tally.check("emulated hosts", || Err(error));
+        }
+    });
     let minutes = lab.progress.elapsed().as_secs_f64() / 60.0;
     eprintln!("after {minutes:.1} minutes, logs in {}", lab.cache.dir().join("logs").display());
     println!("{}", tally.closing());
@@ -97,7 +102,9 @@ fn hosts(lab: &Lab, options: &Options, tally: &mut Tally) -> Result<()> {
     let module = module.context("without the module nothing else can be tested")?;
     let agent = product::build_agent(lab)?;
     if !options.intel {
-        let files = Installation::build(lab, &tree, module.clone(), agent.clone())?;
+        let product = product::build(lab)?;
+        let files =
+            Installation { product, module: module.clone(), agent: agent.clone(), kernel: tree.kernel() };
         let host = AmdHost::prepare(lab, &tree)?;
         let amd = Amd { lab, host, files };
         if options.amd.is_empty() {

@@ -15,10 +15,12 @@ use super::domain::{Domain, DomainSpec, policy};
 use super::host::{self, PAYLOAD};
 use super::truth::{self, Truth};
 
+/// The delay is longer than the workload, emulated twice over, takes to write its
+/// hot block for the first time: a block that is half written is idle.
 const POLICY: &str = "<ev:sampling><ev:interval unit='ms'>500</ev:interval></ev:sampling>\
     <ev:temperature><ev:half-life unit='s'>3</ev:half-life></ev:temperature>\
     <ev:dram><ev:max unit='MiB'>37</ev:max></ev:dram>\
-    <ev:migration><ev:delay unit='s'>2</ev:delay>\
+    <ev:migration tolerance='20%'><ev:delay unit='s'>6</ev:delay>\
     <ev:bandwidth unit='MiB/s'>8</ev:bandwidth></ev:migration>";
 
 /// Long enough for the idle block at the policy's bandwidth.
