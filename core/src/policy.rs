@@ -31,7 +31,7 @@ pub struct Policy {
     /// Default: observe.
     pub mode: Mode,
     /// Refuse the domain's start when the policy is invalid or can not be
-    /// served. Default: no.
+    /// served. Default: no. Nothing enforces it so far: the description says so.
     pub required: bool,
     /// How the domain is observed.
     pub sampling: Sampling,
@@ -135,7 +135,7 @@ impl Policy {
             if self.sampling.flush { "" } else { " without TLB flush" },
             format_duration(self.half_life),
         );
-        match self.mode {
+        let mut text = match self.mode {
             Mode::Off => "off: neither observed nor moved".into(),
             Mode::Observe => format!("observe: {observed}; nothing is moved"),
             Mode::Place => format!(
@@ -146,7 +146,11 @@ impl Policy {
                 self.migration.tolerance,
                 self.migration.bandwidth,
             ),
+        };
+        if self.required {
+            text += "; required=\"yes\" is not enforced by this version: the domain starts in any case";
         }
+        text
     }
 
     fn describe_nodes(&self) -> String {
