@@ -58,7 +58,7 @@ fn ask_within(path: &Path, command: Command, timeout: Duration) -> Result<Reply,
         Response { v, .. } if v != PROTOCOL_VERSION => Err(Failure::refused(format!(
             "the daemon speaks version {v} of the protocol, this program version {PROTOCOL_VERSION}"
         ))
-        .hint("restart the daemon after an upgrade: systemctl restart ept-virt")),
+        .hint("restart the daemon after an upgrade")),
         Response { reply: Reply::Error(error), .. } => Err(answered(error)),
         Response { reply, .. } => Ok(reply),
     }
@@ -126,16 +126,16 @@ fn explain(path: &Path, timeout: Duration, error: &io::Error) -> Failure {
     let at = path.display();
     match error.kind() {
         Io::NotFound | Io::ConnectionRefused => Failure::unreachable(format!("no daemon listens at {at}"))
-            .hint("start it with `systemctl start ept-virt`, or `ept-virt daemon`, or give its --socket"),
+            .hint("start it, as root, with `ept-virt daemon`, or give its --socket"),
         Io::PermissionDenied => Failure::unreachable(format!("not permitted to ask the daemon at {at}"))
             .hint("run this command as root"),
         Io::TimedOut | Io::WouldBlock => {
             Failure::unreachable(format!("the daemon at {at} did not answer within {timeout:?}"))
-                .hint("look at `systemctl status ept-virt` and `journalctl -u ept-virt`")
+                .hint("look at what it logged, on its standard error")
         }
         Io::UnexpectedEof | Io::ConnectionReset | Io::BrokenPipe => {
             Failure::unreachable(format!("the daemon at {at} closed the connection before it answered"))
-                .hint("look at `journalctl -u ept-virt`")
+                .hint("look at what it logged, on its standard error")
         }
         Io::InvalidData => Failure::refused(format!(
             "the answer of the daemon at {at} is longer than {MAX_LINE_BYTES} bytes"
@@ -218,8 +218,8 @@ mod tests {
 
     #[test]
     fn without_a_daemon_it_says_how_to_start_one() {
-        let expected = "no daemon listens at SOCKET: start it with `systemctl start ept-virt`, \
-                        or `ept-virt daemon`, or give its --socket";
+        let expected =
+            "no daemon listens at SOCKET: start it, as root, with `ept-virt daemon`, or give its --socket";
         let fake = Fake::path("nobody");
         assert_eq!(fake.failure(), expected);
         // A socket that a killed daemon left behind.
@@ -233,7 +233,7 @@ mod tests {
         let listener = UnixListener::bind(&fake.0).unwrap();
         let started = Instant::now();
         let message = "the daemon at SOCKET did not answer within 300ms: \
-                       look at `systemctl status ept-virt` and `journalctl -u ept-virt`";
+                       look at what it logged, on its standard error";
         assert_eq!(fake.failure(), message);
         // Its queue full, even a connect would block.
         listen(&listener, Backlog::new(0).unwrap()).unwrap();
@@ -249,13 +249,13 @@ mod tests {
             (
                 "closes",
                 "",
-                "the daemon at SOCKET closed the connection before it answered: look at `journalctl -u ept-virt`",
+                "the daemon at SOCKET closed the connection before it answered: look at what it logged, on its standard error",
             ),
             (
                 "other-version",
                 "{\"v\":9,\"reply\":\"done\"}\n",
                 "the daemon speaks version 9 of the protocol, this program version 1: \
-                 restart the daemon after an upgrade: systemctl restart ept-virt",
+                 restart the daemon after an upgrade",
             ),
             (
                 "error",

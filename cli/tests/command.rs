@@ -93,7 +93,7 @@ fn failures_have_their_exit_codes_and_say_what_to_do() {
 
     let nobody = Command::new(PROGRAM).args(["--socket", "/nonexistent/socket", "list"]).output().unwrap();
     assert_eq!(nobody.status.code(), Some(2));
-    assert!(text(&nobody.stderr).contains("systemctl start ept-virt"));
+    assert!(text(&nobody.stderr).contains("ept-virt daemon"));
 
     assert_eq!(daemon.run(&["sttaus"]).status.code(), Some(2));
     assert_eq!(daemon.run(&["--help"]).status.code(), Some(0));
