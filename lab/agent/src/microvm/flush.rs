@@ -78,8 +78,10 @@ fn observe(memory: &Memory, exits: &Exits, mut sampler: KernelSampler) -> Result
     let (mut stale, mut windows) = (None, 0);
     while stale.is_none() && windows < WINDOWS {
         windows += 1;
-        harvest(&mut sampler, HarvestRequest { clear_accessed: true, ..eight })?;
+        // Counted from before the clearing: an exit right after it would refill
+        // the translations.
         let before = exits.count()?;
+        harvest(&mut sampler, HarvestRequest { clear_accessed: true, ..eight })?;
         wait_guest_rounds(memory, GUEST_ROUNDS)?;
         let seen = young(&harvest(&mut sampler, eight)?.accessed);
         if exits.count()? == before {
