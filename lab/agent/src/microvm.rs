@@ -14,6 +14,10 @@ mod lifecycle;
 mod machine;
 mod place;
 mod refused;
+mod sampling;
+mod sampling_calls;
+mod sampling_rate;
+mod sampling_writes;
 
 use anyhow::{Result, bail};
 
@@ -36,6 +40,19 @@ const TESTS: &[Test] = &[
     ("module-in-use", lifecycle::module_in_use),
     ("churn", lifecycle::churn),
     ("flush-proof", flush::proof),
+    ("sample-types", sampling::types),
+    ("sample-chosen", sampling::chosen_types),
+    ("sample-huge", sampling::huge),
+    ("sample-harvest", sampling::beside_harvest),
+    ("sample-rate", sampling_rate::settles),
+    ("sample-cold", sampling_rate::cold_pages),
+    ("sample-dirty-log", sampling_writes::dirty_log),
+    ("sample-churn", sampling_writes::churn),
+    ("sample-end", sampling_writes::end),
+    ("sample-read", sampling_calls::reads),
+    ("sample-overflow", sampling_calls::overflow),
+    ("sample-refusals", sampling_calls::refusals),
+    ("sample-vm-exit", sampling_calls::vm_exit),
 ];
 
 /// Run by name only: measurements, and what needs a host of a certain kind.
