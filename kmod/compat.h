@@ -6,8 +6,9 @@
 #ifndef KES_COMPAT_H
 #define KES_COMPAT_H
 
-#include <linux/version.h>
 #include <linux/kvm_host.h>
+#include <linux/string.h>
+#include <linux/version.h>
 
 #define KES_KERNEL_IS(major, minor) \
 	(LINUX_VERSION_CODE >= KERNEL_VERSION(major, minor, 0) && \
@@ -52,6 +53,39 @@ static inline void kes_compat_set_pfn_dirty(kvm_pfn_t pfn)
 {
 #if !KES_KERNEL_IS(7, 3)
 	kvm_set_pfn_dirty(pfn);
+#endif
+}
+
+/*
+ * After 6.12 KVM's own bits of EPT entries moved, and fetches in user mode got a
+ * permission of their own. (The bits of NPT entries stayed.)
+ */
+#if KES_KERNEL_IS(7, 3)
+#define KES_COMPAT_EPT_EXECUTE		(BIT_ULL(2) | BIT_ULL(10))
+#define KES_COMPAT_EPT_MMU_WRITABLE	BIT_ULL(55)
+#else
+#define KES_COMPAT_EPT_EXECUTE		BIT_ULL(2)
+#define KES_COMPAT_EPT_MMU_WRITABLE	BIT_ULL(58)
+#endif
+
+/*
+ * Whether someone other than KVM may want to hear of each write to the pages
+ * [gfn, gfn + pages) of @slot (KVMGT). Up to 6.1 known page by page; since 6.5
+ * it is enough to know that nobody ever asked.
+ *
+ * Call with kvm->mmu_lock held.
+ */
+static inline bool kes_compat_writes_tracked(struct kvm *kvm, struct kvm_memory_slot *slot,
+					     gfn_t gfn, u64 pages)
+{
+#if KES_KERNEL_IS(6, 1)
+	const unsigned short *track = slot->arch.gfn_track[KVM_PAGE_TRACK_WRITE];
+
+	return track && memchr_inv(track + (gfn - slot->base_gfn), 0, pages * sizeof(*track));
+#elif defined(CONFIG_KVM_EXTERNAL_WRITE_TRACKING)
+	return READ_ONCE(kvm->arch.external_write_tracking_enabled);
+#else
+	return false;
 #endif
 }
 

@@ -22,6 +22,9 @@
 #define KES_ENTRY_PRESENT	BIT_ULL(KES_ENTRY_PRESENT_NR)
 /* In a non-last-level table: the entry maps a huge page. Same bit in both. */
 #define KES_ENTRY_HUGE		BIT_ULL(7)
+/* What an access needs. NPT calls the first "present"; both are the same bits. */
+#define KES_ENTRY_READ		BIT_ULL(0)
+#define KES_ENTRY_WRITE		BIT_ULL(1)
 
 #define KES_ENTRIES_SHIFT	9
 #define KES_ENTRIES		(1U << KES_ENTRIES_SHIFT)
@@ -37,6 +40,22 @@ struct kes_entry_format {
 	.accessed_nr = 8, .dirty_nr = 9, .id = KES_FORMAT_EPT }
 #define KES_ENTRY_FORMAT_NPT { \
 	.accessed_nr = 5, .dirty_nr = 6, .id = KES_FORMAT_NPT }
+
+/* The permissions that are not the same bits in both. */
+struct kes_entry_rights {
+	u64 execute;		/* EPT: each allows fetches of one kind */
+	u64 no_execute;		/* NPT: forbids fetches */
+	/*
+	 * KVM's permission to itself to make the entry writable without a lock.
+	 * An entry that is writable always has it.
+	 */
+	u64 mmu_writable;
+};
+
+#define KES_ENTRY_RIGHTS_EPT { \
+	.execute = KES_COMPAT_EPT_EXECUTE, .mmu_writable = KES_COMPAT_EPT_MMU_WRITABLE }
+#define KES_ENTRY_RIGHTS_NPT { \
+	.no_execute = BIT_ULL(63), .mmu_writable = BIT_ULL(10) }
 
 /* Number of 4 KiB pages that one entry of @level spans; level 1 is the last. */
 static inline u64 kes_entry_pages(int level)

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * Flushing the TLBs of a guest: no vCPU goes on with a translation, or with a
- * cached upper level of one, that it read before the call.
+ * cached upper level of one, that it read before the call. Never sleeps; must
+ * be called with interrupts on.
  */
 #include <linux/cpumask.h>
 #include <linux/smp.h>
@@ -35,7 +36,7 @@ void kes_flush_tlbs(struct kvm *kvm)
 	bool some;
 	int me;
 
-	some = zalloc_cpumask_var(&running, GFP_KERNEL);
+	some = zalloc_cpumask_var(&running, GFP_NOWAIT | __GFP_NOWARN);
 	me = get_cpu();
 	kvm_for_each_vcpu(i, vcpu, kvm) {
 		int cpu;

@@ -8,10 +8,12 @@
 #include <linux/fs.h>
 #include <linux/module.h>
 #include <linux/mutex.h>
+#include <linux/poll.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
 
 #include "harvest.h"
+#include "sample.h"
 #include "session.h"
 #include "vm.h"
 
@@ -23,6 +25,7 @@ struct kes_session {
 	struct mutex lock;
 	struct kvm *kvm;			/* reference, NULL: not attached */
 	struct kes_harvester *harvester;	/* there as long as @kvm is */
+	struct kes_sampler sampler;		/* runs only as long as @kvm is there */
 };
 
 /*
@@ -71,6 +74,7 @@ static long session_detach(struct kes_session *session)
 {
 	if (!session->kvm)
 		return -ENOTCONN;
+	kes_sampler_reset(&session->sampler);
 	atomic_dec(&attached_sessions);
 	module_put(THIS_MODULE);
 	kvfree(session->harvester);
@@ -85,7 +89,8 @@ static long session_info(struct kes_info __user *user)
 	struct kes_info info = {
 		.abi_version = KES_ABI_VERSION,
 		.entry_format = kes_format.id,
-		.features = KES_FEATURE_HARVEST | KES_FEATURE_CLEAR_DIRTY,
+		.features = KES_FEATURE_HARVEST | KES_FEATURE_CLEAR_DIRTY |
+			    KES_FEATURE_SAMPLE,
 		.chunk_pages = KES_CHUNK_PAGES,
 		.sessions = atomic_read(&attached_sessions),
 	};
@@ -131,6 +136,31 @@ static long session_harvest(struct kes_session *session, struct kes_harvest __us
 	return ret;
 }
 
+static long session_sample_set(struct kes_session *session,
+			       const struct kes_sample_set __user *user)
+{
+	struct kes_sample_set arg;
+	long ret;
+
+	if (copy_from_user(&arg, user, sizeof(arg)))
+		return -EFAULT;
+	ret = session_vm_check(session);
+	if (!ret)
+		ret = kes_sampler_set(&session->sampler, session->kvm, &kes_format, &arg);
+	return ret;
+}
+
+static long session_sample_stats(struct kes_session *session,
+				 struct kes_sample_stats __user *user)
+{
+	struct kes_sample_stats stats;
+
+	if (!session->kvm)
+		return -ENOTCONN;
+	kes_sampler_stats(&session->sampler, &stats);
+	return copy_to_user(user, &stats, sizeof(stats)) ? -EFAULT : 0;
+}
+
 static long session_call(struct kes_session *session, unsigned int cmd, void __user *user)
 {
 	struct kes_attach attach;
@@ -148,6 +178,10 @@ static long session_call(struct kes_session *session, unsigned int cmd, void __u
 		return session_memslots(session, user);
 	case KES_HARVEST:
 		return session_harvest(session, user);
+	case KES_SAMPLE_SET:
+		return session_sample_set(session, user);
+	case KES_SAMPLE_STATS:
+		return session_sample_stats(session, user);
 	default:
 		return -ENOTTY;
 	}
@@ -172,6 +206,41 @@ static long session_compat_ioctl(struct file *file, unsigned int cmd, unsigned l
 }
 #endif
 
+/* A read that waits for samples lets other calls in meanwhile. */
+static ssize_t session_read(struct file *file, char __user *buffer, size_t bytes, loff_t *pos)
+{
+	struct kes_session *session = file->private_data;
+	struct kes_sampler *sampler = &session->sampler;
+	ssize_t ret;
+
+	if (bytes < sizeof(struct kes_sample))
+		return -EINVAL;
+	for (;;) {
+		if (mutex_lock_interruptible(&session->lock))
+			return -ERESTARTSYS;
+		ret = kes_sampler_read(sampler, buffer, bytes);
+		mutex_unlock(&session->lock);
+		if (ret != -EAGAIN || (file->f_flags & O_NONBLOCK))
+			return ret;
+		if (wait_event_interruptible(sampler->wait, kes_sampler_readable(sampler) ||
+							    kes_sampler_ended(sampler)))
+			return -ERESTARTSYS;
+	}
+}
+
+static __poll_t session_poll(struct file *file, struct poll_table_struct *table)
+{
+	struct kes_session *session = file->private_data;
+	__poll_t events = 0;
+
+	poll_wait(file, &session->sampler.wait, table);
+	if (kes_sampler_readable(&session->sampler))
+		events |= EPOLLIN | EPOLLRDNORM;
+	if (kes_sampler_ended(&session->sampler))
+		events |= EPOLLHUP;
+	return events;
+}
+
 static int session_open(struct inode *inode, struct file *file)
 {
 	struct kes_session *session = kzalloc(sizeof(*session), GFP_KERNEL_ACCOUNT);
@@ -179,8 +248,10 @@ static int session_open(struct inode *inode, struct file *file)
 	if (!session)
 		return -ENOMEM;
 	mutex_init(&session->lock);
+	kes_sampler_init(&session->sampler);
 	file->private_data = session;
-	return 0;
+	/* No position: reads on one file need not wait for each other. */
+	return stream_open(inode, file);
 }
 
 static int session_release(struct inode *inode, struct file *file)
@@ -196,6 +267,8 @@ static int session_release(struct inode *inode, struct file *file)
 const struct proc_ops kes_session_ops = {
 	.proc_open = session_open,
 	.proc_release = session_release,
+	.proc_read = session_read,
+	.proc_poll = session_poll,
 	.proc_ioctl = session_ioctl,
 #ifdef CONFIG_COMPAT
 	.proc_compat_ioctl = session_compat_ioctl,

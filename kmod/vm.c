@@ -145,6 +145,7 @@ int kes_vm_roots(struct kvm *kvm, struct kes_root roots[KES_MAX_ROOTS])
 		}
 		roots[n].table = page->spt;
 		roots[n].level = role.level;
+		roots[n].guest_mode = role.guest_mode;
 		n++;
 	}
 	return n;

@@ -10,6 +10,7 @@
 struct kes_root {
 	u64 *table;
 	int level;		/* of the entries in @table: 4 or 5 */
+	bool guest_mode;	/* runs a nested guest: faults are not the guest's */
 };
 
 /* Valid roots seen at once: plain, and one for a nested guest's direct map. */

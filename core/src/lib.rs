@@ -13,6 +13,7 @@ pub mod plan;
 pub mod policy;
 pub mod process;
 pub mod sampler;
+pub mod samples;
 pub mod topology;
 pub mod uapi;
 pub mod units;

@@ -40,6 +40,9 @@ pub enum SamplerError {
     /// The VM's process has exited.
     #[error("the VM's process has exited")]
     VmGone,
+    /// Another session samples the VM.
+    #[error("the VM is sampled by another session already: stop that one first")]
+    Busy,
     /// The module refuses this VM or this kernel.
     #[error("{0}")]
     Unsupported(&'static str),
@@ -54,10 +57,11 @@ pub enum SamplerError {
 }
 
 /// Gives an errno of the module the meaning that the ABI header documents.
-fn explain(operation: &'static str, source: io::Error) -> SamplerError {
+pub(crate) fn explain(operation: &'static str, source: io::Error) -> SamplerError {
     match source.raw_os_error() {
         Some(libc::EPERM) => SamplerError::NotPermitted { operation },
         Some(libc::ESRCH) => SamplerError::VmGone,
+        Some(libc::EBUSY) => SamplerError::Busy,
         Some(libc::ENODEV) => SamplerError::Unsupported("the descriptor is not a KVM VM"),
         Some(libc::ENXIO) => SamplerError::Unsupported(
             "KVM shadows this guest's page tables: load kvm with tdp_mmu=Y and kvm_intel with ept=1 or kvm_amd with npt=1",
@@ -128,7 +132,7 @@ pub enum Level {
 }
 
 impl Level {
-    fn from_byte(byte: u8) -> Self {
+    pub(crate) fn from_byte(byte: u8) -> Self {
         match byte {
             uapi::LEVEL_4K => Level::Page4K,
             uapi::LEVEL_2M => Level::Huge2M,
@@ -309,6 +313,11 @@ impl KernelSampler {
         };
         let clear_dirty = raw.features & uapi::FEATURE_CLEAR_DIRTY != 0;
         Ok(KernelSampler { file, info: ModuleInfo { abi, format, clear_dirty } })
+    }
+
+    /// The session's file, for what other modules ask of it.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
     }
 
     /// Binds the session to a VM; `vm` may be closed afterwards.

@@ -15,7 +15,7 @@ use nix::libc;
 pub const PROC_PATH: &str = "/proc/kvm_ept_sample";
 
 /// Version of the ABI that this file mirrors: major in the upper 16 bits.
-pub const ABI_VERSION: u32 = 0x0001_0000;
+pub const ABI_VERSION: u32 = 0x0001_0001;
 
 /// [`KesInfo::entry_format`]: Intel's extended page tables.
 pub const FORMAT_EPT: u32 = 1;
@@ -26,6 +26,8 @@ pub const FORMAT_NPT: u32 = 2;
 pub const FEATURE_HARVEST: u64 = 1 << 0;
 /// [`KesInfo::features`]: the dirty bit can be cleared.
 pub const FEATURE_CLEAR_DIRTY: u64 = 1 << 1;
+/// [`KesInfo::features`]: sampling by access type.
+pub const FEATURE_SAMPLE: u64 = 1 << 2;
 
 /// [`KesMemslot::flags`]: a ROM.
 pub const SLOT_READONLY: u32 = 1 << 0;
@@ -50,6 +52,21 @@ pub const LEVEL_4K: u8 = 1;
 pub const LEVEL_2M: u8 = 2;
 /// Level byte: a 1 GiB entry.
 pub const LEVEL_1G: u8 = 3;
+
+/// [`KesSampleSet::access`], [`KesSample::access`]: a read.
+pub const ACCESS_READ: u32 = 1 << 0;
+/// [`KesSampleSet::access`], [`KesSample::access`]: a write.
+pub const ACCESS_WRITE: u32 = 1 << 1;
+/// [`KesSampleSet::access`], [`KesSample::access`]: an instruction fetch.
+pub const ACCESS_EXEC: u32 = 1 << 2;
+
+/// Most faults a second that sampling can be set to.
+pub const MAX_FREQ_HZ: u32 = 50_000;
+/// Most records that can wait to be read.
+pub const MAX_RING_RECORDS: u32 = 1 << 20;
+
+/// [`KesSample::flags`]: a walk of the guest's page tables.
+pub const SAMPLE_WALK: u8 = 1 << 0;
 
 /// `struct kes_info`.
 #[repr(C)]
@@ -154,9 +171,63 @@ pub struct KesHarvest {
     pub stats: KesHarvestStats,
 }
 
+/// `struct kes_sample_set`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct KesSampleSet {
+    /// `ACCESS_*`, or-ed.
+    pub access: u32,
+    /// Faults a second; 0 stops.
+    pub freq_hz: u32,
+    /// Records that can wait; 0: the default, or unchanged.
+    pub ring_records: u32,
+    /// Zero.
+    pub flags: u32,
+    /// Zero.
+    pub reserved: [u64; 3],
+}
+
+/// `struct kes_sample`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KesSample {
+    /// The page.
+    pub gfn: u64,
+    /// `CLOCK_MONOTONIC`.
+    pub time_ns: u64,
+    /// The VMM's number of the vCPU.
+    pub vcpu: u32,
+    /// One of `ACCESS_*`.
+    pub access: u8,
+    /// `LEVEL_*`.
+    pub level: u8,
+    /// `SAMPLE_*`.
+    pub flags: u8,
+    /// Zero.
+    pub reserved: u8,
+}
+
+/// `struct kes_sample_stats`; the header explains each field.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[allow(missing_docs)] // the header is the manual
+pub struct KesSampleStats {
+    pub samples: u64,
+    pub dropped: u64,
+    pub unwanted: u64,
+    pub armed: u64,
+    pub released: u64,
+    pub flushes: u64,
+    pub armed_now: u32,
+    pub unread: u32,
+    pub hold_us: u32,
+    pub freq_hz: u32,
+    pub reserved: [u64; 4],
+}
+
 /// The ioctl numbers, for the test against the header.
 pub mod number {
-    use super::{KesAttach, KesHarvest, KesInfo, KesMemslots};
+    use super::{KesAttach, KesHarvest, KesInfo, KesMemslots, KesSampleSet, KesSampleStats};
 
     const MAGIC: u8 = 0xE7;
 
@@ -170,6 +241,10 @@ pub mod number {
     pub const GET_MEMSLOTS: u64 = nix::request_code_readwrite!(MAGIC, 0x03, size_of::<KesMemslots>());
     /// `KES_HARVEST`.
     pub const HARVEST: u64 = nix::request_code_readwrite!(MAGIC, 0x04, size_of::<KesHarvest>());
+    /// `KES_SAMPLE_SET`.
+    pub const SAMPLE_SET: u64 = nix::request_code_write!(MAGIC, 0x05, size_of::<KesSampleSet>());
+    /// `KES_SAMPLE_STATS`.
+    pub const SAMPLE_STATS: u64 = nix::request_code_read!(MAGIC, 0x06, size_of::<KesSampleStats>());
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {
@@ -278,4 +353,27 @@ pub fn harvest(
     // `nodes` is only read.
     check(unsafe { libc::ioctl(file.as_raw_fd(), number::HARVEST, &mut request) })?;
     Ok(request)
+}
+
+/// `KES_SAMPLE_SET`.
+pub fn sample_set(file: &File, access: u32, freq_hz: u32, ring_records: u32) -> io::Result<()> {
+    let request = KesSampleSet { access, freq_hz, ring_records, ..Default::default() };
+    // SAFETY: as in `get_info`; the module only reads the structure.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), number::SAMPLE_SET, &request) })
+}
+
+/// `KES_SAMPLE_STATS`.
+pub fn sample_stats(file: &File) -> io::Result<KesSampleStats> {
+    let mut stats = KesSampleStats::default();
+    // SAFETY: as in `get_info`.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), number::SAMPLE_STATS, &mut stats) })?;
+    Ok(stats)
+}
+
+/// `read(2)` of records into the front of `records`; returns how many came.
+pub fn read_samples(file: &File, records: &mut [KesSample]) -> io::Result<usize> {
+    let bytes = size_of_val(records);
+    // SAFETY: the buffer is `records`, all of whose bit patterns are valid.
+    let got = unsafe { libc::read(file.as_raw_fd(), records.as_mut_ptr().cast(), bytes) };
+    usize::try_from(got).map(|got| got / size_of::<KesSample>()).map_err(|_| io::Error::last_os_error())
 }

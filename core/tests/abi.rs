@@ -7,7 +7,10 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::process::Command;
 
-use ept_virt_core::uapi::{self, KesAttach, KesHarvest, KesHarvestStats, KesInfo, KesMemslot, KesMemslots};
+use ept_virt_core::uapi::{
+    self, KesAttach, KesHarvest, KesHarvestStats, KesInfo, KesMemslot, KesMemslots, KesSample, KesSampleSet,
+    KesSampleStats,
+};
 
 /// What both sides are asked: a C expression, and Rust's value for it.
 fn expectations() -> Vec<(String, u64)> {
@@ -40,10 +43,16 @@ fn expectations() -> Vec<(String, u64)> {
         gfn_start, gfn_count, accessed, dirty, mapped, on_nodes, levels, nodes, nodes_bits, flags,
         budget_ns, gfn_next, reserved, stats
     });
+    layout!(KesSampleSet, "kes_sample_set", { access, freq_hz, ring_records, flags, reserved });
+    layout!(KesSample, "kes_sample", { gfn, time_ns, vcpu, access, level, flags, reserved });
+    layout!(KesSampleStats, "kes_sample_stats", {
+        samples, dropped, unwanted, armed, released, flushes, armed_now, unread, hold_us, freq_hz, reserved
+    });
     for (text, value) in [
         ("KES_ABI_VERSION", u64::from(uapi::ABI_VERSION)),
         ("KES_FEATURE_HARVEST", uapi::FEATURE_HARVEST),
         ("KES_FEATURE_CLEAR_DIRTY", uapi::FEATURE_CLEAR_DIRTY),
+        ("KES_FEATURE_SAMPLE", uapi::FEATURE_SAMPLE),
         ("KES_FORMAT_EPT", u64::from(uapi::FORMAT_EPT)),
         ("KES_FORMAT_NPT", u64::from(uapi::FORMAT_NPT)),
         ("KES_SLOT_READONLY", u64::from(uapi::SLOT_READONLY)),
@@ -61,6 +70,14 @@ fn expectations() -> Vec<(String, u64)> {
         ("KES_DETACH", uapi::number::DETACH),
         ("KES_GET_MEMSLOTS", uapi::number::GET_MEMSLOTS),
         ("KES_HARVEST", uapi::number::HARVEST),
+        ("KES_ACCESS_READ", u64::from(uapi::ACCESS_READ)),
+        ("KES_ACCESS_WRITE", u64::from(uapi::ACCESS_WRITE)),
+        ("KES_ACCESS_EXEC", u64::from(uapi::ACCESS_EXEC)),
+        ("KES_MAX_FREQ_HZ", u64::from(uapi::MAX_FREQ_HZ)),
+        ("KES_MAX_RING_RECORDS", u64::from(uapi::MAX_RING_RECORDS)),
+        ("KES_SAMPLE_WALK", u64::from(uapi::SAMPLE_WALK)),
+        ("KES_SAMPLE_SET", uapi::number::SAMPLE_SET),
+        ("KES_SAMPLE_STATS", uapi::number::SAMPLE_STATS),
     ] {
         all.push((text.to_owned(), value));
     }

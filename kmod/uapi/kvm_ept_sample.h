@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: (GPL-2.0-only WITH Linux-syscall-note) OR MIT */
 /*
  * kvm_ept_sample: which pages of a KVM guest were accessed, as the hardware
- * wrote it into the second-level page tables (EPT on Intel, NPT on AMD).
+ * wrote it into the second-level page tables (EPT on Intel, NPT on AMD), and
+ * which kinds of access they see, by sampling.
  *
  * This file is the ABI and its manual.
  *
@@ -9,8 +10,9 @@
  *
  * /proc/kvm_ept_sample, mode 0600. Every open file is a session of its own and
  * is attached to at most one VM. All state dies with the file. No call changes
- * what the guest sees; the worst a call can cost a guest is the TLB flush that
- * the caller asked for (KES_HARVEST_FLUSH).
+ * what the guest sees. What a guest pays is what the caller asked for: one TLB
+ * flush for a KES_HARVEST_FLUSH, and faults and flushes for KES_SAMPLE_SET.
+ * read(2) and poll(2) deliver samples; see KES_SAMPLE_SET.
  *
  * RULES
  *
@@ -48,7 +50,7 @@
  * The ABI's version: major in the upper, minor in the lower 16 bits. A new
  * minor only adds; programs check that the major is theirs.
  */
-#define KES_ABI_VERSION		0x00010000U
+#define KES_ABI_VERSION		0x00010001U
 
 #define KES_IOC_MAGIC		0xE7
 
@@ -64,6 +66,7 @@
  */
 #define KES_FEATURE_HARVEST	(1ULL << 0)	/* KES_HARVEST by table walk */
 #define KES_FEATURE_CLEAR_DIRTY	(1ULL << 1)	/* KES_HARVEST_CLEAR_DIRTY */
+#define KES_FEATURE_SAMPLE	(1ULL << 2)	/* KES_SAMPLE_SET; since 1.1 */
 
 #define KES_FORMAT_EPT		1
 #define KES_FORMAT_NPT		2
@@ -221,10 +224,125 @@ struct kes_harvest {
 	struct kes_harvest_stats stats;
 };
 
+/*
+ * KES_SAMPLE_SET: starts, changes or stops sampling. Since ABI 1.1.
+ *
+ * The module takes away the permissions of a few mapped entries, drawn at
+ * random so that each page has the same chance. The next access to one of them
+ * faults, is recorded, and gets its permissions back from KVM. An entry that
+ * nobody accesses gets them back after a while (at most about 100 ms).
+ *
+ * @access:    KES_ACCESS_*, or-ed: which accesses to record. KES_ACCESS_WRITE
+ *             alone takes away writing only, and reads cost nothing. All other
+ *             sets take away everything: then the guest also pays for accesses
+ *             that are not recorded.
+ * @freq_hz:   faults a second that the guest pays, at most KES_MAX_FREQ_HZ. In
+ *             any 100 ms there are at most freq_hz / 5 of them (but two always
+ *             may be), also after a pause. A guest that accesses few of its
+ *             mapped pages pays less than that. 0 stops; then only @flags and
+ *             @reserved, and the limits of the others, are looked at.
+ * @ring_records: how many records can wait to be read, rounded up to a power
+ *             of two, at most KES_MAX_RING_RECORDS. 0: 16384, or as it is.
+ *             While sampling runs it can not change.
+ * @flags:     must be zero.
+ *
+ * Access types and frequency may change while sampling runs: records that were
+ * not read stay. Starting anew drops them, and sets the statistics to zero. So
+ * does KES_DETACH. Stopping keeps them.
+ *
+ * KVM maps a page that was sampled for reading or executing as writable and
+ * dirty where it may be, without the guest having written to it: harvests with
+ * @dirty, and dirty logs, see a few pages too many. None too few.
+ *
+ *   EBUSY       another session samples this VM (there can be one only); the
+ *               kernel log says so as well
+ *   EOPNOTSUPP, EUCLEAN, EACCES  as for KES_HARVEST
+ *
+ * SAMPLES
+ *
+ * read(2) returns as many whole records as there are and fit, one at least. It
+ * waits for the first one, unless O_NONBLOCK is set. Records are in the order
+ * of their times. When they are not read soon enough, new ones are lost and
+ * counted: a guest never waits for a reader.
+ *
+ *   EAGAIN      nothing to read now, and O_NONBLOCK is set
+ *   EINVAL      the buffer is smaller than a record
+ *   ENODATA     nothing to read, and sampling is off
+ *   ESRCH       nothing to read, and the VM's process has exited
+ *   EINTR       a signal came first
+ *
+ * poll(2) reports POLLIN when there are records, and POLLHUP when no more will
+ * come: sampling is off, or the VM's process has exited.
+ *
+ * Accesses of nested guests, of system management mode, and by others than the
+ * guest's CPUs (the VMM, devices) are not sampled.
+ */
+#define KES_ACCESS_READ		(1U << 0)
+#define KES_ACCESS_WRITE	(1U << 1)	/* also of what is read as well */
+#define KES_ACCESS_EXEC		(1U << 2)	/* an instruction was fetched */
+
+#define KES_MAX_FREQ_HZ		50000U
+#define KES_MAX_RING_RECORDS	(1U << 20)
+
+struct kes_sample_set {
+	__u32 access;
+	__u32 freq_hz;
+	__u32 ring_records;
+	__u32 flags;
+	__u64 reserved[3];
+};
+
+/*
+ * A record.
+ *
+ * @gfn:     the page, also within a huge mapping.
+ * @time_ns: CLOCK_MONOTONIC.
+ * @vcpu:    the VMM's number of the vCPU.
+ * @access:  one of KES_ACCESS_*.
+ * @level:   KES_LEVEL_*: the size of the mapping when it was drawn.
+ * @flags:   KES_SAMPLE_*.
+ */
+#define KES_SAMPLE_WALK		(1U << 0)	/* the CPU walked the guest's own
+						 * page tables; with EPT that
+						 * counts as a write */
+
+struct kes_sample {
+	__u64 gfn;
+	__u64 time_ns;
+	__u32 vcpu;
+	__u8 access;
+	__u8 level;
+	__u8 flags;
+	__u8 reserved;
+};
+
+/*
+ * KES_SAMPLE_STATS: what sampling did since it was started. All zero before.
+ * Since ABI 1.1.
+ *
+ * Each entry that was armed (lost permissions) was accessed, or released, or is
+ * still armed: armed = samples + dropped + unwanted + released + armed_now.
+ */
+struct kes_sample_stats {
+	__u64 samples;		/* records made */
+	__u64 dropped;		/* records lost because nobody read */
+	__u64 unwanted;		/* faults of accesses that were not asked for */
+	__u64 armed;		/* entries */
+	__u64 released;		/* entries that nobody accessed in time */
+	__u64 flushes;		/* TLB flushes of the whole VM */
+	__u32 armed_now;	/* entries */
+	__u32 unread;		/* records */
+	__u32 hold_us;		/* for how long entries stay armed now */
+	__u32 freq_hz;		/* as set; 0: sampling is off */
+	__u64 reserved[4];
+};
+
 #define KES_GET_INFO		_IOR(KES_IOC_MAGIC, 0x00, struct kes_info)
 #define KES_ATTACH		_IOW(KES_IOC_MAGIC, 0x01, struct kes_attach)
 #define KES_DETACH		_IO(KES_IOC_MAGIC, 0x02)
 #define KES_GET_MEMSLOTS	_IOWR(KES_IOC_MAGIC, 0x03, struct kes_memslots)
 #define KES_HARVEST		_IOWR(KES_IOC_MAGIC, 0x04, struct kes_harvest)
+#define KES_SAMPLE_SET		_IOW(KES_IOC_MAGIC, 0x05, struct kes_sample_set)
+#define KES_SAMPLE_STATS	_IOR(KES_IOC_MAGIC, 0x06, struct kes_sample_stats)
 
 #endif /* _UAPI_KVM_EPT_SAMPLE_H */

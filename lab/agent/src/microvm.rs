@@ -14,6 +14,10 @@ mod lifecycle;
 mod machine;
 mod place;
 mod refused;
+mod sampling;
+mod sampling_calls;
+mod sampling_rate;
+mod sampling_writes;
 
 use anyhow::{Result, bail};
 
@@ -36,11 +40,26 @@ const TESTS: &[Test] = &[
     ("module-in-use", lifecycle::module_in_use),
     ("churn", lifecycle::churn),
     ("flush-proof", flush::proof),
+    ("sample-types", sampling::types),
+    ("sample-dirty-log", sampling_writes::dirty_log),
+    ("sample-end", sampling_writes::end),
+    ("sample-refusals", sampling_calls::refusals),
+    ("sample-vm-exit", sampling_calls::vm_exit),
 ];
 
-/// Run by name only: measurements, and what needs a host of a certain kind.
+/// Run by name only: measurements, what needs a host of a certain kind, and what
+/// counts samples in time, which only a host that counts instructions tells apart
+/// from a slow machine.
 const BY_NAME: &[Test] = &[
     ("harvest-cost", cost::harvest_cost),
+    ("sample-overflow", sampling_calls::overflow),
+    ("sample-read", sampling_calls::reads),
+    ("sample-churn", sampling_writes::churn),
+    ("sample-cold", sampling_rate::cold_pages),
+    ("sample-rate", sampling_rate::settles),
+    ("sample-harvest", sampling::beside_harvest),
+    ("sample-huge", sampling::huge),
+    ("sample-chosen", sampling::chosen_types),
     ("refuses-no-ad-bits", refused::no_ad_bits),
     ("refuses-shadow-mmu", refused::shadow_mmu),
 ];

@@ -38,14 +38,14 @@ pub fn memslots() -> Result<Outcome> {
 }
 
 /// The errno of a raw call of the module, 0 when it succeeds.
-fn errno<T>(file: &File, request: u64, argument: *mut T) -> i32 {
+pub fn errno<T>(file: &File, request: u64, argument: *mut T) -> i32 {
     // SAFETY: every argument below is null, an invalid address that the kernel
     // must refuse, or a live structure of the size that `request` encodes.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), request, argument) };
     if result == 0 { 0 } else { std::io::Error::last_os_error().raw_os_error().unwrap_or(-1) }
 }
 
-fn expect(what: &str, got: i32, want: i32) -> Result<()> {
+pub fn expect(what: &str, got: i32, want: i32) -> Result<()> {
     ensure!(got == want, "{what}: errno {got}, expected {want}");
     Ok(())
 }

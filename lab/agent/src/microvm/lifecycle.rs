@@ -16,8 +16,36 @@ use nix::kmod::{DeleteModuleFlags, delete_module};
 use super::Outcome;
 use super::machine::{ALL, ALL_CLEAR, Machine, PAGE, SPREAD, Touch, harvest, round_program};
 
-/// Kills and reaps on drop.
-struct Victim(Child);
+/// A process with a VM. Kills and reaps on drop.
+pub struct Victim(Child);
+
+impl Victim {
+    /// Starts it and waits until its guest has done its round.
+    pub fn start() -> Result<Victim> {
+        let child = Command::new("/proc/self/exe").arg("microvm-victim").stdout(Stdio::piped()).spawn()?;
+        let mut victim = Victim(child);
+        let mut ready = String::new();
+        let output = victim.0.stdout.take().context("no pipe")?;
+        BufReader::new(output).read_line(&mut ready)?;
+        ensure!(ready.trim() == "ready", "the victim said {ready:?}");
+        Ok(victim)
+    }
+
+    /// A session attached to its VM.
+    pub fn observe(&self) -> Result<KernelSampler> {
+        let vm = find_vm_fd(&Process::open(self.0.id() as i32)?)?;
+        let mut sampler = KernelSampler::open()?;
+        sampler.attach(vm.as_fd())?;
+        Ok(sampler)
+    }
+
+    /// Kills it and waits for its end.
+    pub fn kill(&mut self) -> Result<()> {
+        self.0.kill()?;
+        self.0.wait()?;
+        Ok(())
+    }
+}
 
 impl Drop for Victim {
     fn drop(&mut self) {
@@ -29,21 +57,10 @@ impl Drop for Victim {
 
 /// A session outlives the VM's process: from then on it says so, and nothing else.
 pub fn vm_exit() -> Result<Outcome> {
-    let child = Command::new("/proc/self/exe").arg("microvm-victim").stdout(Stdio::piped()).spawn()?;
-    let mut victim = Victim(child);
-    let mut ready = String::new();
-    let output = victim.0.stdout.take().context("no pipe")?;
-    BufReader::new(output).read_line(&mut ready)?;
-    ensure!(ready.trim() == "ready", "the victim said {ready:?}");
-
-    let process = Process::open(victim.0.id() as i32)?;
-    let vm = find_vm_fd(&process)?;
-    let mut sampler = KernelSampler::open()?;
-    sampler.attach(vm.as_fd())?;
-    drop(vm);
+    let mut victim = Victim::start()?;
+    let mut sampler = victim.observe()?;
     ensure!(harvest(&mut sampler, ALL)?.stats.accessed == 201, "the living VM shows its pages");
-    victim.0.kill()?;
-    victim.0.wait()?;
+    victim.kill()?;
     let request = HarvestRequest { clear_accessed: true, ..ALL };
     let results = [
         sampler.harvest(&request, &NodeSet::default(), &mut Harvest::default()),

@@ -118,8 +118,16 @@ impl Drop for Memory {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Touch {
     Read,
+    /// Adds one to its first word. An emulated CPU reads, then writes.
     Write,
+    /// Writes its number, counted down to 1, without reading.
+    Store,
+    /// Jumps there; the page must begin with [`RETURN`].
+    Exec,
 }
+
+/// What a page must begin with to be executed: `jmp ebx`.
+pub const RETURN: [u8; 2] = [0xFF, 0xE3];
 
 /// The pages that a program goes over: `count` from guest-physical `base` on.
 #[derive(Clone, Copy)]
@@ -152,10 +160,17 @@ fn program(pages: Pages, touch: Touch, tail: &[u8]) -> Vec<u8> {
     code.push(0xB9); // mov ecx, count
     code.extend(pages.count.to_le_bytes());
     let next = code.len();
-    code.extend(match touch {
-        Touch::Read => [0x8B, 0x07],  // mov eax, [edi]
-        Touch::Write => [0xFF, 0x07], // inc dword [edi]
-    });
+    match touch {
+        Touch::Read => code.extend([0x8B, 0x07]),  // mov eax, [edi]
+        Touch::Write => code.extend([0xFF, 0x07]), // inc dword [edi]
+        Touch::Store => code.extend([0x89, 0x0F]), // mov [edi], ecx
+        Touch::Exec => {
+            let back = CODE_GFN as usize * PAGE + code.len() + 7;
+            code.push(0xBB); // mov ebx, back
+            code.extend((back as u32).to_le_bytes());
+            code.extend([0xFF, 0xE7]); // jmp edi
+        }
+    }
     code.extend([0x81, 0xC7]); // add edi, stride
     code.extend(pages.stride.to_le_bytes());
     code.push(0x49); // dec ecx
@@ -212,9 +227,26 @@ impl Machine {
 
     /// Makes, or with `bytes` = 0 removes, a memory slot.
     pub fn set_slot(&self, slot: u32, guest_phys_addr: u64, memory: &Memory, bytes: usize) -> Result<()> {
+        self.set_slot_flags(slot, guest_phys_addr, memory, bytes, 0)
+    }
+
+    /// Turns KVM's logging of writes to slot 0 on or off.
+    pub fn log_dirty(&self, on: bool) -> Result<()> {
+        let flags = if on { kvm_bindings::KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+        self.set_slot_flags(0, 0, &self.memory, self.memory.bytes(), flags)
+    }
+
+    fn set_slot_flags(
+        &self,
+        slot: u32,
+        guest_phys_addr: u64,
+        memory: &Memory,
+        bytes: usize,
+        flags: u32,
+    ) -> Result<()> {
         let region = kvm_userspace_memory_region {
             slot,
-            flags: 0,
+            flags,
             guest_phys_addr,
             memory_size: bytes as u64,
             userspace_addr: memory.address(),

@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Arming: taking permissions from a leaf entry so that the next access faults,
+ * and giving them back to one that was not accessed.
+ *
+ * A fault on an armed entry needs nothing from this module: KVM finds an entry
+ * that does not allow the access and makes it anew from the VMM's memory, as it
+ * does after it write-protected one. What must hold for that:
+ *
+ * - KVM adds write permission to an entry without a lock when the entry is
+ *   "MMU-writable". Into an entry that lost reading as well that would put an
+ *   entry that no CPU accepts. So the entry loses MMU-writable together with
+ *   reading, and KVM goes the long way. An entry that lost only writing keeps
+ *   it, and heals the short way.
+ *
+ * - KVM's own write protection skips entries that are not writable, and does
+ *   not flush for them. So nothing armed may be cached as writable once KVM can
+ *   look: entries are armed and the TLBs flushed within one hold of mmu_lock.
+ *
+ * - For the same reason write permission can come back only where nobody wants
+ *   to hear of writes. A slot's dirty logging is published under SRCU before
+ *   KVM write-protects, and write tracking begins under mmu_lock; both are held
+ *   here. Otherwise the entry gets reading and executing back, and KVM decides
+ *   at the next write.
+ *
+ * - The exchange is with the value as armed, but for accessed and dirty bits,
+ *   which a harvest may have cleared. An entry that KVM changed is KVM's.
+ *
+ * - KVM takes a fetch from an entry that is not present but may be executed
+ *   (NPT, after 6.12) for one that the entry allows by now, and lets the guest
+ *   try again for ever. So the entry is made not executable as well.
+ *
+ * - When KVM splits a huge entry that must not be executed (NX huge pages), it
+ *   makes copies of it executable. Of an armed entry that would make entries
+ *   that allow only that: some CPUs do not accept them, and the last paragraph
+ *   applies. So such an entry is armed for writing alone, or not.
+ */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
+#include <linux/math64.h>
+
+#include "compat.h"
+#include "arm.h"
+#include "flush.h"
+
+static const struct kes_entry_rights rights_ept = KES_ENTRY_RIGHTS_EPT;
+static const struct kes_entry_rights rights_npt = KES_ENTRY_RIGHTS_NPT;
+
+static const struct kes_entry_rights *arming_rights(const struct kes_arming *arming)
+{
+	return arming->format->id == KES_FORMAT_EPT ? &rights_ept : &rights_npt;
+}
+
+/* The slots of user space, in no particular order. */
+#define for_each_user_slot(slot, node, slots)					\
+	for ((node) = rb_first(&(slots)->gfn_tree); (node); (node) = rb_next(node))	\
+		if (((slot) = container_of(node, struct kvm_memory_slot,	\
+					   gfn_node[(slots)->node_idx]))->id <	\
+		    KVM_USER_MEM_SLOTS)
+
+/*
+ * Holds the VM's slots and tables until kes_arming_end(). Keep it short: KVM
+ * takes mmu_lock for write to unmap pages.
+ */
+int kes_arming_begin(struct kes_arming *arming)
+{
+	struct kvm_memory_slot *slot;
+	struct rb_node *node;
+
+	arming->srcu_idx = srcu_read_lock(&arming->kvm->srcu);
+	arming->slots = __kvm_memslots(arming->kvm, 0);
+	arming->slot_pages = 0;
+	arming->flush = false;
+	for_each_user_slot(slot, node, arming->slots)
+		arming->slot_pages += slot->npages;
+	read_lock(&arming->kvm->mmu_lock);
+	rcu_read_lock();
+	arming->roots = kes_vm_roots(arming->kvm, arming->root);
+	if (arming->roots < 0) {
+		kes_arming_end(arming);
+		return arming->roots;
+	}
+	return 0;
+}
+
+void kes_arming_end(struct kes_arming *arming)
+{
+	if (arming->flush)
+		kes_flush_tlbs(arming->kvm);
+	rcu_read_unlock();
+	read_unlock(&arming->kvm->mmu_lock);
+	srcu_read_unlock(&arming->kvm->srcu, arming->srcu_idx);
+}
+
+/* The leaf entry that maps @gfn, or NULL. */
+static u64 *leaf_find(const struct kes_root *root, u64 gfn, int *level)
+{
+	u64 *table = root->table, *entry;
+	u64 value;
+
+	if (gfn >= kes_entry_pages(root->level + 1))
+		return NULL;
+	for (*level = root->level;; (*level)--) {
+		entry = &table[kes_entry_index(gfn, *level)];
+		value = READ_ONCE(*entry);
+		if (!(value & KES_ENTRY_PRESENT))
+			return NULL;
+		if (*level == PG_LEVEL_4K || (value & KES_ENTRY_HUGE))
+			return entry;
+		table = kes_entry_table(value);
+	}
+}
+
+static bool entry_executable(const struct kes_entry_rights *rights, u64 value)
+{
+	return rights->no_execute ? !(value & rights->no_execute) : value & rights->execute;
+}
+
+/* What to change in an entry to arm it; 0: it is not to be armed. */
+static u64 entry_change(const struct kes_arming *arming, u64 value, int level,
+			   const struct kvm_memory_slot *slot)
+{
+	const struct kes_entry_rights *rights = arming_rights(arming);
+
+	if ((value & KES_ENTRY_WRITE) && !(value & rights->mmu_writable)) {
+		pr_err_once("a writable entry is not laid out as this module knows it: not sampled\n");
+		return 0;
+	}
+	/* KVM does not write-protect huge entries while it logs: it splits them. */
+	if (level > PG_LEVEL_4K && (slot->flags & KVM_MEM_LOG_DIRTY_PAGES))
+		return 0;
+	if (arming->write_only)
+		return value & KES_ENTRY_WRITE;
+	if (!(value & KES_ENTRY_READ))
+		return 0;
+	if (level > PG_LEVEL_4K && !entry_executable(rights, value))
+		return 0;
+	return (value & (KES_ENTRY_READ | KES_ENTRY_WRITE | rights->execute |
+			 rights->mmu_writable)) | (~value & rights->no_execute);
+}
+
+/*
+ * Draws a page, each of the guest's with the same chance, and describes in
+ * @armed how to arm the entry that maps it. NULL when nothing maps it or it
+ * can not be armed: draw again.
+ */
+u64 *kes_arming_pick(struct kes_arming *arming, struct rnd_state *random,
+		     struct kes_armed *armed)
+{
+	u64 draw = (u64)prandom_u32_state(random) << 32 | prandom_u32_state(random);
+	u64 page = mul_u64_u64_shr(draw, arming->slot_pages, 64), gfn = 0, value;
+	const struct kvm_memory_slot *found = NULL;
+	const struct kes_root *root;
+	struct kvm_memory_slot *slot;
+	struct rb_node *node;
+	u64 *entry;
+
+	for_each_user_slot(slot, node, arming->slots) {
+		if (page < slot->npages) {
+			gfn = slot->base_gfn + page;
+			found = slot;
+			break;
+		}
+		page -= slot->npages;
+	}
+	if (!found || !arming->roots)
+		return NULL;
+	root = &arming->root[prandom_u32_state(random) % arming->roots];
+	if (root->guest_mode)
+		return NULL;
+	entry = leaf_find(root, gfn, &armed->level);
+	if (!entry)
+		return NULL;
+	value = READ_ONCE(*entry);
+	if (!(value & KES_ENTRY_PRESENT))
+		return NULL;
+	armed->changed = entry_change(arming, value, armed->level, found);
+	armed->value = value ^ armed->changed;
+	armed->gfn = ALIGN_DOWN(gfn, kes_entry_pages(armed->level));
+	return armed->changed ? entry : NULL;
+}
+
+/* Arms an entry that kes_arming_pick() returned, unless it changed since. */
+bool kes_arming_revoke(struct kes_arming *arming, u64 *entry, const struct kes_armed *armed)
+{
+	u64 old = armed->value ^ armed->changed;
+
+	if (!try_cmpxchg64(entry, &old, armed->value))
+		return false;
+	arming->flush = true;
+	return true;
+}
+
+/* What an armed entry can get back now. */
+static u64 armed_restorable(const struct kes_arming *arming, const struct kes_armed *armed)
+{
+	u64 write = KES_ENTRY_WRITE | arming_rights(arming)->mmu_writable;
+	u64 pages = kes_entry_pages(armed->level);
+	struct kvm_memory_slot *slot = search_memslots(arming->slots, armed->gfn, false);
+
+	if (!slot || armed->gfn + pages > slot->base_gfn + slot->npages ||
+	    (slot->flags & (KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY)) ||
+	    READ_ONCE(arming->kvm->arch.shadow_root_allocated) ||
+	    kes_compat_writes_tracked(arming->kvm, slot, armed->gfn, pages))
+		return armed->changed & ~write;
+	return armed->changed;
+}
+
+/* Gives an armed entry its permissions back, as far as that is right by now. */
+void kes_arming_restore(struct kes_arming *arming, const struct kes_armed *armed)
+{
+	u64 hardware = BIT_ULL(arming->format->accessed_nr) | BIT_ULL(arming->format->dirty_nr);
+	u64 restore = armed_restorable(arming, armed), value;
+	int i, level;
+	u64 *entry;
+
+	for (i = 0; i < arming->roots; i++) {
+		if (arming->root[i].guest_mode)
+			continue;
+		entry = leaf_find(&arming->root[i], armed->gfn, &level);
+		if (!entry || level != armed->level)
+			continue;
+		value = READ_ONCE(*entry);
+		/* Again only when a harvest or the CPU changed a bit in between. */
+		while (!((value ^ armed->value) & ~hardware) &&
+		       !try_cmpxchg64(entry, &value, value ^ restore))
+			;
+	}
+}

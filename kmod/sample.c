@@ -1,0 +1,560 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Sampling: a worker arms leaf entries of the VM (arm.c) at a rate (rate.c), a
+ * probe on KVM's tracepoint for faults turns each into a record, a reader takes
+ * the records.
+ *
+ * Locking, from the outside in: the session's mutex; samplers_lock; SRCU,
+ * mmu_lock for read and RCU (kes_arming_begin()); the sampler's spinlock. The
+ * probe takes RCU and the spinlock alone. An entry is armed, and its leaf
+ * hashed, under the spinlock: a fault on it finds the leaf.
+ */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
+#include <linux/hash.h>
+#include <linux/hrtimer.h>
+#include <linux/kthread.h>
+#include <linux/log2.h>
+#include <linux/mm.h>
+#include <linux/mutex.h>
+#include <linux/random.h>
+#include <linux/rculist.h>
+#include <linux/sched.h>
+#include <linux/slab.h>
+#include <linux/tracepoint.h>
+#include <linux/uaccess.h>
+#include <asm/vmx.h>
+
+#include "compat.h"
+#include "sample.h"
+#include "vm.h"
+
+#define RING_DEFAULT	(1U << 14)
+/* Entries looked at, and armed or released, in one hold of KVM's locks. */
+#define HOLD_TRIES	512
+#define HOLD_LEAVES	64
+/* Draws for one entry to arm, at least: guests are sparsely mapped. */
+#define TRIES_PER_LEAF	64
+/* How often to look whether a VM that can not be sampled now can be again. */
+#define IDLE_NS		(100 * NSEC_PER_MSEC)
+
+extern struct tracepoint __tracepoint_kvm_page_fault;
+
+/* Samplers that run; the probe is registered as long as there is one. */
+static LIST_HEAD(samplers);
+static DEFINE_MUTEX(samplers_lock);
+
+static struct hlist_head *leaf_bucket(const struct kes_leaves *leaves, u64 gfn, int level)
+{
+	return &leaves->bucket[hash_64(gfn << 2 | level, leaves->bits)];
+}
+
+/* The armed leaf of @level that maps @gfn, or NULL. */
+static struct kes_leaf *leaf_find(const struct kes_sampler *sampler, u64 gfn, int level)
+{
+	struct kes_leaf *leaf;
+
+	gfn = ALIGN_DOWN(gfn, kes_entry_pages(level));
+	hlist_for_each_entry(leaf, leaf_bucket(&sampler->leaves, gfn, level), hash)
+		if (leaf->armed.gfn == gfn && leaf->armed.level == level)
+			return leaf;
+	return NULL;
+}
+
+static void leaf_free(struct kes_sampler *sampler, struct kes_leaf *leaf)
+{
+	hlist_del_init(&leaf->hash);
+	list_move(&leaf->list, &sampler->free);
+	sampler->armed_count--;
+}
+
+/* What kind of access faulted, from the exit qualification or the error code. */
+static u8 fault_access(const struct kes_entry_format *format, u64 code, u8 *flags)
+{
+	bool write, fetch, walk;
+
+	if (format->id == KES_FORMAT_EPT) {
+		write = code & EPT_VIOLATION_ACC_WRITE;
+		fetch = code & EPT_VIOLATION_ACC_INSTR;
+		walk = (code & EPT_VIOLATION_GVA_IS_VALID) &&
+		       !(code & EPT_VIOLATION_GVA_TRANSLATED);
+	} else {
+		write = code & PFERR_WRITE_MASK;
+		fetch = code & PFERR_FETCH_MASK;
+		walk = code & PFERR_GUEST_PAGE_MASK;
+	}
+	*flags = walk ? KES_SAMPLE_WALK : 0;
+	/* A read that is also a write counts as what it needs. */
+	return write ? KES_ACCESS_WRITE : fetch ? KES_ACCESS_EXEC : KES_ACCESS_READ;
+}
+
+/* Adds a record, or counts it as lost: a vCPU does not wait for a reader. */
+static void ring_push(struct kes_sampler *sampler, const struct kes_sample *sample)
+{
+	struct kes_ring *ring = &sampler->ring;
+
+	if (ring->head - smp_load_acquire(&ring->tail) == ring->size) {
+		sampler->stats.dropped++;
+		return;
+	}
+	ring->record[ring->head & (ring->size - 1)] = *sample;
+	smp_store_release(&ring->head, ring->head + 1);
+	sampler->stats.samples++;
+}
+
+/* Whether the fault was on an armed entry that is to be reported. */
+static bool sampler_fault(struct kes_sampler *sampler, u32 vcpu, u64 gfn, u64 code)
+{
+	struct kes_sample sample = { .gfn = gfn, .vcpu = vcpu };
+	struct kes_leaf *leaf = NULL;
+	bool reported = false;
+	int level;
+
+	sample.access = fault_access(sampler->format, code, &sample.flags);
+	spin_lock(&sampler->lock);
+	for (level = PG_LEVEL_4K; sampler->armed_count && !leaf && level <= PG_LEVEL_1G; level++)
+		leaf = leaf_find(sampler, gfn, level);
+	if (leaf) {
+		/* Read under the lock: what is armed later is later. */
+		sample.time_ns = ktime_get_ns();
+		sample.level = leaf->armed.level;
+		leaf_free(sampler, leaf);
+		kes_rate_fault(&sampler->rate, sample.time_ns);
+		reported = sample.access & sampler->access;
+		if (reported)
+			ring_push(sampler, &sample);
+		else
+			sampler->stats.unwanted++;
+	}
+	spin_unlock(&sampler->lock);
+	return reported;
+}
+
+/*
+ * KVM calls this before it handles a fault. Faults of nested guests and of
+ * system management mode are in other address spaces.
+ */
+static void page_fault_probe(void *unused, struct kvm_vcpu *vcpu, u64 gpa, u64 code)
+{
+	struct kes_sampler *sampler;
+
+	if (vcpu->arch.mmu != &vcpu->arch.root_mmu ||
+	    (vcpu->arch.hflags & (HF_GUEST_MASK | HF_SMM_MASK)))
+		return;
+	rcu_read_lock();
+	list_for_each_entry_rcu(sampler, &samplers, link) {
+		if (sampler->kvm != vcpu->kvm)
+			continue;
+		if (sampler_fault(sampler, vcpu->vcpu_id, gpa >> PAGE_SHIFT, code) &&
+		    wq_has_sleeper(&sampler->wait))
+			wake_up_interruptible(&sampler->wait);
+		break;
+	}
+	rcu_read_unlock();
+}
+
+static int samplers_add(struct kes_sampler *sampler)
+{
+	struct kes_sampler *other;
+	int ret = 0;
+
+	mutex_lock(&samplers_lock);
+	list_for_each_entry(other, &samplers, link) {
+		if (other->kvm == sampler->kvm) {
+			pr_notice_ratelimited("a VM (process %d) is sampled by another session already\n",
+					      sampler->kvm->userspace_pid);
+			ret = -EBUSY;
+		}
+	}
+	if (!ret && list_empty(&samplers))
+		ret = tracepoint_probe_register(&__tracepoint_kvm_page_fault,
+						page_fault_probe, NULL);
+	if (!ret)
+		list_add_rcu(&sampler->link, &samplers);
+	mutex_unlock(&samplers_lock);
+	return ret;
+}
+
+/* Afterwards no vCPU uses @sampler. */
+static void samplers_remove(struct kes_sampler *sampler)
+{
+	mutex_lock(&samplers_lock);
+	list_del_rcu(&sampler->link);
+	if (list_empty(&samplers)) {
+		tracepoint_probe_unregister(&__tracepoint_kvm_page_fault,
+					    page_fault_probe, NULL);
+		tracepoint_synchronize_unregister();
+	}
+	mutex_unlock(&samplers_lock);
+	synchronize_rcu();
+}
+
+static struct kes_arming sampler_arming(const struct kes_sampler *sampler)
+{
+	return (struct kes_arming){
+		.kvm = sampler->kvm,
+		.format = sampler->format,
+		.write_only = sampler->access == KES_ACCESS_WRITE,
+	};
+}
+
+/*
+ * Releases armed leaves, oldest first, that were armed before @before_ns: a few.
+ * Returns whether there may be more.
+ */
+static bool leaves_release_some(struct kes_sampler *sampler, u64 before_ns)
+{
+	struct kes_arming arming = sampler_arming(sampler);
+	/* Tables that can not be held any more are not the guest's either. */
+	bool held = !kes_arming_begin(&arming), more = true;
+	struct kes_leaf *leaf;
+	int i;
+
+	for (i = 0; more && i < HOLD_LEAVES; i++) {
+		spin_lock(&sampler->lock);
+		leaf = list_first_entry_or_null(&sampler->armed, struct kes_leaf, list);
+		more = leaf && leaf->armed_ns < before_ns;
+		if (more) {
+			if (held)
+				kes_arming_restore(&arming, &leaf->armed);
+			leaf_free(sampler, leaf);
+			kes_rate_release(&sampler->rate);
+			sampler->stats.released++;
+		}
+		spin_unlock(&sampler->lock);
+	}
+	if (held)
+		kes_arming_end(&arming);
+	return more;
+}
+
+static void leaves_release(struct kes_sampler *sampler, u64 before_ns)
+{
+	while (leaves_release_some(sampler, before_ns))
+		cond_resched();
+}
+
+/* Arms the leaf of one page drawn at random; false when that page has none. */
+static bool leaf_arm(struct kes_sampler *sampler, struct kes_arming *arming)
+{
+	struct kes_armed armed;
+	struct kes_leaf *leaf;
+	u64 *entry = kes_arming_pick(arming, &sampler->random, &armed);
+	bool done = false;
+
+	if (!entry)
+		return false;
+	spin_lock(&sampler->lock);
+	leaf = list_first_entry_or_null(&sampler->free, struct kes_leaf, list);
+	if (leaf && !leaf_find(sampler, armed.gfn, armed.level) &&
+	    kes_arming_revoke(arming, entry, &armed)) {
+		leaf->armed = armed;
+		leaf->armed_ns = ktime_get_ns();
+		hlist_add_head(&leaf->hash, leaf_bucket(&sampler->leaves, armed.gfn, armed.level));
+		list_move_tail(&leaf->list, &sampler->armed);
+		sampler->armed_count++;
+		sampler->stats.armed++;
+		done = true;
+	}
+	spin_unlock(&sampler->lock);
+	return done;
+}
+
+/* Arms up to @want leaves. */
+static void leaves_arm(struct kes_sampler *sampler, u32 want)
+{
+	u64 tries = (u64)want * TRIES_PER_LEAF + HOLD_TRIES;
+
+	while (want && tries) {
+		struct kes_arming arming = sampler_arming(sampler);
+		u32 hold_tries = min_t(u64, tries, HOLD_TRIES);
+		u32 hold_leaves = min_t(u32, want, HOLD_LEAVES);
+
+		if (kes_arming_begin(&arming))
+			return;
+		for (; hold_tries && hold_leaves; hold_tries--, tries--) {
+			if (leaf_arm(sampler, &arming)) {
+				hold_leaves--;
+				want--;
+			}
+		}
+		sampler->stats.flushes += arming.flush;
+		kes_arming_end(&arming);
+		cond_resched();
+	}
+}
+
+/* One round of the worker. Returns for how long to sleep. */
+static u64 worker_round(struct kes_sampler *sampler)
+{
+	u64 now_ns = ktime_get_ns(), hold_ns;
+	u32 want;
+
+	if (kes_vm_check(sampler->kvm)) {
+		WRITE_ONCE(sampler->vm_gone, true);
+		wake_up_interruptible(&sampler->wait);
+		return IDLE_NS;
+	}
+	spin_lock(&sampler->lock);
+	hold_ns = sampler->rate.hold_ns;
+	spin_unlock(&sampler->lock);
+	leaves_release(sampler, now_ns - hold_ns);
+
+	spin_lock(&sampler->lock);
+	want = kes_rate_want(&sampler->rate, sampler->armed_count, ktime_get_ns());
+	spin_unlock(&sampler->lock);
+	leaves_arm(sampler, want);
+	return kes_rate_period_ns(&sampler->rate);
+}
+
+static int worker(void *data)
+{
+	struct kes_sampler *sampler = data;
+
+	while (!kthread_should_stop()) {
+		u64 sleep_ns = worker_round(sampler);
+		ktime_t timeout = ns_to_ktime(sleep_ns);
+
+		set_current_state(TASK_IDLE);
+		if (!kthread_should_stop())
+			schedule_hrtimeout_range(&timeout, sleep_ns / 8, HRTIMER_MODE_REL);
+		__set_current_state(TASK_RUNNING);
+	}
+	return 0;
+}
+
+static void leaves_destroy(struct kes_leaves *leaves)
+{
+	kvfree(leaves->leaf);
+	kvfree(leaves->bucket);
+	*leaves = (struct kes_leaves){};
+}
+
+static int leaves_create(struct kes_leaves *leaves, u32 count)
+{
+	leaves->bits = order_base_2(count);
+	leaves->leaf = kvcalloc(count, sizeof(*leaves->leaf), GFP_KERNEL_ACCOUNT);
+	leaves->bucket = kvcalloc(1UL << leaves->bits, sizeof(*leaves->bucket),
+				  GFP_KERNEL_ACCOUNT);
+	if (leaves->leaf && leaves->bucket)
+		return 0;
+	leaves_destroy(leaves);
+	return -ENOMEM;
+}
+
+static int ring_create(struct kes_ring *ring, u32 size)
+{
+	*ring = (struct kes_ring){ .size = size };
+	ring->record = kvcalloc(size, sizeof(*ring->record), GFP_KERNEL_ACCOUNT);
+	return ring->record ? 0 : -ENOMEM;
+}
+
+static u32 ring_size(const struct kes_sample_set *arg)
+{
+	return roundup_pow_of_two(arg->ring_records ?: RING_DEFAULT);
+}
+
+/* Whether sampling would work; the roots tell what the CPU can do. */
+static int sampler_check(const struct kes_sampler *sampler, struct kvm *kvm,
+			 const struct kes_sample_set *arg)
+{
+	const u32 access = KES_ACCESS_READ | KES_ACCESS_WRITE | KES_ACCESS_EXEC;
+	struct kes_root roots[KES_MAX_ROOTS];
+	int n;
+
+	if (arg->flags || memchr_inv(arg->reserved, 0, sizeof(arg->reserved)) ||
+	    (arg->access & ~access) || (arg->freq_hz && !arg->access) ||
+	    arg->freq_hz > KES_MAX_FREQ_HZ || arg->ring_records > KES_MAX_RING_RECORDS)
+		return -EINVAL;
+	if (sampler->running && arg->ring_records && ring_size(arg) != sampler->ring.size)
+		return -EINVAL;
+	rcu_read_lock();
+	n = kes_vm_roots(kvm, roots);
+	rcu_read_unlock();
+	return min(n, 0);
+}
+
+/* Takes over @leaves, sized for arg->freq_hz. Nothing is armed. */
+static void sampler_apply(struct kes_sampler *sampler, struct kes_leaves *leaves,
+			  const struct kes_sample_set *arg)
+{
+	u32 i;
+
+	spin_lock(&sampler->lock);
+	INIT_LIST_HEAD(&sampler->free);
+	for (i = 0; i < kes_rate_cap(arg->freq_hz); i++)
+		list_add(&leaves->leaf[i].list, &sampler->free);
+	swap(sampler->leaves, *leaves);
+	sampler->access = arg->access;
+	kes_rate_set(&sampler->rate, arg->freq_hz, ktime_get_ns());
+	spin_unlock(&sampler->lock);
+}
+
+/* From now on nothing is armed any more; what is armed stays so. */
+static void worker_stop(struct kes_sampler *sampler)
+{
+	if (sampler->worker)
+		kthread_stop(sampler->worker);
+	sampler->worker = NULL;
+}
+
+static int worker_start(struct kes_sampler *sampler)
+{
+	struct task_struct *task = kthread_run(worker, sampler, "kes-sample/%d",
+					       sampler->kvm->userspace_pid);
+
+	if (IS_ERR(task))
+		return PTR_ERR(task);
+	sampler->worker = task;
+	return 0;
+}
+
+/* Enters the list of samplers with an empty ring. */
+static int sampler_begin(struct kes_sampler *sampler, struct kvm *kvm,
+			 const struct kes_entry_format *format,
+			 const struct kes_sample_set *arg)
+{
+	struct kes_ring ring;
+	int ret = ring_create(&ring, ring_size(arg));
+
+	if (ret)
+		return ret;
+	sampler->kvm = kvm;
+	sampler->format = format;
+	ret = samplers_add(sampler);
+	if (ret) {
+		kvfree(ring.record);
+		return ret;
+	}
+	/* Nothing is armed: no vCPU looks at the ring yet. */
+	swap(sampler->ring, ring);
+	kvfree(ring.record);
+	memset(&sampler->stats, 0, sizeof(sampler->stats));
+	WRITE_ONCE(sampler->vm_gone, false);
+	WRITE_ONCE(sampler->running, true);
+	return 0;
+}
+
+/* KES_SAMPLE_SET. */
+long kes_sampler_set(struct kes_sampler *sampler, struct kvm *kvm,
+		     const struct kes_entry_format *format, const struct kes_sample_set *arg)
+{
+	struct kes_leaves leaves;
+	int ret = sampler_check(sampler, kvm, arg);
+
+	if (ret)
+		return ret;
+	if (!arg->freq_hz) {
+		kes_sampler_stop(sampler);
+		return 0;
+	}
+	ret = leaves_create(&leaves, kes_rate_cap(arg->freq_hz));
+	if (ret)
+		return ret;
+	if (sampler->running) {
+		worker_stop(sampler);
+		leaves_release(sampler, U64_MAX);
+	} else {
+		ret = sampler_begin(sampler, kvm, format, arg);
+	}
+	if (!ret) {
+		sampler_apply(sampler, &leaves, arg);
+		ret = worker_start(sampler);
+		if (ret)
+			kes_sampler_stop(sampler);
+	}
+	leaves_destroy(&leaves);
+	return ret;
+}
+
+/* Ends sampling; the records stay. Entries that are armed are given back. */
+void kes_sampler_stop(struct kes_sampler *sampler)
+{
+	if (!sampler->running)
+		return;
+	worker_stop(sampler);
+	leaves_release(sampler, U64_MAX);
+	samplers_remove(sampler);
+	leaves_destroy(&sampler->leaves);
+	WRITE_ONCE(sampler->running, false);
+	wake_up_interruptible(&sampler->wait);
+}
+
+/* Ends sampling and forgets the records: the next VM is another one. */
+void kes_sampler_reset(struct kes_sampler *sampler)
+{
+	kes_sampler_stop(sampler);
+	kvfree(sampler->ring.record);
+	sampler->ring = (struct kes_ring){};
+	memset(&sampler->stats, 0, sizeof(sampler->stats));
+	memset(&sampler->rate, 0, sizeof(sampler->rate));
+}
+
+void kes_sampler_init(struct kes_sampler *sampler)
+{
+	spin_lock_init(&sampler->lock);
+	init_waitqueue_head(&sampler->wait);
+	INIT_LIST_HEAD(&sampler->armed);
+	INIT_LIST_HEAD(&sampler->free);
+	prandom_seed_state(&sampler->random, get_random_u64());
+}
+
+/* KES_SAMPLE_STATS. */
+void kes_sampler_stats(struct kes_sampler *sampler, struct kes_sample_stats *stats)
+{
+	spin_lock(&sampler->lock);
+	*stats = sampler->stats;
+	stats->armed_now = sampler->armed_count;
+	stats->unread = sampler->ring.head - sampler->ring.tail;
+	stats->hold_us = div_u64(sampler->rate.hold_ns, NSEC_PER_USEC);
+	stats->freq_hz = sampler->running ? sampler->rate.freq_hz : 0;
+	spin_unlock(&sampler->lock);
+}
+
+/* Whether a read has something to return, records or an end. Needs no lock. */
+bool kes_sampler_readable(const struct kes_sampler *sampler)
+{
+	return smp_load_acquire(&sampler->ring.head) != READ_ONCE(sampler->ring.tail);
+}
+
+bool kes_sampler_ended(const struct kes_sampler *sampler)
+{
+	return !READ_ONCE(sampler->running) || READ_ONCE(sampler->vm_gone);
+}
+
+/* Copies @count records from the tail on, which do not wrap around. */
+static bool ring_copy(struct kes_ring *ring, char __user *buffer, u32 count)
+{
+	struct kes_sample *from = &ring->record[ring->tail & (ring->size - 1)];
+
+	if (copy_to_user(buffer, from, array_size(count, sizeof(*from))))
+		return false;
+	smp_store_release(&ring->tail, ring->tail + count);
+	return true;
+}
+
+/* Moves as many records as there are and fit. The session's lock is held. */
+ssize_t kes_sampler_read(struct kes_sampler *sampler, char __user *buffer, size_t bytes)
+{
+	u64 room = bytes / sizeof(struct kes_sample);
+	struct kes_ring *ring = &sampler->ring;
+	ssize_t done = 0;
+
+	while (room && kes_sampler_readable(sampler)) {
+		u32 index = ring->tail & (ring->size - 1);
+		u32 count = min(smp_load_acquire(&ring->head) - ring->tail, ring->size - index);
+
+		count = min_t(u64, count, room);
+		if (!ring_copy(ring, buffer + done, count))
+			return done ?: -EFAULT;
+		done += (size_t)count * sizeof(struct kes_sample);
+		room -= count;
+		if (signal_pending(current))
+			break;
+	}
+	if (done)
+		return done;
+	if (!sampler->running)
+		return -ENODATA;
+	return READ_ONCE(sampler->vm_gone) ? -ESRCH : -EAGAIN;
+}
