@@ -51,13 +51,6 @@ static const struct kes_entry_rights *arming_rights(const struct kes_arming *arm
 	return arming->format->id == KES_FORMAT_EPT ? &rights_ept : &rights_npt;
 }
 
-/* The slots of user space, in no particular order. */
-#define for_each_user_slot(slot, node, slots)					\
-	for ((node) = rb_first(&(slots)->gfn_tree); (node); (node) = rb_next(node))	\
-		if (((slot) = container_of(node, struct kvm_memory_slot,	\
-					   gfn_node[(slots)->node_idx]))->id <	\
-		    KVM_USER_MEM_SLOTS)
-
 /*
  * Holds the VM's slots and tables until kes_arming_end(). Keep it short: KVM
  * takes mmu_lock for write to unmap pages.

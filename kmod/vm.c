@@ -171,6 +171,7 @@ static void memslot_fill(struct kes_memslot *out, const struct kvm_memory_slot *
 static u32 memslots_collect(struct kvm *kvm, struct kes_memslot *out,
 			    u32 capacity, u64 *generation)
 {
+	struct kvm_memory_slot *slot;
 	struct kvm_memslots *slots;
 	struct rb_node *node;
 	u32 count = 0;
@@ -178,13 +179,7 @@ static u32 memslots_collect(struct kvm *kvm, struct kes_memslot *out,
 
 	idx = srcu_read_lock(&kvm->srcu);
 	slots = __kvm_memslots(kvm, 0);
-	for (node = rb_first(&slots->gfn_tree); node; node = rb_next(node)) {
-		const struct kvm_memory_slot *slot =
-			container_of(node, struct kvm_memory_slot,
-				     gfn_node[slots->node_idx]);
-
-		if (slot->id >= KVM_USER_MEM_SLOTS)
-			continue;
+	for_each_user_slot(slot, node, slots) {
 		if (count < capacity)
 			memslot_fill(&out[count], slot);
 		count++;

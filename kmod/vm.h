@@ -16,6 +16,16 @@ struct kes_root {
 /* Valid roots seen at once: plain, and one for a nested guest's direct map. */
 #define KES_MAX_ROOTS 8
 
+/*
+ * The slots that user space made, in the order of their addresses. @slots are
+ * held by kvm->srcu.
+ */
+#define for_each_user_slot(slot, node, slots)					\
+	for ((node) = rb_first(&(slots)->gfn_tree); (node); (node) = rb_next(node))	\
+		if (((slot) = container_of(node, struct kvm_memory_slot,	\
+					   gfn_node[(slots)->node_idx]))->id <	\
+		    KVM_USER_MEM_SLOTS)
+
 struct kvm *kes_vm_get(int fd);
 void kes_vm_put(struct kvm *kvm);
 int kes_vm_check(struct kvm *kvm);
