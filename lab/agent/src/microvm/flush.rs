@@ -5,7 +5,6 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::PathBuf;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -17,7 +16,8 @@ use nix::unistd::Pid;
 
 use super::Outcome;
 use super::machine::{
-    ALL, ALL_CLEAR, CODE_GFN, COUNTER, Machine, Memory, PAGE, Pages, expect_same, gfns, harvest, spin_program,
+    ALL, ALL_CLEAR, CODE_GFN, COUNTER, KvmCounter, Machine, Memory, PAGE, Pages, expect_same, gfns, harvest,
+    spin_program,
 };
 
 /// Eight pages that the guest writes without end.
@@ -42,7 +42,7 @@ pub fn proof() -> Result<Outcome> {
     let mut machine = Machine::standard()?;
     machine.load(&spin_program(EIGHT))?;
     let sampler = machine.observe()?;
-    let exits = Exits::of_this_vm(&machine)?;
+    let exits = KvmCounter::new(&machine, "exits")?;
     let Machine { mut vcpu, vm, memory } = machine;
     let (stop, begin) = (AtomicBool::new(false), Barrier::new(2));
     let outcome = std::thread::scope(|scope| {
@@ -69,7 +69,7 @@ pub fn proof() -> Result<Outcome> {
     outcome
 }
 
-fn observe(memory: &Memory, exits: &Exits, mut sampler: KernelSampler) -> Result<Outcome> {
+fn observe(memory: &Memory, exits: &KvmCounter, mut sampler: KernelSampler) -> Result<Outcome> {
     wait_guest_rounds(memory, GUEST_ROUNDS)?;
     let want: BTreeSet<u64> = EIGHT.gfns();
     let eight = HarvestRequest { gfn_start: u64::from(EIGHT.base) / PAGE as u64, gfn_count: 8, ..ALL };
@@ -125,21 +125,4 @@ fn wait_guest_rounds(memory: &Memory, rounds: u32) -> Result<()> {
         std::hint::spin_loop();
     }
     Ok(())
-}
-
-/// KVM's own count of this VM's exits, from debugfs.
-struct Exits(PathBuf);
-
-impl Exits {
-    fn of_this_vm(machine: &Machine) -> Result<Exits> {
-        use std::os::fd::AsRawFd;
-        let name = format!("{}-{}", std::process::id(), machine.vm.as_raw_fd());
-        let path = PathBuf::from("/sys/kernel/debug/kvm").join(name).join("exits");
-        ensure!(path.exists(), "{} is missing: mount debugfs", path.display());
-        Ok(Exits(path))
-    }
-
-    fn count(&self) -> Result<u64> {
-        Ok(fs::read_to_string(&self.0)?.trim().parse()?)
-    }
 }

@@ -2,7 +2,9 @@
 //! A guest of a few instructions, its memory, and a session that observes it.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::path::PathBuf;
 use std::ptr::NonNull;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -304,6 +306,23 @@ impl Machine {
     pub fn vm_fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the VM's descriptor stays open while `self` is borrowed.
         unsafe { BorrowedFd::borrow_raw(self.vm.as_raw_fd()) }
+    }
+}
+
+/// One of KVM's own counts of a VM's events, from debugfs.
+pub struct KvmCounter(PathBuf);
+
+impl KvmCounter {
+    /// The count that KVM calls `name`.
+    pub fn new(machine: &Machine, name: &str) -> Result<KvmCounter> {
+        let vm = format!("{}-{}", std::process::id(), machine.vm.as_raw_fd());
+        let path = PathBuf::from("/sys/kernel/debug/kvm").join(vm).join(name);
+        ensure!(path.exists(), "{} is missing: mount debugfs", path.display());
+        Ok(KvmCounter(path))
+    }
+
+    pub fn count(&self) -> Result<u64> {
+        Ok(fs::read_to_string(&self.0)?.trim().parse()?)
     }
 }
 

@@ -3,15 +3,13 @@
 //! than twice that in any 100 ms.
 
 use std::fmt::Write as _;
-use std::fs;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use ept_virt_core::samples::{AccessSet, Sample, Sampling};
 
 use super::Outcome;
-use super::machine::{Machine, Pages, SPREAD, Touch, round_program};
+use super::machine::{KvmCounter, Machine, Pages, SPREAD, Touch, round_program};
 use super::sampling::{drain, expect_counted, while_running};
 
 const WINDOW: Duration = Duration::from_millis(100);
@@ -120,7 +118,7 @@ pub fn cold_pages() -> Result<Outcome> {
     // All that was armed was given back in full: afterwards nothing faults.
     std::thread::sleep(Duration::from_millis(300));
     sampling.set(AccessSet::default(), 0)?;
-    let faults = Faults::of_this_vm(&machine)?;
+    let faults = KvmCounter::new(&machine, "pf_taken")?;
     let before = faults.count()?;
     machine.run_round()?;
     let after = faults.count()?;
@@ -132,21 +130,4 @@ pub fn cold_pages() -> Result<Outcome> {
         cold.released,
         cap(FREQ_HZ)
     )))
-}
-
-/// KVM's own count of this VM's faults, from debugfs.
-struct Faults(PathBuf);
-
-impl Faults {
-    fn of_this_vm(machine: &Machine) -> Result<Faults> {
-        use std::os::fd::AsRawFd;
-        let name = format!("{}-{}", std::process::id(), machine.vm.as_raw_fd());
-        let path = PathBuf::from("/sys/kernel/debug/kvm").join(name).join("pf_taken");
-        ensure!(path.exists(), "{} is missing: mount debugfs", path.display());
-        Ok(Faults(path))
-    }
-
-    fn count(&self) -> Result<u64> {
-        Ok(fs::read_to_string(&self.0)?.trim().parse()?)
-    }
 }
