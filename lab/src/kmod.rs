@@ -23,17 +23,16 @@ pub fn build(lab: &Lab, tree: &BuildTree) -> Result<PathBuf> {
     let key = Key::new("kmod 1").item(&tree.root).text(&tree.release).tree(&sources, &is_source)?;
     lab.cache.get_or_build(NAME, &key, |ko| {
         let step = lab.progress.step(format!("building the kernel module for {}", tree.release));
-        let work = tree.root.join("build");
-        if work.exists() {
-            fs::remove_dir_all(&work).with_context(|| format!("removing {}", work.display()))?;
-        }
+        // Checkouts that share a tree do not share the folder.
+        let folder = format!("build-{}", std::process::id());
+        let work = tree.root.join(&folder);
         copy_sources(&sources, &work)?;
         let log = lab.log("kmod");
         let headers = format!("/lib/modules/{}/build", tree.release);
         proc::run(
             Command::new("chroot")
                 .arg(&tree.root)
-                .args(["make", "-j2", "-C", &headers, "M=/build", "W=1", "modules"]),
+                .args(["make", "-j2", "-C", &headers, &format!("M=/{folder}"), "W=1", "modules"]),
             &log,
             BUILD_TIMEOUT,
         )?;
@@ -42,6 +41,7 @@ pub fn build(lab: &Lab, tree: &BuildTree) -> Result<PathBuf> {
             bail!("the kernel module builds with warnings\n{}", proc::log_tail(&log));
         }
         fs::copy(work.join(NAME), ko).context("fetching the built module")?;
+        fs::remove_dir_all(&work).with_context(|| format!("removing {}", work.display()))?;
         step.done("");
         Ok(())
     })
