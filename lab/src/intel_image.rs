@@ -64,6 +64,9 @@ pub fn burn(lab: &Lab, image: &Image, cmdline: &str, work: &Path, cd: &Path) -> 
         let name = file.file_name().context("a file of the boot loader has no name")?;
         fs::copy(file, root.join(name)).with_context(|| format!("copying {}", file.display()))?;
     }
+    // A cache may hold links to another's images; on the CD they would lead nowhere.
+    let kernel = fs::canonicalize(&image.kernel)
+        .with_context(|| format!("finding the kernel {}", image.kernel.display()))?;
     let config = format!("DEFAULT host\nLABEL host\n KERNEL /vmlinuz\n INITRD /initrd\n APPEND {cmdline}\n");
     fs::write(root.join("isolinux.cfg"), config)?;
     proc::run(
@@ -74,7 +77,7 @@ pub fn burn(lab: &Lab, image: &Image, cmdline: &str, work: &Path, cd: &Path) -> 
             .arg("-o")
             .arg(cd)
             .arg(&root)
-            .arg(format!("/vmlinuz={}", image.kernel.display()))
+            .arg(format!("/vmlinuz={}", kernel.display()))
             .arg(format!("/initrd={}", image.initramfs.display())),
         &lab.log("intel-cd"),
         TOOL_TIMEOUT,

@@ -30,9 +30,15 @@ pub fn build(lab: &Lab, tree: &BuildTree) -> Result<PathBuf> {
         let log = lab.log("kmod");
         let headers = format!("/lib/modules/{}/build", tree.release);
         proc::run(
-            Command::new("chroot")
-                .arg(&tree.root)
-                .args(["make", "-j2", "-C", &headers, &format!("M=/{folder}"), "W=1", "modules"]),
+            Command::new("chroot").arg(&tree.root).args([
+                "make",
+                "-j2",
+                "-C",
+                &headers,
+                &format!("M=/{folder}"),
+                "W=1",
+                "modules",
+            ]),
             &log,
             BUILD_TIMEOUT,
         )?;
