@@ -22,7 +22,6 @@
 #include <linux/sched.h>
 #include <linux/slab.h>
 #include <linux/tracepoint.h>
-#include <linux/uaccess.h>
 #include <asm/vmx.h>
 
 #include "compat.h"
@@ -88,20 +87,6 @@ static u8 fault_access(const struct kes_entry_format *format, u64 code, u8 *flag
 	return write ? KES_ACCESS_WRITE : fetch ? KES_ACCESS_EXEC : KES_ACCESS_READ;
 }
 
-/* Adds a record, or counts it as lost: a vCPU does not wait for a reader. */
-static void ring_push(struct kes_sampler *sampler, const struct kes_sample *sample)
-{
-	struct kes_ring *ring = &sampler->ring;
-
-	if (ring->head - smp_load_acquire(&ring->tail) == ring->size) {
-		sampler->stats.dropped++;
-		return;
-	}
-	ring->record[ring->head & (ring->size - 1)] = *sample;
-	smp_store_release(&ring->head, ring->head + 1);
-	sampler->stats.samples++;
-}
-
 /* Whether the fault was on an armed entry that is to be reported. */
 static bool sampler_fault(struct kes_sampler *sampler, u32 vcpu, u64 gfn, u64 code)
 {
@@ -121,10 +106,12 @@ static bool sampler_fault(struct kes_sampler *sampler, u32 vcpu, u64 gfn, u64 co
 		leaf_free(sampler, leaf);
 		kes_rate_fault(&sampler->rate, sample.time_ns);
 		reported = sample.access & sampler->access;
-		if (reported)
-			ring_push(sampler, &sample);
-		else
+		if (!reported)
 			sampler->stats.unwanted++;
+		else if (kes_ring_push(&sampler->ring, &sample))
+			sampler->stats.samples++;
+		else
+			sampler->stats.dropped++;
 	}
 	spin_unlock(&sampler->lock);
 	return reported;
@@ -342,13 +329,6 @@ static int leaves_create(struct kes_leaves *leaves, u32 count)
 	return -ENOMEM;
 }
 
-static int ring_create(struct kes_ring *ring, u32 size)
-{
-	*ring = (struct kes_ring){ .size = size };
-	ring->record = kvcalloc(size, sizeof(*ring->record), GFP_KERNEL_ACCOUNT);
-	return ring->record ? 0 : -ENOMEM;
-}
-
 static u32 ring_size(const struct kes_sample_set *arg)
 {
 	return roundup_pow_of_two(arg->ring_records ?: RING_DEFAULT);
@@ -415,7 +395,7 @@ static int sampler_begin(struct kes_sampler *sampler, struct kvm *kvm,
 			 const struct kes_sample_set *arg)
 {
 	struct kes_ring ring;
-	int ret = ring_create(&ring, ring_size(arg));
+	int ret = kes_ring_create(&ring, ring_size(arg));
 
 	if (ret)
 		return ret;
@@ -423,12 +403,12 @@ static int sampler_begin(struct kes_sampler *sampler, struct kvm *kvm,
 	sampler->format = format;
 	ret = samplers_add(sampler);
 	if (ret) {
-		kvfree(ring.record);
+		kes_ring_destroy(&ring);
 		return ret;
 	}
 	/* Nothing is armed: no vCPU looks at the ring yet. */
 	swap(sampler->ring, ring);
-	kvfree(ring.record);
+	kes_ring_destroy(&ring);
 	memset(&sampler->stats, 0, sizeof(sampler->stats));
 	WRITE_ONCE(sampler->vm_gone, false);
 	WRITE_ONCE(sampler->running, true);
@@ -484,8 +464,7 @@ void kes_sampler_stop(struct kes_sampler *sampler)
 void kes_sampler_reset(struct kes_sampler *sampler)
 {
 	kes_sampler_stop(sampler);
-	kvfree(sampler->ring.record);
-	sampler->ring = (struct kes_ring){};
+	kes_ring_destroy(&sampler->ring);
 	memset(&sampler->stats, 0, sizeof(sampler->stats));
 	memset(&sampler->rate, 0, sizeof(sampler->rate));
 }
@@ -505,7 +484,7 @@ void kes_sampler_stats(struct kes_sampler *sampler, struct kes_sample_stats *sta
 	spin_lock(&sampler->lock);
 	*stats = sampler->stats;
 	stats->armed_now = sampler->armed_count;
-	stats->unread = sampler->ring.head - sampler->ring.tail;
+	stats->unread = kes_ring_unread(&sampler->ring);
 	stats->hold_us = div_u64(sampler->rate.hold_ns, NSEC_PER_USEC);
 	stats->freq_hz = sampler->running ? sampler->rate.freq_hz : 0;
 	spin_unlock(&sampler->lock);
@@ -514,7 +493,7 @@ void kes_sampler_stats(struct kes_sampler *sampler, struct kes_sample_stats *sta
 /* Whether a read has something to return, records or an end. Needs no lock. */
 bool kes_sampler_readable(const struct kes_sampler *sampler)
 {
-	return smp_load_acquire(&sampler->ring.head) != READ_ONCE(sampler->ring.tail);
+	return kes_ring_unread(&sampler->ring);
 }
 
 bool kes_sampler_ended(const struct kes_sampler *sampler)
@@ -522,36 +501,11 @@ bool kes_sampler_ended(const struct kes_sampler *sampler)
 	return !READ_ONCE(sampler->running) || READ_ONCE(sampler->vm_gone);
 }
 
-/* Copies @count records from the tail on, which do not wrap around. */
-static bool ring_copy(struct kes_ring *ring, char __user *buffer, u32 count)
-{
-	struct kes_sample *from = &ring->record[ring->tail & (ring->size - 1)];
-
-	if (copy_to_user(buffer, from, array_size(count, sizeof(*from))))
-		return false;
-	smp_store_release(&ring->tail, ring->tail + count);
-	return true;
-}
-
 /* Moves as many records as there are and fit. The session's lock is held. */
 ssize_t kes_sampler_read(struct kes_sampler *sampler, char __user *buffer, size_t bytes)
 {
-	u64 room = bytes / sizeof(struct kes_sample);
-	struct kes_ring *ring = &sampler->ring;
-	ssize_t done = 0;
+	ssize_t done = kes_ring_read(&sampler->ring, buffer, bytes);
 
-	while (room && kes_sampler_readable(sampler)) {
-		u32 index = ring->tail & (ring->size - 1);
-		u32 count = min(smp_load_acquire(&ring->head) - ring->tail, ring->size - index);
-
-		count = min_t(u64, count, room);
-		if (!ring_copy(ring, buffer + done, count))
-			return done ?: -EFAULT;
-		done += (size_t)count * sizeof(struct kes_sample);
-		room -= count;
-		if (signal_pending(current))
-			break;
-	}
 	if (done)
 		return done;
 	if (!sampler->running)

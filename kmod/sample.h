@@ -11,6 +11,7 @@
 #include "arm.h"
 #include "entry.h"
 #include "rate.h"
+#include "ring.h"
 #include "uapi/kvm_ept_sample.h"
 
 /* An armed entry, or room for one. */
@@ -26,14 +27,6 @@ struct kes_leaves {
 	struct kes_leaf *leaf;
 	struct hlist_head *bucket;
 	unsigned int bits;	/* log2 of the number of buckets */
-};
-
-/* Records from the vCPUs to one reader. Indices run freely. */
-struct kes_ring {
-	struct kes_sample *record;
-	u32 size;		/* a power of two */
-	u32 head;		/* written under the sampler's lock */
-	u32 tail;		/* written by the reader */
 };
 
 /*
