@@ -52,12 +52,13 @@ struct FlatKernel {
 /// existing folder for what is made on the way.
 pub fn flatten(lab: &Lab, vmlinuz: &Path, work: &Path, out: &Path) -> Result<()> {
     let image = fs::read(vmlinuz).with_context(|| format!("reading {}", vmlinuz.display()))?;
-    let (setup, payload) =
+    let (setup, payload, packer) =
         split(&image).with_context(|| format!("{} is not a boot image known here", vmlinuz.display()))?;
-    let (packed, elf) = (work.join("vmlinux.zst"), work.join("vmlinux"));
+    let elf = work.join("vmlinux");
+    let packed = work.join(format!("vmlinux.{}", packer.suffix));
     fs::write(&packed, payload)?;
     proc::run(
-        Command::new("zstd").args(["--decompress", "--force", "-o"]).arg(&elf).arg(&packed),
+        Command::new(packer.program).args(["--decompress", "--force", "--keep"]).arg(&packed),
         &lab.log("intel-kernel"),
         TOOL_TIMEOUT,
     )
@@ -67,25 +68,36 @@ pub fn flatten(lab: &Lab, vmlinuz: &Path, work: &Path, out: &Path) -> Result<()>
     fs::write(out, join(setup, &kernel, body)).with_context(|| format!("writing {}", out.display()))
 }
 
+/// A way in which kernels are compressed.
+#[derive(Debug)]
+struct Packer {
+    program: &'static str,
+    suffix: &'static str,
+    magic: &'static [u8],
+}
+
+const PACKERS: [Packer; 2] = [
+    Packer { program: "zstd", suffix: "zst", magic: &[0x28, 0xb5, 0x2f, 0xfd] },
+    Packer { program: "xz", suffix: "xz", magic: b"\xfd7zXZ\0" },
+];
+
 /// The real-mode part and the compressed kernel of a boot image.
-fn split(image: &[u8]) -> Result<(&[u8], &[u8])> {
-    const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+fn split(image: &[u8]) -> Result<(&[u8], &[u8], &'static Packer)> {
     let setup_sectors = match *image.get(header::SETUP_SECTS).context("too short")? {
         0 => 4, // as the boot protocol says
         count => usize::from(count),
     };
     let setup_bytes = (setup_sectors + 1) * 512;
     let start = setup_bytes + u32_at(image, header::PAYLOAD_OFFSET)? as usize;
-    // The last 4 bytes are the uncompressed size, not a part of the zstd stream.
+    // The last 4 bytes are the uncompressed size, not a part of the stream.
     let end = start + (u32_at(image, header::PAYLOAD_LENGTH)? as usize).saturating_sub(4);
     let setup = image.get(..setup_bytes).context("too short")?;
     let payload = image.get(start..end).context("too short")?;
-    ensure!(
-        payload.starts_with(&ZSTD_MAGIC),
-        "its kernel is not compressed with zstd (it starts with {:02x?})",
-        &payload[..payload.len().min(4)]
-    );
-    Ok((setup, payload))
+    let packer = PACKERS.iter().find(|packer| payload.starts_with(packer.magic)).with_context(|| {
+        let start = &payload[..payload.len().min(6)];
+        format!("its kernel is compressed neither with zstd nor with xz (it starts with {start:02x?})")
+    })?;
+    Ok((setup, payload, packer))
 }
 
 /// Lays the loadable segments of a 64-bit ELF file out by physical address.
@@ -249,6 +261,6 @@ mod tests {
         image[header::SETUP_SECTS] = 1;
         image[header::PAYLOAD_LENGTH] = 64;
         let error = split(&image).unwrap_err().to_string();
-        assert!(error.contains("not compressed with zstd"), "{error}");
+        assert!(error.contains("neither with zstd nor with xz"), "{error}");
     }
 }
