@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The AMD host: SVM with nested paging and two memory tiers, emulated by QEMU
+//! The AMD host with libvirt: SVM with nested paging and two memory tiers, emulated by QEMU
 //! without any help of the machine's own processor (TCG). It boots once; every
 //! use starts from a snapshot in which libvirt is up.
 
@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail};
 use crate::Lab;
 use crate::apt::{self, Need, need};
 use crate::cache::Key;
-use crate::debian::BuildTree;
+use crate::kernel::Kernel;
 use crate::proc::{self, Child, log_tail};
 use crate::verdict::Follower;
 
@@ -111,19 +111,19 @@ pub struct Machine {
 
 impl AmdHost {
     /// Makes all that is not in the cache: images, then the snapshot.
-    pub fn prepare(lab: &Lab, tree: &BuildTree) -> Result<Self> {
+    pub fn prepare(lab: &Lab, kernel: &Kernel) -> Result<Self> {
         apt::ensure(lab, NEEDS)?;
         let mut host = Self {
-            kernel: tree.kernel(),
-            initramfs: image::initramfs(lab, tree)?,
+            kernel: kernel.image.clone(),
+            initramfs: image::initramfs(lab, kernel)?,
             root: image::root(lab)?,
             ready: PathBuf::new(),
         };
         let key = Key::new("ready 1")
             .text(&qemu_version()?)
             .texts(MACHINE)
-            .text(&tree.release)
-            .item(&tree.root)
+            .text(&kernel.release)
+            .item(&kernel.root)
             .item(&host.initramfs)
             .item(&host.root);
         host.ready = lab.cache.get_or_build("amd-ready", &key, |state| host.boot_and_save(lab, state))?;

@@ -10,9 +10,10 @@ use anyhow::{Context, Result};
 use serde::Deserialize;
 
 use crate::Lab;
-use crate::debian::BuildTree;
-use crate::intel_image::Ingredients;
-use crate::{demo, intel, kmod, proc, product};
+use crate::kernel::Line;
+use crate::micro::MicroHosts;
+use crate::verdict::{Tally, Verdict};
+use crate::{boots, demo, prepare, proc, product};
 
 /// 512 MiB of entries: the tables of 256 GiB of guest memory.
 const ENTRIES_MIB: &str = "512";
@@ -24,11 +25,12 @@ pub fn run(lab: &Lab) -> Result<bool> {
     println!("\nWays to learn about a QEMU guest, on the emulated AMD host:\n");
     let amd = demo::run(lab, "bench")?;
     println!("\nInstructions of a harvest, on the emulated Intel host:\n");
-    let tree = BuildTree::get(lab)?;
-    let module = kmod::build(lab, &tree)?;
+    let targets = prepare::targets(lab, &[Line::MAIN])?;
     let agent = product::build_agent(lab)?;
-    let intel = intel::bench(lab, Ingredients { tree: &tree, sampler: &module, agent: &agent })?;
-    Ok(amd && intel)
+    let mut hosts = MicroHosts::new(lab, &targets, &agent);
+    let mut tally = Tally::default();
+    boots::BENCHES.iter().try_for_each(|boot| hosts.run(boot, &[], &mut tally))?;
+    Ok(amd && tally.count(Verdict::Fail) == 0)
 }
 
 /// A line of what `kmod/bench/gather.c` prints.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Folder trees of Debian systems: the one that the kernel module is built in,
-//! and the one that the emulated AMD host runs.
+//! Folder trees of Debian systems: those with a kernel, in which the module is
+//! built for it, and the one that the emulated AMD host with libvirt runs.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -11,10 +11,11 @@ use anyhow::{Context, Result, bail};
 use crate::Lab;
 use crate::apt::{self, Need, need};
 use crate::cache::Key;
+use crate::kernel::{Kernel, Line};
 use crate::proc;
 
-/// The suite whose stock kernel the lab runs.
-const SUITE: &str = "trixie";
+/// The suite of the host with libvirt.
+const HOST_SUITES: &[&str] = &["trixie"];
 
 const BOOTSTRAP_TIMEOUT: Duration = Duration::from_secs(15 * 60);
 
@@ -51,45 +52,43 @@ pub const NEEDS: &[Need] = &[
     need("debian-archive-keyring", "holds the archive's keys"),
 ];
 
-/// A Debian tree with kernel, headers and compiler.
-pub struct BuildTree {
-    /// Its root folder.
-    pub root: PathBuf,
-    /// The kernel's release, as `uname -r` says it.
-    pub release: String,
-}
-
-impl BuildTree {
-    /// The tree, built when it is not in the cache (about 75 s).
-    pub fn get(lab: &Lab) -> Result<Self> {
-        let root = tree(lab, "build-tree", &BUILD_PACKAGES)?;
-        let modules = root.join("lib/modules");
-        let release = std::fs::read_dir(&modules)
-            .with_context(|| format!("reading {}", modules.display()))?
-            .filter_map(|e| e.ok()?.file_name().into_string().ok())
-            .max()
-            .with_context(|| format!("no kernel in {}", modules.display()))?;
-        Ok(Self { root, release })
-    }
-
-    /// The compressed kernel image.
-    pub fn kernel(&self) -> PathBuf {
-        self.root.join(format!("boot/vmlinuz-{}", self.release))
-    }
-
-    /// The folder of the kernel's modules.
-    pub fn modules(&self) -> PathBuf {
-        self.root.join("lib/modules").join(&self.release)
+/// The suites that a kernel line's tree is made of. What the last of them has is
+/// taken from there.
+fn suites(line: Line) -> &'static [&'static str] {
+    match line {
+        Line::V6_1 => &["bookworm"],
+        Line::V6_12 => &["trixie"],
+        Line::V7_3 => &["trixie", "trixie-backports"],
     }
 }
 
-/// The tree of the AMD host (about 80 s).
+/// A stock kernel with headers and compiler; its tree is unpacked when it is not
+/// in the cache (about 75 s).
+pub fn kernel(lab: &Lab, line: Line) -> Result<Kernel> {
+    let root = tree(lab, &format!("build-tree-{line}"), suites(line), &BUILD_PACKAGES)?;
+    let folder = root.join("lib/modules");
+    let release = std::fs::read_dir(&folder)
+        .with_context(|| format!("reading {}", folder.display()))?
+        .filter_map(|e| e.ok()?.file_name().into_string().ok())
+        .find(|release| release.starts_with(&format!("{line}.")))
+        .with_context(|| format!("no kernel {line} in {}", folder.display()))?;
+    let modules = folder.join(&release);
+    // Newer packages have the image beside its modules.
+    let image = [root.join(format!("boot/vmlinuz-{release}")), modules.join("vmlinuz")]
+        .into_iter()
+        .find(|image| image.exists())
+        .with_context(|| format!("no image of kernel {release} in {}", root.display()))?;
+    let build = format!("/lib/modules/{release}/build");
+    Ok(Kernel { line, root, release, image, modules, build, build_reads_proc: line == Line::V7_3 })
+}
+
+/// The tree of the AMD host with libvirt (about 80 s).
 pub fn host_tree(lab: &Lab) -> Result<PathBuf> {
-    tree(lab, "host-tree", &HOST_PACKAGES)
+    tree(lab, "host-tree", HOST_SUITES, &HOST_PACKAGES)
 }
 
-fn tree(lab: &Lab, name: &str, packages: &[&str]) -> Result<PathBuf> {
-    let key = Key::new("debian tree 1").text(SUITE).texts(&LEFT_OUT).texts(packages);
+fn tree(lab: &Lab, name: &str, suites: &[&str], packages: &[&str]) -> Result<PathBuf> {
+    let key = Key::new("debian tree 2").texts(suites).texts(&LEFT_OUT).texts(packages);
     lab.cache.get_or_build(name, &key, |root| {
         if !nix::unistd::geteuid().is_root() {
             bail!(
@@ -99,7 +98,8 @@ fn tree(lab: &Lab, name: &str, packages: &[&str]) -> Result<PathBuf> {
         }
         apt::ensure(lab, NEEDS)?;
         let mirror = apt::mirror(lab)?;
-        let step = lab.progress.step(format!("unpacking Debian {SUITE} ({name})"));
+        let (first, last) = suites.first().zip(suites.last()).context("a tree without a suite")?;
+        let step = lab.progress.step(format!("unpacking Debian {last} ({name})"));
         let mut command = Command::new("mmdebstrap");
         command.args(["--variant=minbase", "--mode=root", "--format=directory"]);
         for pattern in LEFT_OUT {
@@ -107,12 +107,13 @@ fn tree(lab: &Lab, name: &str, packages: &[&str]) -> Result<PathBuf> {
         }
         command
             .arg("--aptopt=APT::Install-Recommends \"false\"")
+            .arg(format!("--aptopt=APT::Default-Release \"{last}\""))
             .arg(format!("--include={}", packages.join(",")))
-            .arg(SUITE)
+            .arg(first)
             .arg(root)
-            .arg(&mirror);
+            .args(suites.iter().map(|suite| format!("deb {mirror} {suite} main")));
         proc::run(&mut command, &lab.log(name), BOOTSTRAP_TIMEOUT)
-            .with_context(|| format!("unpacking Debian {SUITE} from {mirror}"))?;
+            .with_context(|| format!("unpacking Debian {last} from {mirror}"))?;
         step.done("");
         Ok(())
     })

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The kernel module, built for the lab's kernel.
+//! The kernel module, built for one of the lab's kernels.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,38 +10,26 @@ use anyhow::{Context, Result, bail};
 
 use crate::Lab;
 use crate::cache::Key;
-use crate::debian::BuildTree;
+use crate::kernel::Kernel;
 use crate::proc;
 
-const NAME: &str = "kvm_ept_sample.ko";
+/// The module's file, as its Makefile names it.
+pub const NAME: &str = "kvm_ept_sample.ko";
 const BUILD_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Builds the module with W=1 in the Debian tree of its kernel; the build
 /// machine's own compiler does not fit those headers. A warning is an error.
-pub fn build(lab: &Lab, tree: &BuildTree) -> Result<PathBuf> {
+pub fn build(lab: &Lab, kernel: &Kernel) -> Result<PathBuf> {
     let sources = lab.root.join("kmod");
-    let key = Key::new("kmod 1").item(&tree.root).text(&tree.release).tree(&sources, &is_source)?;
-    lab.cache.get_or_build(NAME, &key, |ko| {
-        let step = lab.progress.step(format!("building the kernel module for {}", tree.release));
+    let key = Key::new("kmod 2").item(&kernel.root).text(&kernel.release).tree(&sources, &is_source)?;
+    lab.cache.get_or_build(&format!("kmod-{}", kernel.line), &key, |ko| {
+        let step = lab.progress.step(format!("building the kernel module for {}", kernel.release));
         // Checkouts that share a tree do not share the folder.
         let folder = format!("build-{}", std::process::id());
-        let work = tree.root.join(&folder);
+        let work = kernel.root.join(&folder);
         copy_sources(&sources, &work)?;
-        let log = lab.log("kmod");
-        let headers = format!("/lib/modules/{}/build", tree.release);
-        proc::run(
-            Command::new("chroot").arg(&tree.root).args([
-                "make",
-                "-j2",
-                "-C",
-                &headers,
-                &format!("M=/{folder}"),
-                "W=1",
-                "modules",
-            ]),
-            &log,
-            BUILD_TIMEOUT,
-        )?;
+        let log = lab.log(&format!("kmod-{}", kernel.line));
+        proc::run(&mut make(kernel, &folder), &log, BUILD_TIMEOUT)?;
         let output = fs::read_to_string(&log).context("reading the build's log")?;
         if output.contains("warning:") || output.contains("WARNING:") {
             bail!("the kernel module builds with warnings\n{}", proc::log_tail(&log));
@@ -51,6 +39,22 @@ pub fn build(lab: &Lab, tree: &BuildTree) -> Result<PathBuf> {
         step.done("");
         Ok(())
     })
+}
+
+/// The build of the sources in `folder` of the kernel's tree.
+fn make(kernel: &Kernel, folder: &str) -> Command {
+    let mut command = if kernel.build_reads_proc {
+        // In namespaces of its own, so that the mount goes when the build ends.
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--pid", "--fork", "--kill-child"]);
+        command.arg(format!("--mount-proc={}", kernel.root.join("proc").display())).arg("chroot");
+        command
+    } else {
+        Command::new("chroot")
+    };
+    command.arg(&kernel.root);
+    command.args(["make", "-j2", "-C", &kernel.build, &format!("M=/{folder}"), "W=1", "modules"]);
+    command
 }
 
 /// Not what a build in the checkout left behind.

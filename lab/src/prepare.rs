@@ -3,6 +3,7 @@
 //! and needs nothing but the network is done in the background, so that later
 //! steps find it in the cache, or wait for it there.
 
+use std::collections::BTreeMap;
 use std::thread::{self, Scope};
 
 use anyhow::Result;
@@ -10,52 +11,84 @@ use anyhow::Result;
 use crate::Lab;
 use crate::amd::{self, AmdHost};
 use crate::apt::{self, Need};
-use crate::debian::{self, BuildTree};
+use crate::boots::{Boot, Host};
+use crate::kernel::Line;
+use crate::micro::Target;
 use crate::product::{self, Installation};
-use crate::{intel, intel_bochs, kmod};
+use crate::{debian, intel_bochs, micro_amd, micro_intel};
 
-/// Which hosts will be needed.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Hosts {
-    /// The AMD host alone.
-    Amd,
-    /// Both.
-    All,
+/// What will run.
+#[derive(Default)]
+pub struct Plan<'a> {
+    /// The AMD host with libvirt.
+    pub libvirt: bool,
+    /// Micro hosts.
+    pub boots: Vec<&'a Boot>,
+}
+
+impl Plan<'_> {
+    fn intel(&self) -> bool {
+        self.boots.iter().any(|boot| boot.host != Host::Amd)
+    }
+
+    /// The kernels that it needs: what takes longest to run after first.
+    pub fn lines(&self) -> Vec<Line> {
+        let wanted = |line| {
+            let main = self.libvirt && line == Line::MAIN;
+            main || self.boots.iter().any(|boot| boot.kernel == line)
+        };
+        let (mut first, rest): (Vec<Line>, Vec<Line>) =
+            Line::ALL.into_iter().filter(|line| wanted(*line)).partition(|line| *line == Line::MAIN);
+        first.extend(rest);
+        first
+    }
 }
 
 /// Installs all packages at once: apt serves one caller at a time.
-pub fn packages(lab: &Lab, hosts: Hosts) -> Result<()> {
-    let mut needs: Vec<Need> = [product::NEEDS, debian::NEEDS, amd::NEEDS].concat();
-    if hosts == Hosts::All {
-        needs.extend([intel::NEEDS, intel_bochs::NEEDS].concat());
+pub fn packages(lab: &Lab, plan: &Plan) -> Result<()> {
+    let mut needs: Vec<Need> = [product::NEEDS, debian::NEEDS, micro_amd::NEEDS].concat();
+    if plan.libvirt {
+        needs.extend(amd::NEEDS);
+    }
+    if plan.intel() {
+        needs.extend([micro_intel::NEEDS, intel_bochs::NEEDS].concat());
     }
     apt::ensure(lab, &needs)
 }
 
 /// Starts building what the hosts are made of. An error is left to the step that
 /// asks for the thing again, and can tell what it is for.
-pub fn in_background<'scope>(scope: &'scope Scope<'scope, '_>, lab: &'scope Lab, hosts: Hosts) {
+pub fn in_background<'scope>(scope: &'scope Scope<'scope, '_>, lab: &'scope Lab, plan: &'scope Plan) {
     // A thread of their own: children end with the thread that started them.
     scope.spawn(move || {
-        let tree = BuildTree::get(lab)?;
-        AmdHost::prepare(lab, &tree)?;
-        if hosts == Hosts::All {
-            intel_bochs::obtain(lab)?;
+        for line in plan.lines() {
+            let kernel = line.get(lab);
+            if plan.libvirt && line == Line::MAIN {
+                AmdHost::prepare(lab, &kernel?)?;
+            }
         }
         anyhow::Ok(())
     });
+    if plan.intel() {
+        scope.spawn(move || intel_bochs::obtain(lab));
+    }
 }
 
-/// The AMD host and the product for it, all made that was missing.
+/// The targets of these lines.
+pub fn targets(lab: &Lab, lines: &[Line]) -> Result<BTreeMap<Line, Target>> {
+    lines.iter().map(|line| Ok((*line, Target::get(lab, *line)?))).collect()
+}
+
+/// The AMD host with libvirt and the product for it, all made that was missing.
 pub fn amd(lab: &Lab) -> Result<(AmdHost, Installation)> {
-    packages(lab, Hosts::Amd)?;
+    let plan = Plan { libvirt: true, boots: Vec::new() };
+    packages(lab, &plan)?;
     thread::scope(|scope| {
-        in_background(scope, lab, Hosts::Amd);
+        in_background(scope, lab, &plan);
         let agent = product::build_agent(lab)?;
         let product = product::build(lab)?;
-        let tree = BuildTree::get(lab)?;
-        let module = kmod::build(lab, &tree)?;
-        let files = Installation { product, module, agent, kernel: tree.kernel() };
-        Ok((AmdHost::prepare(lab, &tree)?, files))
+        let Target { kernel, module } = Target::get(lab, Line::MAIN)?;
+        let host = AmdHost::prepare(lab, &kernel)?;
+        Ok((host, Installation { product, module, agent, kernel: kernel.image }))
     })
 }

@@ -1,26 +1,26 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `cargo xtask test`: everything that must hold.
 
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
+use clap::builder::PossibleValuesParser;
 
 use crate::Lab;
 use crate::amd::{AmdHost, Wire};
-use crate::debian::BuildTree;
-use crate::intel_image::Ingredients;
-use crate::prepare::Hosts;
+use crate::boots::{self, Boot, Host};
+use crate::kernel::Line;
+use crate::micro::{MicroHosts, Target};
+use crate::prepare::{self, Plan};
+use crate::proc;
 use crate::product::{self, Installation};
 use crate::verdict::{self, Tally, Verdict};
-use crate::{intel, kmod, prepare, proc};
 
 const CARGO_TIMEOUT: Duration = Duration::from_secs(20 * 60);
-
-/// The module's tests against micro VMs, on the AMD host.
-const AMD_MICROVM: &str = "insmod kvm_ept_sample.ko && ./lab-agent microvm amd && echo EPT-DONE";
-const MICROVM_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Scenarios that share one start of the AMD host. Those that must not see each
 /// other's traces stand apart.
@@ -43,28 +43,50 @@ const AMD_RUNS: &[(&str, &[&str])] = &[
 ];
 const SCENARIO_TIMEOUT: Duration = Duration::from_secs(150);
 
-/// What to run.
+/// What to run: without any option all tests.
 #[derive(Args)]
 pub struct Options {
-    /// Only these scenarios of the AMD host, none of the rest.
-    #[arg(long, value_name = "NAME", num_args = 1.., conflicts_with = "intel")]
+    /// Only these scenarios of the AMD host with libvirt, none of the rest.
+    #[arg(long, value_name = "SCENARIO", num_args = 1.., conflicts_with_all = ["intel", "boot"])]
     amd: Vec<String>,
-    /// Only the Intel host.
-    #[arg(long)]
+    /// Only the boots of micro hosts whose names begin with intel.
+    #[arg(long, conflicts_with = "boot")]
     intel: bool,
+    /// Only these boots of micro hosts.
+    #[arg(long, value_name = "NAME", num_args = 1.., value_parser = PossibleValuesParser::new(boots::names()))]
+    boot: Vec<String>,
+    /// In these boots only these tests, which may be any that the agent knows
+    /// (lab/agent/src/microvm.rs).
+    #[arg(long, value_name = "TEST", num_args = 1.., requires = "boot")]
+    only: Vec<String>,
+}
+
+impl Options {
+    fn all(&self) -> bool {
+        !self.intel && self.amd.is_empty() && self.boot.is_empty()
+    }
+
+    fn plan(&self) -> Plan<'static> {
+        let boots = match self {
+            _ if self.all() => boots::TESTS.iter().collect(),
+            _ if self.intel => boots::TESTS.iter().filter(|boot| boot.host != Host::Amd).collect(),
+            _ => boots::named(&self.boot),
+        };
+        Plan { libvirt: self.all() || !self.amd.is_empty(), boots }
+    }
 }
 
 /// Runs the tests; whether none failed.
 pub fn run(lab: &Lab, options: &Options) -> Result<bool> {
     let mut tally = Tally::default();
-    let only_some = options.intel || !options.amd.is_empty();
-    prepare::packages(lab, Hosts::All)?;
+    let plan = options.plan();
+    prepare::packages(lab, &plan)?;
     thread::scope(|scope| {
-        prepare::in_background(scope, lab, Hosts::All);
-        if !only_some {
+        prepare::in_background(scope, lab, &plan);
+        if options.all() {
             sources(lab, &mut tally);
         }
-        if let Err(error) = hosts(lab, options, &mut tally) {
+        if let Err(error) = hosts(lab, options, &plan, &mut tally) {
             tally.check("emulated hosts", || Err(error));
         }
     });
@@ -92,36 +114,44 @@ fn sources(lab: &Lab, tally: &mut Tally) {
 }
 
 /// What runs on emulated hosts.
-fn hosts(lab: &Lab, options: &Options, tally: &mut Tally) -> Result<()> {
-    let tree = BuildTree::get(lab)?;
-    let mut module = None;
-    tally.check("kmod-build", || {
-        module = Some(kmod::build(lab, &tree)?);
-        Ok(format!("W=1, {}", tree.release))
-    });
-    let module = module.context("without the module nothing else can be tested")?;
+fn hosts(lab: &Lab, options: &Options, plan: &Plan, tally: &mut Tally) -> Result<()> {
     let agent = product::build_agent(lab)?;
-    if !options.intel {
-        let product = product::build(lab)?;
-        let files =
-            Installation { product, module: module.clone(), agent: agent.clone(), kernel: tree.kernel() };
-        let host = AmdHost::prepare(lab, &tree)?;
-        let amd = Amd { lab, host, files };
-        if options.amd.is_empty() {
-            amd.run("amd-microvm", AMD_MICROVM, MICROVM_TIMEOUT, tally)?;
-            for (name, scenarios) in AMD_RUNS {
-                amd.scenarios(name, scenarios, tally)?;
+    let mut targets = BTreeMap::new();
+    for line in plan.lines() {
+        tally.check(&format!("kmod-build-{line}"), || {
+            let target = Target::get(lab, line)?;
+            let detail = format!("W=1, {}", target.kernel.release);
+            targets.insert(line, target);
+            Ok(detail)
+        });
+        // Those of the line that is there; the next may still be unpacked.
+        let of_line = |boot: &&&Boot| boot.kernel == line;
+        if targets.contains_key(&line) {
+            if plan.libvirt && line == Line::MAIN {
+                libvirt(lab, options, &targets[&line], &agent, tally)?;
             }
-        } else {
-            let names: Vec<&str> = options.amd.iter().map(String::as_str).collect();
-            amd.scenarios("amd-some", &names, tally)?;
+            let mut hosts = MicroHosts::new(lab, &targets, &agent);
+            plan.boots.iter().filter(of_line).try_for_each(|boot| hosts.run(boot, &options.only, tally))?;
         }
     }
-    if options.amd.is_empty() {
-        let ingredients = Ingredients { tree: &tree, sampler: &module, agent: &agent };
-        intel::test(lab, ingredients, tally)?;
-    }
     Ok(())
+}
+
+/// The scenarios, on the AMD host with libvirt.
+fn libvirt(lab: &Lab, options: &Options, target: &Target, agent: &Path, tally: &mut Tally) -> Result<()> {
+    let product = product::build(lab)?;
+    let files = Installation {
+        product,
+        module: target.module.clone(),
+        agent: agent.into(),
+        kernel: target.kernel.image.clone(),
+    };
+    let amd = Amd { lab, host: AmdHost::prepare(lab, &target.kernel)?, files };
+    if !options.amd.is_empty() {
+        let names: Vec<&str> = options.amd.iter().map(String::as_str).collect();
+        return amd.scenarios("amd-some", &names, tally);
+    }
+    AMD_RUNS.iter().try_for_each(|(name, scenarios)| amd.scenarios(name, scenarios, tally))
 }
 
 /// The AMD host with what is tested on it.

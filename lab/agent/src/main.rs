@@ -2,7 +2,7 @@
 //! The one static program inside the lab's emulated hosts and their guests.
 
 mod guest;
-mod init_intel;
+mod init_micro;
 mod microvm;
 mod report;
 mod scenario;
@@ -16,7 +16,7 @@ fn main() -> Result<()> {
         // The kernel also hands on what it does not know itself, as "nokaslr".
         [.., "guest"] => guest::run(),
         // Boot loaders add words of their own at the end, as "initrd=/initrd".
-        args if args.contains(&"init-intel") => init_intel::run(),
+        args if args.contains(&"init-micro") => init_micro::run(),
         ["scenario", names @ ..] => scenario::run(names),
         ["demo"] => scenario::demo(),
         ["bench"] => scenario::bench(),
@@ -24,7 +24,7 @@ fn main() -> Result<()> {
         ["microvm", host, names @ ..] => microvm_tests(host, names),
         ["microvm-victim"] => microvm::victim(),
         other => bail!(
-            "usage: lab-agent guest|init-intel|scenario NAME...|demo|bench|example|microvm HOST [TEST...] (got {other:?})"
+            "usage: lab-agent guest|init-micro|scenario NAME...|demo|bench|example|microvm HOST [TEST...] (got {other:?})"
         ),
     }
 }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! PID 1 of the Intel host: loads KVM from the initramfs, runs the tests that
+//! PID 1 of micro hosts: loads KVM from the initramfs, runs the tests that
 //! the kernel command line names, and switches the machine off.
 //!
 //! The host has no disk and no user space but this program. What it reports
-//! goes to port 0xE9, which Bochs copies to its standard output byte by byte:
-//! unlike the serial console it loses nothing when the machine stops.
+//! goes to port 0xE9, which the emulators copy to a file byte by byte: unlike the
+//! serial console it loses nothing when the machine stops.
 
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
@@ -22,7 +22,8 @@ use crate::report::judge;
 /// the kernel command line, as `MODULE.PARAMETER=VALUE`.
 const MODULE_LIST: &str = "/modules/load";
 const DEBUG_PORT: u64 = 0xE9;
-/// Bochs ends when it reads the word "Shutdown" here.
+/// Bochs ends when it reads the word "Shutdown" here; QEMU, told to watch this
+/// port, at the first letter.
 const SHUTDOWN_PORT: u64 = 0x8900;
 
 /// Sets the machine up, runs the tests and ends the machine. Comes back only
@@ -31,7 +32,7 @@ pub fn run() -> Result<()> {
     mount_kernel_filesystems()?;
     let wire = Wire::open()?;
     let cmdline = fs::read_to_string("/proc/cmdline").context("cannot read /proc/cmdline")?;
-    let host = parameter(&cmdline, "ept.host=").unwrap_or("intel");
+    let host = parameter(&cmdline, "ept.host=").unwrap_or("micro");
     match load_modules(&wire, &cmdline) {
         Ok(()) => run_tests(&wire, host, &requested_tests(&cmdline))?,
         Err(error) => wire.line(&judge(host, || Err(error)).line())?,

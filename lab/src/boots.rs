@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The boots of micro hosts: which kernel, on which processor, for which tests.
+//! A micro host has no disk and no user space but the lab's agent as PID 1.
+
+use std::fmt;
+
+use crate::kernel::Line;
+use crate::{micro_amd, micro_intel};
+
+/// One boot of a host and the tests to run in it.
+pub struct Boot {
+    /// Stands before the names of the tests, and in the names of the logs.
+    pub name: &'static str,
+    /// What boots.
+    pub kernel: Line,
+    /// What it boots on.
+    pub host: Host,
+    /// How many CPUs: 1, or 2. On Intel the second is then kept free of the
+    /// kernel's own work and timer ticks, so that a guest can spin there
+    /// without any VM exit.
+    pub cpus: u32,
+    /// Kernel, modules and command line as Debian has them, or what boots fast.
+    pub flavour: Flavour,
+    /// The host's memory; on Intel 3 GiB take 4 s longer to boot than 512 MiB.
+    pub memory_mib: u32,
+    /// Parameters of KVM's modules, on the kernel command line.
+    pub kvm: &'static str,
+    /// What to run.
+    pub tests: Tests,
+}
+
+/// A processor with an emulator of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Host {
+    /// SVM with nested paging, emulated by QEMU. Two NUMA nodes.
+    Amd,
+    /// VT-x with EPT, emulated by Bochs. Two NUMA nodes if it has two CPUs.
+    Intel(Cpu),
+}
+
+/// Intel processors that differ in what their EPT can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cpu {
+    /// EPT without accessed and dirty bits.
+    IvyBridge,
+    /// EPT with accessed and dirty bits.
+    Haswell,
+    /// EPT with accessed and dirty bits and page modification logging (PML).
+    SkylakeX,
+}
+
+/// Whether kernel and modules are as Debian ships them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flavour {
+    /// Byte for byte, with a command line that leaves out nothing.
+    Stock,
+    /// Kernel uncompressed, KVM's modules without their list of ftrace call
+    /// sites, which alone takes longer to process than all the rest of a boot,
+    /// and a command line that leaves out what takes an emulator long.
+    Fast,
+}
+
+/// Names of tests, as the agent knows them.
+pub enum Tests {
+    /// All that the agent knows, except these.
+    AllBut(&'static [&'static str]),
+    /// These.
+    Only(&'static [&'static str]),
+}
+
+const SAMPLING: Tests = Tests::Only(&[
+    "sample-chosen",
+    "sample-huge",
+    "sample-harvest",
+    "sample-read",
+    "sample-overflow",
+    "sample-churn",
+]);
+
+/// All tests, on a kernel line and AMD.
+const fn amd(name: &'static str, kernel: Line) -> Boot {
+    Boot {
+        name,
+        kernel,
+        host: Host::Amd,
+        // With two emulated in parallel, QEMU 7.2 now and then runs code that
+        // the other one has patched, and the kernel dies of an int3.
+        cpus: 1,
+        flavour: Flavour::Stock,
+        // The test of a page of 1 GiB finds one above 4 GiB.
+        memory_mib: 4096,
+        kvm: "",
+        tests: Tests::AllBut(&[]),
+    }
+}
+
+/// A fast boot of an Intel host with two CPUs.
+const fn intel(name: &'static str, kernel: Line, tests: Tests) -> Boot {
+    Boot {
+        name,
+        kernel,
+        host: Host::Intel(Cpu::SkylakeX),
+        cpus: 2,
+        flavour: Flavour::Fast,
+        // Enough for the kernel to use transparent huge pages.
+        memory_mib: 1024,
+        kvm: "",
+        tests,
+    }
+}
+
+/// A fast boot of a small Intel host with one CPU.
+const fn small(name: &'static str, cpu: Cpu, tests: Tests) -> Boot {
+    Boot { host: Host::Intel(cpu), cpus: 1, memory_mib: 512, ..intel(name, Line::V6_12, tests) }
+}
+
+/// The boots that the tests need.
+pub const TESTS: &[Boot] = &[
+    amd("amd-6.1", Line::V6_1),
+    amd("amd-6.12", Line::V6_12),
+    amd("amd-7.3", Line::V7_3),
+    // The page of 1 GiB needs the memory of intel-haswell.
+    intel("intel", Line::V6_12, Tests::AllBut(&["levels-1g"])),
+    intel("intel-6.1", Line::V6_1, Tests::AllBut(&["levels-1g"])),
+    intel("intel-7.3", Line::V7_3, Tests::AllBut(&["levels-1g"])),
+    intel("intel-sampling", Line::V6_12, SAMPLING),
+    Boot {
+        // With the second GiB free as a whole.
+        memory_mib: 2304,
+        ..small("intel-haswell", Cpu::Haswell, Tests::Only(&["harvest-exact", "dirty-exact", "levels-1g"]))
+    },
+    Boot {
+        flavour: Flavour::Stock,
+        ..small("intel-stock", Cpu::SkylakeX, Tests::Only(&["harvest-exact", "dirty-exact"]))
+    },
+    small("intel-ivybridge", Cpu::IvyBridge, Tests::Only(&["refuses-no-ad-bits"])),
+    Boot {
+        kvm: "kvm.tdp_mmu=0",
+        ..small("intel-shadow", Cpu::SkylakeX, Tests::Only(&["refuses-shadow-mmu"]))
+    },
+];
+
+/// The boots that the benches need.
+pub const BENCHES: &[Boot] = &[
+    Boot {
+        // Alone: a tick is one instruction, of one CPU.
+        cpus: 1,
+        // 256 MiB of the memory are the guest's.
+        ..intel("intel-bench", Line::V6_12, Tests::Only(&["harvest-cost"]))
+    },
+    intel("intel-bench-sampling", Line::V6_12, Tests::Only(&["sample-rate", "sample-cold"])),
+];
+
+/// Those of [`TESTS`] with these names.
+pub fn named(names: &[String]) -> Vec<&'static Boot> {
+    TESTS.iter().filter(|boot| names.iter().any(|name| name == boot.name)).collect()
+}
+
+/// The names of [`TESTS`].
+pub fn names() -> Vec<&'static str> {
+    TESTS.iter().map(|boot| boot.name).collect()
+}
+
+impl Boot {
+    /// The kernel command line; `only` are tests to run in place of the boot's own.
+    pub fn command_line(&self, only: &[String]) -> String {
+        let mut words = vec![
+            "console=ttyS0".to_owned(),
+            // A bug ends the emulator at once.
+            "oops=panic panic=-1".to_owned(),
+            // Which would unmap pages of guests now and then, to see who uses them.
+            "numa_balancing=disable".to_owned(),
+            format!("ept.host={}", self.name),
+        ];
+        words.push(match &self.tests {
+            _ if !only.is_empty() => format!("ept.tests={}", only.join(",")),
+            Tests::AllBut(names) => format!("ept.without={}", names.join(",")),
+            Tests::Only(names) => format!("ept.tests={}", names.join(",")),
+        });
+        words.push(self.kvm.to_owned());
+        words.push(match self.host {
+            Host::Amd => micro_amd::WORDS.to_owned(),
+            Host::Intel(_) => micro_intel::words(self),
+        });
+        // What follows goes to PID 1.
+        words.push("-- init-micro".to_owned());
+        words.join(" ")
+    }
+}
+
+impl fmt::Display for Boot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: Linux {} on {} x {}", self.name, self.kernel, self.cpus, self.host)
+    }
+}
+
+impl fmt::Display for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Amd => "AMD EPYC",
+            Self::Intel(Cpu::IvyBridge) => "Intel Ivy Bridge",
+            Self::Intel(Cpu::Haswell) => "Intel Haswell",
+            Self::Intel(Cpu::SkylakeX) => "Intel Skylake X",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_found() {
+        let names = names();
+        for name in &names {
+            assert_eq!(names.iter().filter(|other| *other == name).count(), 1, "{name}");
+            assert_eq!(named(&[name.to_string()]).len(), 1);
+        }
+        assert!(named(&["no-such-boot".to_owned()]).is_empty());
+    }
+
+    #[test]
+    fn every_line_runs_on_both_makers() {
+        for line in Line::ALL {
+            for amd in [true, false] {
+                let runs = |boot: &&Boot| boot.kernel == line && (boot.host == Host::Amd) == amd;
+                assert!(TESTS.iter().any(|boot| runs(&boot)), "{line}, amd: {amd}");
+            }
+        }
+    }
+
+    #[test]
+    fn chosen_tests_replace_those_of_the_boot() {
+        let boot = small("x", Cpu::Haswell, Tests::Only(&["a", "b"]));
+        assert!(boot.command_line(&[]).contains("ept.tests=a,b "));
+        let only = boot.command_line(&["c".to_owned()]);
+        assert!(only.contains("ept.tests=c ") && !only.contains("a,b"), "{only}");
+        assert!(only.ends_with("-- init-micro"), "{only}");
+    }
+
+    #[test]
+    fn command_lines_fit_the_kernels_buffer() {
+        for boot in TESTS.iter().chain(BENCHES) {
+            assert!(boot.command_line(&[]).len() < 2000, "{}", boot.name);
+        }
+    }
+}
