@@ -68,7 +68,7 @@ int kes_arming_begin(struct kes_arming *arming)
 		arming->slot_pages += slot->npages;
 	read_lock(&arming->kvm->mmu_lock);
 	rcu_read_lock();
-	arming->roots = kes_vm_roots(arming->kvm, arming->root);
+	arming->roots = kes_vm_roots_for_sampling(arming->kvm, arming->root);
 	if (arming->roots < 0) {
 		kes_arming_end(arming);
 		return arming->roots;

@@ -89,6 +89,19 @@ static inline bool kes_compat_writes_tracked(struct kvm *kvm, struct kvm_memory_
 #endif
 }
 
+/*
+ * Whether no entry of tables that KVM shadows maps the page of a reverse map's
+ * head. After 6.12 the head is atomic, and its lowest bits are two flags.
+ */
+static inline bool kes_compat_rmap_empty(const struct kvm_rmap_head *head)
+{
+#if KES_KERNEL_IS(7, 3)
+	return !(atomic_long_read(&head->val) & ~3UL);
+#else
+	return !READ_ONCE(head->val);
+#endif
+}
+
 /* After 6.12 kvm_flush_remote_tlbs() is exported to KVM's own modules only. */
 #if !KES_KERNEL_IS(7, 3)
 #define KES_COMPAT_FLUSH_EXPORTED

@@ -41,6 +41,15 @@ struct kes_entry_format {
 #define KES_ENTRY_FORMAT_NPT { \
 	.accessed_nr = 5, .dirty_nr = 6, .id = KES_FORMAT_NPT }
 
+/*
+ * EPT without accessed and dirty bits. KVM tracks accesses by faults: it takes
+ * all permissions from an entry to make it old, and gives them back at the next
+ * access. So an entry that may be read is one that was accessed. Nothing stands
+ * for dirty.
+ */
+#define KES_ENTRY_FORMAT_TRACKED { \
+	.accessed_nr = 0, .dirty_nr = 0, .id = KES_FORMAT_EPT }
+
 /* The permissions that are not the same bits in both. */
 struct kes_entry_rights {
 	u64 execute;		/* EPT: each allows fetches of one kind */

@@ -8,6 +8,9 @@
  * freezes at the same time is left alone. KVM's own plain stores can at most
  * bring an accessed bit back; that page is reported once more. Clearing dirty
  * bits takes mmu_lock for read, for one table at a time.
+ *
+ * What the tables do not tell, and what only KVM can clear, is asked of KVM after
+ * the walk of each chunk, outside of RCU; see young.c.
  */
 #include <linux/bitops.h>
 #include <linux/ktime.h>
@@ -21,15 +24,22 @@
 #include "harvest.h"
 #include "nodes.h"
 #include "vm.h"
+#include "young.h"
+
+static const struct kes_entry_format format_tracked = KES_ENTRY_FORMAT_TRACKED;
 
 /* The walk of one chunk. */
 struct kes_walk {
 	struct kvm *kvm;
 	struct kes_chunk *chunk;
+	u64 *old;		/* see struct kes_harvester */
 	struct kes_harvest_stats *stats;
-	struct kes_gather gather;
+	const struct kes_entry_format *format;
+	struct kes_gather gather;	/* its format: that of the root in hand */
 	struct kes_nodes nodes;
-	bool clear_accessed;
+	bool clear_asked;	/* accessed bits are to be cleared ... */
+	bool clear_accessed;	/* ... in the entries of the root in hand */
+	bool clear_later;	/* ... by KVM, after the walk */
 	bool clear_dirty;
 	u64 gfn_start;
 	u64 gfn_end;
@@ -196,6 +206,14 @@ static struct kes_bits entries_harvest(struct kes_walk *walk, u64 *entry,
 	return bits;
 }
 
+/* Leaves it to KVM to clear @accessed, the bits of entries from GFN @gfn on. */
+static void chunk_clear_later(struct kes_walk *walk, u64 gfn, u64 accessed)
+{
+	unsigned int offset = gfn - walk->gfn_start;
+
+	walk->old[offset / 64] |= accessed << offset % 64;
+}
+
 /* The entries of a last-level table for GFNs [gfn, end). */
 static void table_harvest(struct kes_walk *walk, u64 *table, u64 gfn, u64 end)
 {
@@ -211,6 +229,8 @@ static void table_harvest(struct kes_walk *walk, u64 *table, u64 gfn, u64 end)
 		if (bits.mapped)
 			chunk_add(walk, gfn, &bits, entries_on_nodes(walk, entry, count, &bits),
 				  &walk->stats->mapped_4k);
+		if (walk->clear_later)
+			chunk_clear_later(walk, gfn, bits.accessed);
 		gfn += count;
 	}
 	if (walk->clear_dirty)
@@ -238,6 +258,8 @@ static void huge_harvest(struct kes_walk *walk, u64 *entry, int level, u64 gfn, 
 		read_unlock(&walk->kvm->mmu_lock);
 	if (!one.mapped)
 		return;
+	if (walk->clear_later && IS_ALIGNED(end, kes_entry_pages(level)))
+		chunk_clear_later(walk, end - 1, one.accessed);
 	while (gfn < end) {
 		unsigned int count = word_pages(walk, gfn, end);
 		u64 all = ~0ULL >> (64 - count);
@@ -288,21 +310,70 @@ static void root_walk(struct kes_walk *walk, const struct kes_root *root)
 	}
 }
 
-/* Walks all roots over [walk->gfn_start, walk->gfn_end). */
+/* How many roots are tracked; -EOPNOTSUPP if they can not tell what is asked. */
+static int roots_check(const struct kes_walk *walk, const struct kes_root *roots, int n)
+{
+	int i, tracked = 0;
+
+	for (i = 0; i < n; i++)
+		tracked += roots[i].tracked;
+	if (walk->gather.want_dirty && (tracked || !kes_vm_has_tables(walk->kvm)))
+		return -EOPNOTSUPP;
+	return tracked;
+}
+
+/*
+ * Walks all roots over [walk->gfn_start, walk->gfn_end). Returns how many of
+ * them are tracked.
+ */
 static int chunk_walk(struct kes_walk *walk)
 {
 	struct kes_root roots[KES_MAX_ROOTS];
-	int i, n;
+	int i, n, tracked;
 
 	rcu_read_lock();
 	n = kes_vm_roots(walk->kvm, roots);
-	for (i = 0; i < n; i++)
+	tracked = n < 0 ? n : roots_check(walk, roots, n);
+	for (i = 0; tracked >= 0 && i < n; i++) {
+		walk->gather.format = roots[i].tracked ? &format_tracked : walk->format;
+		walk->clear_accessed = walk->clear_asked && !roots[i].tracked;
+		walk->clear_later = walk->clear_asked && roots[i].tracked;
 		root_walk(walk, &roots[i]);
+	}
 	rcu_read_unlock();
-	if (n < 0)
-		return n;
+	if (tracked < 0)
+		return tracked;
 	walk->stats->roots = max_t(u32, walk->stats->roots, n);
 	walk->stats->chunks++;
+	if (n)
+		walk->stats->sources |= KES_SOURCE_TABLES;
+	return tracked;
+}
+
+/* What only KVM can tell and clear, after a walk that saw @tracked such roots. */
+static int chunk_ask(struct kes_walk *walk, int tracked)
+{
+	bool shadowed = kes_young_shadowed(walk->kvm);
+	struct kes_young young = {
+		.kvm = walk->kvm,
+		.gfn_start = walk->gfn_start,
+		.gfn_end = walk->gfn_end,
+		.accessed = (unsigned long *)walk->chunk->accessed,
+		.old = (unsigned long *)walk->old,
+		.levels = walk->chunk->levels,
+		.clear = walk->clear_asked,
+	};
+
+	if (!shadowed && !(tracked && walk->clear_asked))
+		return 0;
+	if (!kes_young_possible(walk->kvm))
+		return -EOPNOTSUPP;
+	walk->stats->sources |= KES_SOURCE_NOTIFIER;
+	if (shadowed)
+		walk->stats->accessed += kes_young_find(&young);
+	if (walk->clear_asked)
+		walk->stats->entries_cleared += kes_young_clear(&young);
+	walk->stats->entries_read += young.asked;
 	return 0;
 }
 
@@ -393,7 +464,7 @@ static int walk_init(struct kes_walk *walk, const struct kes_harvest *arg)
 		ret = harvest_nodes(arg, &walk->nodes);
 	if (ret)
 		return ret;
-	walk->clear_accessed = arg->flags & KES_HARVEST_CLEAR_ACCESSED;
+	walk->clear_asked = arg->flags & KES_HARVEST_CLEAR_ACCESSED;
 	walk->clear_dirty = arg->flags & KES_HARVEST_CLEAR_DIRTY;
 	walk->gather.want_dirty = arg->dirty || walk->clear_dirty;
 	walk->gather.want_range = walk->nodes.ranges && !walk->nodes.by_page;
@@ -410,8 +481,9 @@ long kes_harvest(struct kvm *kvm, const struct kes_entry_format *format,
 	struct kes_walk walk = {
 		.kvm = kvm,
 		.chunk = &harvester->chunk,
+		.old = harvester->old,
 		.stats = &arg->stats,
-		.gather.format = format,
+		.format = format,
 	};
 	int ret = walk_init(&walk, arg);
 
@@ -423,6 +495,8 @@ long kes_harvest(struct kvm *kvm, const struct kes_entry_format *format,
 		next = min(end, arg->gfn_next + KES_CHUNK_PAGES);
 		chunk_begin(&walk, arg->gfn_next, next);
 		ret = chunk_walk(&walk);
+		if (ret >= 0)
+			ret = chunk_ask(&walk, ret);
 		if (!ret)
 			ret = chunk_copy_out(&walk, arg);
 		if (ret)

@@ -28,6 +28,8 @@ struct kes_chunk {
 /* What harvests of one session share; the session's lock guards it. */
 struct kes_harvester {
 	struct kes_chunk chunk;
+	/* Pages of the chunk that KVM is to make old; empty between chunks. */
+	u64 old[KES_CHUNK_WORDS];
 	bool unflushed;		/* cleared bits since the last flush */
 };
 

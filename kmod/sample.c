@@ -349,7 +349,7 @@ static int sampler_check(const struct kes_sampler *sampler, struct kvm *kvm,
 	if (sampler->running && arg->ring_records && ring_size(arg) != sampler->ring.size)
 		return -EINVAL;
 	rcu_read_lock();
-	n = kes_vm_roots(kvm, roots);
+	n = kes_vm_roots_for_sampling(kvm, roots);
 	rcu_read_unlock();
 	return min(n, 0);
 }

@@ -90,7 +90,7 @@ static long session_info(struct kes_info __user *user)
 		.abi_version = KES_ABI_VERSION,
 		.entry_format = kes_format.id,
 		.features = KES_FEATURE_HARVEST | KES_FEATURE_CLEAR_DIRTY |
-			    KES_FEATURE_SAMPLE,
+			    KES_FEATURE_SAMPLE | KES_FEATURE_NOTIFIER,
 		.chunk_pages = KES_CHUNK_PAGES,
 		.sessions = atomic_read(&attached_sessions),
 	};

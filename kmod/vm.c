@@ -92,12 +92,17 @@ int kes_vm_check(struct kvm *kvm)
 		pr_warn_once("refused a VM with private memory: its pages can be neither observed nor moved\n");
 		return -EACCES;
 	}
-	/* KVM initialises this list when it creates a VM for its TDP MMU only. */
-	if (!READ_ONCE(kvm->arch.tdp_mmu_roots.next)) {
-		pr_warn_once("refused a VM whose page tables KVM shadows: kvm.tdp_mmu is off, or EPT or NPT is not in use\n");
-		return -ENXIO;
-	}
 	return 0;
+}
+
+/*
+ * Whether KVM maps the guest by tables that can be walked. Otherwise it shadows
+ * the guest: kvm.tdp_mmu is off, or EPT or NPT is not in use. KVM initialises
+ * the list when it creates a VM for its TDP MMU only.
+ */
+bool kes_vm_has_tables(struct kvm *kvm)
+{
+	return READ_ONCE(kvm->arch.tdp_mmu_roots.next);
 }
 
 /* Whether @page is laid out as this file says; touches nothing unproved. */
@@ -112,11 +117,10 @@ static bool root_is_sane(const struct kes_mmu_page *page)
 }
 
 /*
- * Fills in the roots that vCPUs can be running on, and returns their number.
- * The caller holds rcu_read_lock(): roots and all tables below them are freed
- * a grace period after KVM unlinked them.
+ * Fills in the roots that vCPUs can be running on, and returns their number:
+ * none of a VM without tables. The caller holds rcu_read_lock(): roots and all
+ * tables below them are freed a grace period after KVM unlinked them.
  *
- *   -EOPNOTSUPP  the tables have no accessed and dirty bits
  *   -EUCLEAN     unknown layout
  */
 int kes_vm_roots(struct kvm *kvm, struct kes_root roots[KES_MAX_ROOTS])
@@ -124,6 +128,8 @@ int kes_vm_roots(struct kvm *kvm, struct kes_root roots[KES_MAX_ROOTS])
 	struct kes_mmu_page *page;
 	int n = 0;
 
+	if (!kes_vm_has_tables(kvm))
+		return 0;
 	list_for_each_entry_rcu(page, &kvm->arch.tdp_mmu_roots, link) {
 		union kvm_mmu_page_role role;
 
@@ -135,10 +141,6 @@ int kes_vm_roots(struct kvm *kvm, struct kes_root roots[KES_MAX_ROOTS])
 		/* Invalid: on its way out. SMM: another address space. */
 		if (role.invalid || role.smm || kes_compat_is_mirror(role))
 			continue;
-		if (role.ad_disabled) {
-			pr_warn_once("refused a VM without accessed and dirty bits: no EPT A/D, or kvm_intel.eptad=0\n");
-			return -EOPNOTSUPP;
-		}
 		if (n == KES_MAX_ROOTS) {
 			pr_err_once("a VM has more than %d roots: refused\n", KES_MAX_ROOTS);
 			return -EUCLEAN;
@@ -146,7 +148,33 @@ int kes_vm_roots(struct kvm *kvm, struct kes_root roots[KES_MAX_ROOTS])
 		roots[n].table = page->spt;
 		roots[n].level = role.level;
 		roots[n].guest_mode = role.guest_mode;
+		roots[n].tracked = role.ad_disabled;
 		n++;
+	}
+	return n;
+}
+
+/*
+ * As kes_vm_roots(), for those who take permissions from entries: KVM itself
+ * does that where the tables have no accessed bits, and would not know the two
+ * apart.
+ *
+ *   -ENXIO       the VM has no tables to walk
+ *   -EOPNOTSUPP  the tables have no accessed bits
+ */
+int kes_vm_roots_for_sampling(struct kvm *kvm, struct kes_root roots[KES_MAX_ROOTS])
+{
+	int n = kes_vm_roots(kvm, roots), i;
+
+	if (!kes_vm_has_tables(kvm)) {
+		pr_warn_once("a VM whose page tables KVM shadows is not sampled: kvm.tdp_mmu is off, or EPT or NPT is not in use\n");
+		return -ENXIO;
+	}
+	for (i = 0; i < n; i++) {
+		if (roots[i].tracked) {
+			pr_warn_once("a VM without accessed and dirty bits is not sampled: no EPT A/D, or kvm_intel.eptad=0\n");
+			return -EOPNOTSUPP;
+		}
 	}
 	return n;
 }

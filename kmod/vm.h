@@ -11,6 +11,7 @@ struct kes_root {
 	u64 *table;
 	int level;		/* of the entries in @table: 4 or 5 */
 	bool guest_mode;	/* runs a nested guest: faults are not the guest's */
+	bool tracked;		/* no accessed bits: KES_ENTRY_FORMAT_TRACKED */
 };
 
 /* Valid roots seen at once: plain, and one for a nested guest's direct map. */
@@ -29,7 +30,9 @@ struct kes_root {
 struct kvm *kes_vm_get(int fd);
 void kes_vm_put(struct kvm *kvm);
 int kes_vm_check(struct kvm *kvm);
+bool kes_vm_has_tables(struct kvm *kvm);
 int kes_vm_roots(struct kvm *kvm, struct kes_root roots[KES_MAX_ROOTS]);
+int kes_vm_roots_for_sampling(struct kvm *kvm, struct kes_root roots[KES_MAX_ROOTS]);
 long kes_vm_memslots(struct kvm *kvm, struct kes_memslots *arg);
 
 #endif /* KES_VM_H */

@@ -164,15 +164,20 @@ fn round(page: &mut Page, memory: u64, round: &RoundStatus) {
             Bytes(round.mapped_huge_bytes)
         ),
     );
-    page.field(
-        "accessed",
-        &format!(
-            "{} in the last round of {}; {} written since last cleaned",
-            part(round.accessed_bytes, round.mapped_bytes, "mapped"),
-            short(interval),
-            Bytes(round.dirty_bytes),
-        ),
-    );
+    // Nested guests, for one, access what their host has not mapped for itself.
+    let accessed = if round.accessed_bytes > round.mapped_bytes {
+        part(round.accessed_bytes, memory, "memory")
+    } else {
+        part(round.accessed_bytes, round.mapped_bytes, "mapped")
+    };
+    let written = match round.dirty_bytes {
+        Some(bytes) => format!("{} written since last cleaned", Bytes(bytes)),
+        None => "what was written is not known on this host".into(),
+    };
+    page.field("accessed", &format!("{accessed} in the last round of {}; {written}", short(interval)));
+    if !round.back_end.is_empty() {
+        page.field("back end", &round.back_end);
+    }
     let mut heat = String::new();
     for (bytes, class) in [(round.hot_bytes, "hot"), (round.warm_bytes, "warm"), (round.cold_bytes, "cold")] {
         let comma = if heat.is_empty() { "" } else { ", " };

@@ -64,13 +64,13 @@ pub(crate) fn explain(operation: &'static str, source: io::Error) -> SamplerErro
         Some(libc::EBUSY) => SamplerError::Busy,
         Some(libc::ENODEV) => SamplerError::Unsupported("the descriptor is not a KVM VM"),
         Some(libc::ENXIO) => SamplerError::Unsupported(
-            "KVM shadows this guest's page tables: load kvm with tdp_mmu=Y and kvm_intel with ept=1 or kvm_amd with npt=1",
+            "KVM shadows this guest's page tables, so its accesses can not be sampled: load kvm with tdp_mmu=Y and kvm_intel with ept=1 or kvm_amd with npt=1",
         ),
         Some(libc::EACCES) => SamplerError::Unsupported(
             "the guest has private memory (SEV-SNP, TDX or guest_memfd), which the host can neither observe nor move",
         ),
         Some(libc::EOPNOTSUPP) => SamplerError::Unsupported(
-            "the CPU keeps no accessed and dirty bits for guests (EPT A/D), or kvm_intel was loaded with eptad=0",
+            "nothing on this host tells it: the CPU keeps no accessed and dirty bits for guests (EPT A/D), or kvm_intel was loaded with eptad=0, or kvm with tdp_mmu=N",
         ),
         Some(libc::EUCLEAN) => SamplerError::Unsupported(
             "this kernel's KVM is not laid out as the module knows it: see the kernel log, and docs/KERNELS.md for the kernels supported",
@@ -97,6 +97,28 @@ pub enum EntryFormat {
     Ept,
     /// AMD.
     Npt,
+}
+
+/// Who told what a harvest reports: the module asks KVM where the tables do not
+/// tell the truth.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sources {
+    /// The second-level tables, walked by the module.
+    pub tables: bool,
+    /// KVM's MMU notifier.
+    pub notifier: bool,
+}
+
+impl Sources {
+    /// In plain words.
+    pub fn words(self) -> &'static str {
+        match (self.tables, self.notifier) {
+            (true, false) => "table walk",
+            (true, true) => "table walk and KVM's notifier",
+            (false, true) => "KVM's notifier",
+            (false, false) => "none: nothing is mapped",
+        }
+    }
 }
 
 /// A range of guest memory that is backed by one range of the VMM's.
@@ -160,12 +182,13 @@ pub struct HarvestRequest {
 /// What a harvest found. Reuse one value for many harvests: the buffers stay.
 ///
 /// Bit `i % 64` of word `i / 64` stands for GFN `gfn_start + i`; bits past the
-/// range are zero.
+/// range are zero. A page can be accessed and not mapped: by a nested guest, or
+/// where there are no tables to walk.
 #[derive(Clone, Debug, Default)]
 pub struct Harvest {
     /// Accessed since the bit was last cleared.
     pub accessed: Vec<u64>,
-    /// Written since the bit was last cleared.
+    /// Written since the bit was last cleared; see [`HarvestStats::dirty_untold`].
     pub dirty: Vec<u64>,
     /// Mapped for the guest.
     pub mapped: Vec<u64>,
@@ -208,6 +231,8 @@ pub struct HarvestStats {
     pub accessed: u64,
     /// With the dirty bit.
     pub dirty: u64,
+    /// Nothing on this host tells what was written: `dirty` says nothing.
+    pub dirty_untold: bool,
     /// On the slow tier.
     pub on_slow: u64,
     /// Table entries read.
@@ -222,6 +247,8 @@ pub struct HarvestStats {
     pub roots: u32,
     /// Calls of the kernel.
     pub calls: u32,
+    /// Who told.
+    pub sources: Sources,
 }
 
 impl HarvestStats {
@@ -232,6 +259,7 @@ impl HarvestStats {
         self.mapped_1g += other.mapped_1g;
         self.accessed += other.accessed;
         self.dirty += other.dirty;
+        self.dirty_untold |= other.dirty_untold;
         self.on_slow += other.on_slow;
         self.entries_read += other.entries_read;
         self.entries_cleared += other.entries_cleared;
@@ -239,6 +267,8 @@ impl HarvestStats {
         self.flushes += other.flushes;
         self.roots = self.roots.max(other.roots);
         self.calls += other.calls;
+        self.sources.tables |= other.sources.tables;
+        self.sources.notifier |= other.sources.notifier;
     }
 }
 
@@ -250,6 +280,7 @@ impl From<&uapi::KesHarvestStats> for HarvestStats {
             mapped_1g: kernel.mapped_1g,
             accessed: kernel.accessed,
             dirty: kernel.dirty,
+            dirty_untold: false,
             on_slow: kernel.on_nodes,
             entries_read: kernel.entries_read,
             entries_cleared: kernel.entries_cleared,
@@ -257,6 +288,10 @@ impl From<&uapi::KesHarvestStats> for HarvestStats {
             flushes: kernel.flushes,
             roots: kernel.roots,
             calls: 1,
+            sources: Sources {
+                tables: kernel.sources & uapi::SOURCE_TABLES != 0,
+                notifier: kernel.sources & uapi::SOURCE_NOTIFIER != 0,
+            },
         }
     }
 }
@@ -283,6 +318,8 @@ pub trait Sampler: Send {
 pub struct KernelSampler {
     file: File,
     info: ModuleInfo,
+    /// The module said that it can not tell what was written.
+    dirty_untold: bool,
 }
 
 impl KernelSampler {
@@ -312,7 +349,7 @@ impl KernelSampler {
             }
         };
         let clear_dirty = raw.features & uapi::FEATURE_CLEAR_DIRTY != 0;
-        Ok(KernelSampler { file, info: ModuleInfo { abi, format, clear_dirty } })
+        Ok(KernelSampler { file, info: ModuleInfo { abi, format, clear_dirty }, dirty_untold: false })
     }
 
     /// The session's file, for what other modules ask of it.
@@ -323,6 +360,40 @@ impl KernelSampler {
     /// Binds the session to a VM; `vm` may be closed afterwards.
     pub fn attach(&mut self, vm: BorrowedFd<'_>) -> Result<(), SamplerError> {
         uapi::attach(&self.file, vm).map_err(|source| explain("attach to the VM", source))
+    }
+
+    /// One call of the module, for what comes after the first `done` pages of the
+    /// request. Where nothing tells what was written, all the rest is known.
+    fn harvest_from(
+        &mut self,
+        done: u64,
+        request: &HarvestRequest,
+        flags: u32,
+        slow_nodes: &NodeSet,
+        out: &mut Harvest,
+    ) -> Result<uapi::KesHarvest, SamplerError> {
+        let HarvestRequest { gfn_start, gfn_count, clear_dirty, .. } = *request;
+        let word = (done / 64) as usize;
+        let unit = (((gfn_start + done) >> 9) - (gfn_start >> 9)) as usize;
+        loop {
+            let without_dirty = self.dirty_untold && !clear_dirty;
+            let buffers = uapi::HarvestBuffers {
+                accessed: &mut out.accessed[word..],
+                dirty: if without_dirty { &mut [] } else { &mut out.dirty[word..] },
+                mapped: &mut out.mapped[word..],
+                on_nodes: if slow_nodes.is_empty() { &mut [] } else { &mut out.on_slow[word..] },
+                levels: &mut out.level_bytes[unit..],
+                nodes: slow_nodes.words(),
+            };
+            match uapi::harvest(&self.file, gfn_start + done, gfn_count - done, flags, buffers) {
+                Err(source)
+                    if source.raw_os_error() == Some(libc::EOPNOTSUPP) && !clear_dirty && !without_dirty =>
+                {
+                    self.dirty_untold = true;
+                }
+                result => return result.map_err(|source| explain("harvest", source)),
+            }
+        }
     }
 }
 
@@ -367,20 +438,10 @@ impl Sampler for KernelSampler {
         // A signal ends a call early, after a whole number of chunks: go on there.
         let mut done: u64 = 0;
         while done < gfn_count {
-            let word = (done / 64) as usize;
             let unit = (((gfn_start + done) >> 9) - (gfn_start >> 9)) as usize;
             // Two calls may meet within one 2 MiB unit: the larger mapping counts.
             let level_before = out.level_bytes[unit];
-            let buffers = uapi::HarvestBuffers {
-                accessed: &mut out.accessed[word..],
-                dirty: &mut out.dirty[word..],
-                mapped: &mut out.mapped[word..],
-                on_nodes: if slow_nodes.is_empty() { &mut [] } else { &mut out.on_slow[word..] },
-                levels: &mut out.level_bytes[unit..],
-                nodes: slow_nodes.words(),
-            };
-            let result = uapi::harvest(&self.file, gfn_start + done, gfn_count - done, flags, buffers)
-                .map_err(|source| explain("harvest", source))?;
+            let result = self.harvest_from(done, request, flags, slow_nodes, out)?;
             let next = result.gfn_next.wrapping_sub(gfn_start);
             if next <= done || next > gfn_count || (next < gfn_count && next % 64 != 0) {
                 return Err(SamplerError::Unsupported(
@@ -391,6 +452,7 @@ impl Sampler for KernelSampler {
             done = next;
             out.stats.add(&HarvestStats::from(&result.stats));
         }
+        out.stats.dirty_untold = self.dirty_untold;
         for (level, byte) in out.levels.iter_mut().zip(&out.level_bytes) {
             *level = Level::from_byte(*byte);
         }

@@ -15,7 +15,7 @@ use nix::libc;
 pub const PROC_PATH: &str = "/proc/kvm_ept_sample";
 
 /// Version of the ABI that this file mirrors: major in the upper 16 bits.
-pub const ABI_VERSION: u32 = 0x0001_0001;
+pub const ABI_VERSION: u32 = 0x0001_0002;
 
 /// [`KesInfo::entry_format`]: Intel's extended page tables.
 pub const FORMAT_EPT: u32 = 1;
@@ -28,6 +28,8 @@ pub const FEATURE_HARVEST: u64 = 1 << 0;
 pub const FEATURE_CLEAR_DIRTY: u64 = 1 << 1;
 /// [`KesInfo::features`]: sampling by access type.
 pub const FEATURE_SAMPLE: u64 = 1 << 2;
+/// [`KesInfo::features`]: harvest by KVM's MMU notifier, where tables do not tell.
+pub const FEATURE_NOTIFIER: u64 = 1 << 3;
 
 /// [`KesMemslot::flags`]: a ROM.
 pub const SLOT_READONLY: u32 = 1 << 0;
@@ -40,6 +42,11 @@ pub const HARVEST_CLEAR_ACCESSED: u32 = 1 << 0;
 pub const HARVEST_CLEAR_DIRTY: u32 = 1 << 1;
 /// [`KesHarvest::flags`]: one TLB flush at the end.
 pub const HARVEST_FLUSH: u32 = 1 << 2;
+
+/// [`KesHarvestStats::sources`]: the tables themselves.
+pub const SOURCE_TABLES: u32 = 1 << 0;
+/// [`KesHarvestStats::sources`]: KVM's MMU notifier.
+pub const SOURCE_NOTIFIER: u32 = 1 << 1;
 
 /// Most pages of one harvest.
 pub const MAX_PAGES: u64 = 1 << 34;
@@ -147,7 +154,7 @@ pub struct KesHarvestStats {
     pub roots: u32,
     pub flushes: u32,
     pub chunks: u32,
-    pub reserved: u32,
+    pub sources: u32,
 }
 
 /// `struct kes_harvest`; the header explains each field.

@@ -211,8 +211,11 @@ pub struct RoundStatus {
     pub interval_ms: u64,
     /// Time that this round took, in microseconds, wall clock.
     pub took_us: u64,
-    /// Of it, time in the kernel's table walk and flush, in microseconds.
+    /// Of it, time in the kernel's harvest and flush, in microseconds.
     pub harvest_us: u64,
+    /// Who told what was accessed: "table walk", "KVM's notifier" or both.
+    #[serde(default)]
+    pub back_end: String,
     /// Table entries read.
     pub entries_read: u64,
     /// TLB flushes.
@@ -223,8 +226,9 @@ pub struct RoundStatus {
     pub mapped_huge_bytes: u64,
     /// Bytes accessed since the round before.
     pub accessed_bytes: u64,
-    /// Bytes written since last cleaned, by the dirty bit.
-    pub dirty_bytes: u64,
+    /// Bytes written since last cleaned, by the dirty bit; none where nothing on
+    /// the host tells it.
+    pub dirty_bytes: Option<u64>,
     /// Bytes by class of temperature. Cold includes what was never seen.
     pub hot_bytes: u64,
     /// See [`RoundStatus::hot_bytes`].

@@ -37,7 +37,7 @@ fn expectations() -> Vec<(String, u64)> {
     layout!(KesMemslots, "kes_memslots", { slots, capacity, count, generation, reserved });
     layout!(KesHarvestStats, "kes_harvest_stats", {
         mapped_4k, mapped_2m, mapped_1g, accessed, dirty, on_nodes, entries_read, entries_cleared,
-        time_ns, roots, flushes, chunks, reserved
+        time_ns, roots, flushes, chunks, sources
     });
     layout!(KesHarvest, "kes_harvest", {
         gfn_start, gfn_count, accessed, dirty, mapped, on_nodes, levels, nodes, nodes_bits, flags,
@@ -53,6 +53,9 @@ fn expectations() -> Vec<(String, u64)> {
         ("KES_FEATURE_HARVEST", uapi::FEATURE_HARVEST),
         ("KES_FEATURE_CLEAR_DIRTY", uapi::FEATURE_CLEAR_DIRTY),
         ("KES_FEATURE_SAMPLE", uapi::FEATURE_SAMPLE),
+        ("KES_FEATURE_NOTIFIER", uapi::FEATURE_NOTIFIER),
+        ("KES_SOURCE_TABLES", u64::from(uapi::SOURCE_TABLES)),
+        ("KES_SOURCE_NOTIFIER", u64::from(uapi::SOURCE_NOTIFIER)),
         ("KES_FORMAT_EPT", u64::from(uapi::FORMAT_EPT)),
         ("KES_FORMAT_NPT", u64::from(uapi::FORMAT_NPT)),
         ("KES_SLOT_READONLY", u64::from(uapi::SLOT_READONLY)),

@@ -50,7 +50,7 @@
  * The ABI's version: major in the upper, minor in the lower 16 bits. A new
  * minor only adds; programs check that the major is theirs.
  */
-#define KES_ABI_VERSION		0x00010001U
+#define KES_ABI_VERSION		0x00010002U
 
 #define KES_IOC_MAGIC		0xE7
 
@@ -67,6 +67,7 @@
 #define KES_FEATURE_HARVEST	(1ULL << 0)	/* KES_HARVEST by table walk */
 #define KES_FEATURE_CLEAR_DIRTY	(1ULL << 1)	/* KES_HARVEST_CLEAR_DIRTY */
 #define KES_FEATURE_SAMPLE	(1ULL << 2)	/* KES_SAMPLE_SET; since 1.1 */
+#define KES_FEATURE_NOTIFIER	(1ULL << 3)	/* KES_SOURCE_NOTIFIER; since 1.2 */
 
 #define KES_FORMAT_EPT		1
 #define KES_FORMAT_NPT		2
@@ -93,8 +94,6 @@ struct kes_info {
  *   EBADF       vm_fd is not open
  *   ENODEV      vm_fd is not a KVM VM
  *   EISCONN     this session is attached already
- *   ENXIO       KVM shadows this VM's page tables (kvm.tdp_mmu=N, or no EPT or
- *               NPT in use): there are no second-level tables to read
  *   EACCES      the guest has private memory (SNP, TDX, guest_memfd)
  */
 struct kes_attach {
@@ -141,10 +140,29 @@ struct kes_memslots {
 /*
  * KES_HARVEST: one pass over the second-level tables of a range of GFNs.
  *
+ * Most guests are served by reading and clearing the bits in the tables
+ * themselves (KES_SOURCE_TABLES). Where those do not tell the truth, KVM is
+ * asked as well, by its own MMU notifier (KES_SOURCE_NOTIFIER):
+ *
+ * - CPUs whose EPT keeps no accessed bits, or kvm_intel.eptad=0. KVM finds out
+ *   about accesses by faults. The tables tell which pages were accessed, KVM
+ *   clears. Each page costs the guest a fault once it was cleared. No @dirty.
+ * - Guests that run guests of their own, by nested paging. KVM shadows the
+ *   tables of these. Each page that such a shadow maps is asked for by itself,
+ *   which costs much more than reading an entry of a table. @accessed and
+ *   @levels are complete; the other bitmaps tell what the tables of the guest
+ *   itself say.
+ * - kvm.tdp_mmu=N, or EPT or NPT not in use: KVM shadows the guest itself. As
+ *   before, without tables: @mapped and @on_nodes are zero. No @dirty.
+ *
+ * So a page can be accessed without being mapped: its place must be asked for
+ * elsewhere, as by move_pages(2). Memory that the VMM maps twice for the guest
+ * may be reported at the one address of both that is asked first.
+ *
  * in:
  * @gfn_start, @gfn_count: the range. Any alignment; at most KES_MAX_PAGES.
  *             Holes are allowed: what is not mapped reads as zero.
- * @accessed:  bitmap pointer or 0: the hardware's accessed bit.
+ * @accessed:  bitmap pointer or 0: the hardware's accessed bit, or KVM's word.
  * @dirty:     bitmap pointer or 0: the hardware's dirty bit.
  * @mapped:    bitmap pointer or 0: the page is mapped for the guest. A page
  *             that is resident in the VMM but that the guest did not touch
@@ -167,8 +185,8 @@ struct kes_memslots {
  *             after at least one chunk. Call again with the rest.
  * @stats:     what this call did.
  *
- *   EOPNOTSUPP  the CPU keeps no accessed and dirty bits in this VM's tables,
- *               or CLEAR_DIRTY is not possible on this kernel
+ *   EOPNOTSUPP  @dirty or CLEAR_DIRTY is asked for where nothing tells it (see
+ *               above); without both the call works
  *   EUCLEAN     KVM's structures are not laid out as this module knows them;
  *               nothing was read on a guess. The kernel log says which
  *   EACCES      as for KES_ATTACH, when the VM became private later
@@ -190,6 +208,9 @@ struct kes_memslots {
 #define KES_LEVEL_2M		2
 #define KES_LEVEL_1G		3
 
+#define KES_SOURCE_TABLES	(1U << 0)	/* the tables themselves */
+#define KES_SOURCE_NOTIFIER	(1U << 1)	/* KVM's MMU notifier */
+
 /* Counts in pages of 4 KiB unless said otherwise. */
 struct kes_harvest_stats {
 	__u64 mapped_4k;	/* pages mapped by 4 KiB entries */
@@ -198,13 +219,15 @@ struct kes_harvest_stats {
 	__u64 accessed;		/* pages with the accessed bit */
 	__u64 dirty;		/* pages with the dirty bit, if asked for */
 	__u64 on_nodes;		/* pages on @nodes, if asked for */
-	__u64 entries_read;	/* leaf and non-leaf entries looked at */
-	__u64 entries_cleared;	/* entries in which a bit was cleared */
+	__u64 entries_read;	/* leaf and non-leaf entries looked at, and
+				 * pages that KVM was asked about */
+	__u64 entries_cleared;	/* entries in which a bit was cleared; by KVM:
+				 * pages whose entries it was told to clear */
 	__u64 time_ns;		/* spent walking and flushing */
 	__u32 roots;		/* root tables walked, the most in one chunk */
 	__u32 flushes;		/* TLB flushes of the whole VM */
 	__u32 chunks;		/* RCU read sections used */
-	__u32 reserved;
+	__u32 sources;		/* KES_SOURCE_*: who served this call; since 1.2 */
 };
 
 struct kes_harvest {
@@ -256,7 +279,11 @@ struct kes_harvest {
  *
  *   EBUSY       another session samples this VM (there can be one only); the
  *               kernel log says so as well
- *   EOPNOTSUPP, EUCLEAN, EACCES  as for KES_HARVEST
+ *   EOPNOTSUPP  the VM's tables have no accessed bits: KVM itself takes
+ *               permissions away there, and the two could not be told apart
+ *   ENXIO       KVM shadows this VM's page tables (kvm.tdp_mmu=N, or EPT or NPT
+ *               not in use): there are no tables to take permissions from
+ *   EUCLEAN, EACCES  as for KES_HARVEST
  *
  * SAMPLES
  *

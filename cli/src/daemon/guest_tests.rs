@@ -33,13 +33,15 @@ struct World {
     room: BTreeMap<u32, u64>,
     refuse: Option<Refused>,
     vm_gone: bool,
+    /// Accesses are seen by KVM's word alone: nothing is seen as mapped.
+    shadowed: bool,
 }
 
 impl World {
     fn touch(&mut self, gfns: impl IntoIterator<Item = u64>) {
         for gfn in gfns {
             let page = self.pages.entry(gfn).or_default();
-            *page = Page { node: page.node.or(Some(FAST)), mapped: true, accessed: true };
+            *page = Page { node: page.node.or(Some(FAST)), mapped: !self.shadowed, accessed: true };
         }
     }
 
@@ -72,18 +74,21 @@ impl Sampler for FakeSampler {
         world.requests.push(*request);
         let range = request.gfn_start..request.gfn_start + request.gfn_count;
         out.reset(request.gfn_start, request.gfn_count);
-        for (gfn, page) in world.pages.range_mut(range).filter(|(_, page)| page.mapped) {
+        for (gfn, page) in world.pages.range_mut(range).filter(|(_, page)| page.mapped || page.accessed) {
             let index = (gfn - request.gfn_start) as usize;
             let set = |words: &mut Vec<u64>| bitmap::fill(words, index..index + 1, true);
-            set(&mut out.mapped);
             if page.accessed {
                 set(&mut out.accessed);
                 out.stats.accessed += 1;
             }
+            page.accessed &= !request.clear_accessed;
+            if !page.mapped {
+                continue;
+            }
+            set(&mut out.mapped);
             if page.node.is_some_and(|node| slow_nodes.contains(node)) {
                 set(&mut out.on_slow);
             }
-            page.accessed &= !request.clear_accessed;
             out.stats.mapped_4k += 1;
         }
         out.levels.fill(Level::Page4K);
@@ -286,6 +291,25 @@ fn idle_pages_leave_the_fast_tier_and_hot_ones_stay() {
     let totals = test.guest.totals();
     assert_eq!((totals.demote_tried_bytes, totals.demoted_bytes), (50 * PAGE_BYTES, 50 * PAGE_BYTES));
     assert_eq!((totals.promoted_bytes, totals.refused.len()), (0, 0));
+}
+
+/// Nested guests, and hosts without tables to walk: a page is accessed and not
+/// mapped, and the harvest never says where it lies.
+#[test]
+fn pages_that_are_accessed_without_being_mapped_are_placed_as_well() {
+    let mut test = Test::new(orders(Mode::Place), vec![slot(0, 100)]);
+    test.world().shadowed = true;
+    test.world().touch(0..100);
+    let status = test.rounds(12, 0..20);
+    let slow = test.world().on(SLOW);
+    assert_eq!(slow.len(), 50, "down to the target and no further");
+    assert!(slow.iter().all(|gfn| *gfn >= 20), "{slow:?}");
+    assert_eq!((status.mapped_bytes, status.accessed_bytes), (0, 20 * PAGE_BYTES));
+    assert_eq!(status.hot_bytes, 20 * PAGE_BYTES);
+    assert_eq!((status.fast_bytes, status.slow_bytes), (50 * PAGE_BYTES, 50 * PAGE_BYTES));
+    let now_hot = slow[0]..slow[9] + 1;
+    test.rounds(12, now_hot.clone());
+    assert!(now_hot.clone().all(|gfn| test.world().pages[&gfn].node == Some(FAST)), "they came back");
 }
 
 #[test]

@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Accesses that can not be read from tables, or not cleared there, by way of
+ * KVM's own MMU notifier: what the kernel's page reclaim asks it for.
+ *
+ * - Tables that KVM shadows: those of a guest's own guests, and all tables where
+ *   the TDP MMU is off. Which pages they map stands in the heads of the reverse
+ *   maps of each memslot; whether such a page is young, KVM answers.
+ *
+ * - Tables without accessed bits. The walk reads there which entries are young;
+ *   only KVM can make them old.
+ *
+ * KVM answers for one page, or clears a range and tells whether any of it was
+ * young. So pages are asked first, one by one, and then those that were young
+ * are made old: nothing is cleared that is not reported. An access in between
+ * belongs to a page that is reported, or stays for the next time. (A page that
+ * KVM maps twice, by a huge entry as well, is the exception: the huge entry may
+ * become young in between, and is reported then for this page alone.)
+ *
+ * Locking. Everything here sleeps, under kvm->srcu, which keeps the memslots and
+ * their reverse maps. The calls take kvm->mmu_lock themselves, for write up to
+ * 6.12: so none covers more than 2 MiB. Only heads of reverse maps are read
+ * here, which are empty or not; nothing is followed.
+ */
+#include <linux/bitmap.h>
+#include <linux/mmu_notifier.h>
+#include <linux/sched.h>
+
+#include "compat.h"
+#include "entry.h"
+#include "vm.h"
+#include "young.h"
+
+/* So that the larger of two levels is the larger number, whoever found it. */
+static_assert(KES_LEVEL_4K == PG_LEVEL_4K && KES_LEVEL_2M == PG_LEVEL_2M &&
+	      KES_LEVEL_1G == PG_LEVEL_1G);
+
+/* Pages in one call of KVM, which holds mmu_lock meanwhile. */
+#define KES_YOUNG_PAGES	KES_ENTRIES
+
+/*
+ * Whether KVM may map pages of this VM by tables that can not be walked. The
+ * count is KVM's own hint that there are tables of nested guests.
+ */
+bool kes_young_shadowed(struct kvm *kvm)
+{
+	return !kes_vm_has_tables(kvm) || READ_ONCE(kvm->arch.indirect_shadow_pages);
+}
+
+/* Whether KVM answers as this file needs it. */
+bool kes_young_possible(struct kvm *kvm)
+{
+	const struct mmu_notifier_ops *ops = READ_ONCE(kvm->mmu_notifier.ops);
+
+	return ops && ops->test_young && ops->clear_young;
+}
+
+static unsigned long slot_hva(const struct kvm_memory_slot *slot, u64 gfn)
+{
+	return slot->userspace_addr + ((gfn - slot->base_gfn) << PAGE_SHIFT);
+}
+
+/* Whether any entry that maps @gfn is young, in any table. */
+static bool page_is_young(struct kes_young *young, const struct kvm_memory_slot *slot, u64 gfn)
+{
+	struct mmu_notifier *notifier = &young->kvm->mmu_notifier;
+
+	young->asked++;
+	cond_resched();
+	return notifier->ops->test_young(notifier, young->kvm->mm, slot_hva(slot, gfn));
+}
+
+/* Whether KVM maps @gfn by an entry of @level in tables that it shadows. */
+static bool page_is_shadowed(const struct kvm_memory_slot *slot, u64 gfn, int level)
+{
+	const struct kvm_rmap_head *heads = READ_ONCE(slot->arch.rmap[level - PG_LEVEL_4K]);
+	int shift = KES_ENTRIES_SHIFT * (level - 1);
+
+	return heads && !kes_compat_rmap_empty(&heads[(gfn >> shift) - (slot->base_gfn >> shift)]);
+}
+
+/*
+ * What is done with the part [gfn, end) of one 2 MiB unit and one memslot. Bits
+ * are counted from the range's start.
+ */
+struct kes_unit {
+	const struct kvm_memory_slot *slot;
+	unsigned int first;
+	unsigned int end;
+	int level;		/* of the largest shadowing entry */
+	/*
+	 * Making a page old makes a huge entry old that maps it too, in any table:
+	 * that waits until the huge entry's last page is reached. Small entries
+	 * before that page stay young then, and are reported once more.
+	 */
+	bool clear;
+};
+
+static u64 unit_gfn(const struct kes_young *young, unsigned int bit)
+{
+	return young->gfn_start + bit;
+}
+
+static bool unit_small(const struct kes_young *young, const struct kes_unit *unit, unsigned int bit)
+{
+	return page_is_shadowed(unit->slot, unit_gfn(young, bit), PG_LEVEL_4K);
+}
+
+/*
+ * A page that answers for the unit's huge entry: one that was not accessed yet,
+ * and that no small entry maps too, if there is such a one. unit->end when all
+ * pages were accessed.
+ */
+static unsigned int unit_probe(const struct kes_young *young, const struct kes_unit *unit)
+{
+	unsigned int bit = find_next_zero_bit(young->accessed, unit->end, unit->first);
+	unsigned int probe = bit;
+
+	while (bit < unit->end && unit_small(young, unit, bit))
+		bit = find_next_zero_bit(young->accessed, unit->end, bit + 1);
+	return bit < unit->end ? bit : probe;
+}
+
+/* The huge entry, whose one accessed bit stands for all pages. */
+static u64 unit_find_huge(struct kes_young *young, const struct kes_unit *unit)
+{
+	unsigned int bit = unit_probe(young, unit);
+	u64 found = 0;
+
+	if (bit < unit->end && !page_is_young(young, unit->slot, unit_gfn(young, bit)))
+		return 0;
+	for (bit = unit->first; bit < unit->end; bit++)
+		found += !__test_and_set_bit(bit, young->accessed);
+	if (unit->clear)
+		__set_bit(unit->end - 1, young->old);
+	return found;
+}
+
+/* The small entries. Returns how many pages they map, and adds to *@found. */
+static unsigned int unit_find_small(struct kes_young *young, const struct kes_unit *unit,
+				    u64 *found)
+{
+	unsigned int bit, mapped = 0;
+
+	for (bit = unit->first; bit < unit->end; bit++) {
+		if (!unit_small(young, unit, bit))
+			continue;
+		mapped++;
+		if (!test_bit(bit, young->accessed)) {
+			if (!page_is_young(young, unit->slot, unit_gfn(young, bit)))
+				continue;
+			__set_bit(bit, young->accessed);
+			++*found;
+		}
+		if (unit->clear)
+			__set_bit(bit, young->old);
+	}
+	return mapped;
+}
+
+static u64 unit_find(struct kes_young *young, const struct kvm_memory_slot *slot, u64 gfn, u64 end)
+{
+	u8 *level = &young->levels[(gfn >> KES_ENTRIES_SHIFT) -
+				   (young->gfn_start >> KES_ENTRIES_SHIFT)];
+	struct kes_unit unit = {
+		.slot = slot,
+		.first = gfn - young->gfn_start,
+		.end = end - young->gfn_start,
+		.level = PG_LEVEL_1G,
+	};
+	u64 found = 0;
+
+	while (unit.level > PG_LEVEL_4K && !page_is_shadowed(slot, gfn, unit.level))
+		unit.level--;
+	unit.clear = young->clear &&
+		     IS_ALIGNED(end, kes_entry_pages(max_t(int, unit.level, *level)));
+	if (unit.level > PG_LEVEL_4K)
+		found = unit_find_huge(young, &unit);
+	if (unit_find_small(young, &unit, &found) || unit.level > PG_LEVEL_4K)
+		*level = max_t(u8, *level, unit.level);
+	return found;
+}
+
+/*
+ * Adds to young->accessed the pages that were accessed through tables that KVM
+ * shadows, and to young->levels how those map them. With young->clear, all pages
+ * that are to be made old there go to young->old. Returns how many pages were
+ * added.
+ */
+u64 kes_young_find(struct kes_young *young)
+{
+	int idx = srcu_read_lock(&young->kvm->srcu);
+	struct kvm_memslot_iter iter;
+	u64 found = 0, gfn, next;
+
+	kvm_for_each_memslot_in_gfn_range(&iter, __kvm_memslots(young->kvm, 0),
+					  young->gfn_start, young->gfn_end) {
+		u64 end = min(young->gfn_end, iter.slot->base_gfn + iter.slot->npages);
+
+		for (gfn = max(young->gfn_start, iter.slot->base_gfn); gfn < end; gfn = next) {
+			next = min(end, ALIGN_DOWN(gfn, KES_ENTRIES) + KES_ENTRIES);
+			found += unit_find(young, iter.slot, gfn, next);
+		}
+	}
+	srcu_read_unlock(&young->kvm->srcu, idx);
+	return found;
+}
+
+/* Makes the pages of @slot from bit @first to @end old that are in young->old. */
+static void slot_clear(struct kes_young *young, const struct kvm_memory_slot *slot,
+		       unsigned int first, unsigned int end)
+{
+	struct mmu_notifier *notifier = &young->kvm->mmu_notifier;
+	unsigned int from, to;
+
+	for (from = first; (from = find_next_bit(young->old, end, from)) < end; from = to) {
+		unsigned long hva = slot_hva(slot, unit_gfn(young, from));
+
+		to = find_next_zero_bit(young->old, min(end, from + KES_YOUNG_PAGES), from);
+		notifier->ops->clear_young(notifier, young->kvm->mm, hva,
+					   hva + ((unsigned long)(to - from) << PAGE_SHIFT));
+		cond_resched();
+	}
+}
+
+/*
+ * Makes the entries of the pages in young->old old, and empties it. TLBs are not
+ * flushed. Returns how many pages that were.
+ */
+u64 kes_young_clear(struct kes_young *young)
+{
+	unsigned int pages = young->gfn_end - young->gfn_start;
+	int idx = srcu_read_lock(&young->kvm->srcu);
+	u64 cleared = bitmap_weight(young->old, pages);
+	struct kvm_memslot_iter iter;
+
+	if (cleared) {
+		kvm_for_each_memslot_in_gfn_range(&iter, __kvm_memslots(young->kvm, 0),
+						  young->gfn_start, young->gfn_end) {
+			u64 gfn = max(young->gfn_start, iter.slot->base_gfn);
+			u64 end = min(young->gfn_end, iter.slot->base_gfn + iter.slot->npages);
+
+			if (gfn < end)
+				slot_clear(young, iter.slot, gfn - young->gfn_start,
+					   end - young->gfn_start);
+		}
+		bitmap_zero(young->old, pages);
+	}
+	srcu_read_unlock(&young->kvm->srcu, idx);
+	return cleared;
+}
