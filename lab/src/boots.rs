@@ -133,10 +133,28 @@ pub const TESTS: &[Boot] = &[
         flavour: Flavour::Stock,
         ..small("intel-stock", Cpu::SkylakeX, Tests::Only(&["harvest-exact", "dirty-exact"]))
     },
-    small("intel-ivybridge", Cpu::IvyBridge, Tests::Only(&["refuses-no-ad-bits"])),
+    Boot {
+        host: Host::Intel(Cpu::IvyBridge),
+        ..intel(
+            "intel-ivybridge",
+            Line::V6_12,
+            Tests::Only(&[
+                "harvest-exact",
+                "harvest-peek",
+                "harvest-unaligned",
+                "levels-2m",
+                "flush-proof",
+                "no-ad-bits",
+            ]),
+        )
+    },
     Boot {
         kvm: "kvm.tdp_mmu=0",
-        ..small("intel-shadow", Cpu::SkylakeX, Tests::Only(&["refuses-shadow-mmu"]))
+        ..intel(
+            "intel-shadow",
+            Line::V6_12,
+            Tests::Only(&["shadow-exact", "shadow-huge", "vm-exit", "module-in-use"]),
+        )
     },
 ];
 

@@ -12,8 +12,9 @@ mod flush;
 mod huge;
 mod lifecycle;
 mod machine;
+mod nested;
+mod notifier;
 mod place;
-mod refused;
 mod sampling;
 mod sampling_calls;
 mod sampling_rate;
@@ -40,6 +41,9 @@ const TESTS: &[Test] = &[
     ("module-in-use", lifecycle::module_in_use),
     ("churn", lifecycle::churn),
     ("flush-proof", flush::proof),
+    ("nested-exact", nested::exact),
+    ("nested-huge", nested::huge),
+    ("nested-direct", nested::direct),
     ("sample-types", sampling::types),
     ("sample-dirty-log", sampling_writes::dirty_log),
     ("sample-end", sampling_writes::end),
@@ -60,8 +64,9 @@ const BY_NAME: &[Test] = &[
     ("sample-harvest", sampling::beside_harvest),
     ("sample-huge", sampling::huge),
     ("sample-chosen", sampling::chosen_types),
-    ("refuses-no-ad-bits", refused::no_ad_bits),
-    ("refuses-shadow-mmu", refused::shadow_mmu),
+    ("no-ad-bits", notifier::no_ad_bits),
+    ("shadow-exact", notifier::shadow_mmu),
+    ("shadow-huge", notifier::shadow_huge),
 ];
 
 /// Names of the tests that every host runs.

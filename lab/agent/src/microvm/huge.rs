@@ -118,7 +118,7 @@ fn partial_range_keeps_the_bit(
 }
 
 /// AnonHugePages of the mapping that holds `memory`, from /proc/self/smaps.
-fn anon_huge_kib(memory: &Memory) -> Result<u64> {
+pub(super) fn anon_huge_kib(memory: &Memory) -> Result<u64> {
     let smaps = fs::read_to_string("/proc/self/smaps")?;
     let mut inside = false;
     let mut kib = 0;

@@ -156,7 +156,7 @@ impl Pages {
 }
 
 /// Flat 32-bit code that goes over `pages`, then does `tail`, then starts again.
-fn program(pages: Pages, touch: Touch, tail: &[u8]) -> Vec<u8> {
+pub fn program(pages: Pages, touch: Touch, tail: &[u8]) -> Vec<u8> {
     let mut code = vec![0xBF]; // mov edi, base
     code.extend(pages.base.to_le_bytes());
     code.push(0xB9); // mov ecx, count
