@@ -35,6 +35,11 @@
 #define kvm_arch_has_private_mem(kvm) false
 #endif
 
+/* 6.2: without CONFIG_KVM_SMM there is no system management mode. */
+#ifndef HF_SMM_MASK
+#define HF_SMM_MASK 0
+#endif
+
 /* After 6.12: TDX mirrors its tables, and the mirror is not what the CPU reads. */
 #if KES_KERNEL_IS(7, 3)
 #define kes_compat_is_mirror(role) ((role).is_mirror)

@@ -80,7 +80,7 @@ static inline unsigned int kes_entry_index(u64 gfn, int level)
 /* The bits of an entry that are an address; the one of memory encryption is not. */
 static inline u64 kes_entry_frame_mask(void)
 {
-	return physical_mask & PAGE_MASK;
+	return __PHYSICAL_MASK & PAGE_MASK;
 }
 
 static inline unsigned long kes_entry_pfn(u64 entry)

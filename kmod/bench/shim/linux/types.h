@@ -19,7 +19,7 @@ typedef uint64_t phys_addr_t;
 #define BIT_ULL(nr)		(1ULL << (nr))
 #define PAGE_SHIFT		12
 #define PAGE_MASK		(~4095ULL)
-#define physical_mask		((1ULL << 52) - 1)
+#define __PHYSICAL_MASK		((1ULL << 52) - 1)
 #define __va(address)		((void *)(uintptr_t)(address))
 
 #endif /* SHIM_H */
