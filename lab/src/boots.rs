@@ -158,6 +158,12 @@ pub const TESTS: &[Boot] = &[
     },
 ];
 
+/// Boots of the debug kernel, by name only: `cargo xtask test --boot`.
+pub const DEBUG: &[Boot] = &[
+    amd("amd-debug", Line::V6_12Debug),
+    Boot { flavour: Flavour::Stock, ..intel("intel-debug", Line::V6_12Debug, Tests::AllBut(&["levels-1g"])) },
+];
+
 /// The boots that the benches need.
 pub const BENCHES: &[Boot] = &[
     Boot {
@@ -169,14 +175,18 @@ pub const BENCHES: &[Boot] = &[
     intel("intel-bench-sampling", Line::V6_12, Tests::Only(&["sample-rate", "sample-cold"])),
 ];
 
-/// Those of [`TESTS`] with these names.
+/// Those of [`TESTS`] and [`DEBUG`] with these names.
 pub fn named(names: &[String]) -> Vec<&'static Boot> {
-    TESTS.iter().filter(|boot| names.iter().any(|name| name == boot.name)).collect()
+    all().filter(|boot| names.iter().any(|name| name == boot.name)).collect()
 }
 
-/// The names of [`TESTS`].
+/// The names of [`TESTS`] and [`DEBUG`].
 pub fn names() -> Vec<&'static str> {
-    TESTS.iter().map(|boot| boot.name).collect()
+    all().map(|boot| boot.name).collect()
+}
+
+fn all() -> impl Iterator<Item = &'static Boot> {
+    TESTS.iter().chain(DEBUG)
 }
 
 impl Boot {

@@ -57,7 +57,7 @@ pub const NEEDS: &[Need] = &[
 fn suites(line: Line) -> &'static [&'static str] {
     match line {
         Line::V6_1 => &["bookworm"],
-        Line::V6_12 => &["trixie"],
+        Line::V6_12 | Line::V6_12Debug => &["trixie"],
         Line::V7_3 => &["trixie", "trixie-backports"],
     }
 }
@@ -87,7 +87,8 @@ pub fn host_tree(lab: &Lab) -> Result<PathBuf> {
     tree(lab, "host-tree", HOST_SUITES, &HOST_PACKAGES)
 }
 
-fn tree(lab: &Lab, name: &str, suites: &[&str], packages: &[&str]) -> Result<PathBuf> {
+/// A tree of `packages`, unpacked when it is not in the cache.
+pub fn tree(lab: &Lab, name: &str, suites: &[&str], packages: &[&str]) -> Result<PathBuf> {
     let key = Key::new("debian tree 2").texts(suites).texts(&LEFT_OUT).texts(packages);
     lab.cache.get_or_build(name, &key, |root| {
         if !nix::unistd::geteuid().is_root() {

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 
 use crate::Lab;
-use crate::debian;
+use crate::{debian, debug_kernel};
 
 /// Kernel lines that the module knows. docs/KERNELS.md says what runs on each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -18,6 +18,8 @@ pub enum Line {
     V6_12,
     /// That of Debian's trixie-backports.
     V7_3,
+    /// Debian trixie's, built with all that watches; not in CI.
+    V6_12Debug,
 }
 
 /// A kernel as files, whoever built it.
@@ -39,7 +41,7 @@ pub struct Kernel {
 }
 
 impl Line {
-    /// All of them, oldest first.
+    /// Those that Debian builds, oldest first.
     pub const ALL: [Self; 3] = [Self::V6_1, Self::V6_12, Self::V7_3];
 
     /// The line that the hosts with libvirt run.
@@ -51,12 +53,16 @@ impl Line {
             Self::V6_1 => "6.1",
             Self::V6_12 => "6.12",
             Self::V7_3 => "7.3",
+            Self::V6_12Debug => "6.12-debug",
         }
     }
 
     /// The kernel, fetched when it is not in the cache.
     pub fn get(self, lab: &Lab) -> Result<Kernel> {
-        debian::kernel(lab, self)
+        match self {
+            Self::V6_12Debug => debug_kernel::kernel(lab),
+            line => debian::kernel(lab, line),
+        }
     }
 }
 

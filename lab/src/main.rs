@@ -8,6 +8,7 @@ mod boots;
 mod cache;
 mod cpio;
 mod debian;
+mod debug_kernel;
 mod demo;
 mod intel_bochs;
 mod intel_kernel;
@@ -54,7 +55,16 @@ enum Command {
     /// Compare what things cost with their alternatives, in the same run.
     Bench,
     /// Open a shell on an emulated AMD host, with the product installed.
-    Lab,
+    Lab {
+        #[command(subcommand)]
+        what: Option<LabCommand>,
+    },
+}
+
+#[derive(Subcommand)]
+enum LabCommand {
+    /// Build the kernel that watches itself, for `test --boot amd-debug intel-debug`.
+    BuildDebugKernel,
 }
 
 /// What all parts of the lab share.
@@ -128,6 +138,9 @@ fn run(cli: Cli) -> Result<bool> {
         Command::Demo => demo::run(&lab, "demo"),
         Command::Bench => bench::run(&lab),
         Command::Test(options) => test::run(&lab, &options),
-        Command::Lab => shell::run(&lab).map(|()| true),
+        Command::Lab { what: None } => shell::run(&lab).map(|()| true),
+        Command::Lab { what: Some(LabCommand::BuildDebugKernel) } => {
+            debug_kernel::prepare(&lab).map(|()| true)
+        }
     }
 }

@@ -37,8 +37,11 @@ impl Plan<'_> {
             let main = self.libvirt && line == Line::MAIN;
             main || self.boots.iter().any(|boot| boot.kernel == line)
         };
-        let (mut first, rest): (Vec<Line>, Vec<Line>) =
-            Line::ALL.into_iter().filter(|line| wanted(*line)).partition(|line| *line == Line::MAIN);
+        let (mut first, rest): (Vec<Line>, Vec<Line>) = Line::ALL
+            .into_iter()
+            .chain([Line::V6_12Debug])
+            .filter(|line| wanted(*line))
+            .partition(|line| *line == Line::MAIN);
         first.extend(rest);
         first
     }
