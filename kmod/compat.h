@@ -95,15 +95,16 @@ static inline bool kes_compat_writes_tracked(struct kvm *kvm, struct kvm_memory_
 }
 
 /*
- * Whether no entry of tables that KVM shadows maps the page of a reverse map's
- * head. After 6.12 the head is atomic, and its lowest bits are two flags.
+ * A reverse map's head: 0 when no entry of tables that KVM shadows maps the page,
+ * the address of the entry when one does, and anything odd when there are more.
+ * After 6.12 bit 1 is a lock.
  */
-static inline bool kes_compat_rmap_empty(const struct kvm_rmap_head *head)
+static inline unsigned long kes_compat_rmap(const struct kvm_rmap_head *head)
 {
 #if KES_KERNEL_IS(7, 3)
-	return !(atomic_long_read(&head->val) & ~3UL);
+	return atomic_long_read(&head->val) & ~2UL;
 #else
-	return !READ_ONCE(head->val);
+	return READ_ONCE(head->val);
 #endif
 }
 

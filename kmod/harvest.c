@@ -356,6 +356,7 @@ static int chunk_ask(struct kes_walk *walk, int tracked)
 	bool shadowed = kes_young_shadowed(walk->kvm);
 	struct kes_young young = {
 		.kvm = walk->kvm,
+		.format = walk->format,
 		.gfn_start = walk->gfn_start,
 		.gfn_end = walk->gfn_end,
 		.accessed = (unsigned long *)walk->chunk->accessed,

@@ -179,6 +179,21 @@ int kes_vm_roots_for_sampling(struct kvm *kvm, struct kes_root roots[KES_MAX_ROO
 	return n;
 }
 
+/*
+ * Whether @entry is one of tables that KVM shadows, and has an accessed bit. The
+ * caller holds mmu_lock, which keeps the table of an entry that KVM told.
+ */
+bool kes_vm_is_shadow_entry(const u64 *entry)
+{
+	const struct kes_mmu_page *page;
+
+	if (!virt_addr_valid(entry))
+		return false;
+	page = (struct kes_mmu_page *)page_private(virt_to_page(entry));
+	return virt_addr_valid(page) && !page->tdp_mmu_page &&
+	       page->spt == PTR_ALIGN_DOWN(entry, PAGE_SIZE) && !page->role.ad_disabled;
+}
+
 static void memslot_fill(struct kes_memslot *out, const struct kvm_memory_slot *slot)
 {
 	out->gfn_start = slot->base_gfn;

@@ -33,6 +33,7 @@ int kes_vm_check(struct kvm *kvm);
 bool kes_vm_has_tables(struct kvm *kvm);
 int kes_vm_roots(struct kvm *kvm, struct kes_root roots[KES_MAX_ROOTS]);
 int kes_vm_roots_for_sampling(struct kvm *kvm, struct kes_root roots[KES_MAX_ROOTS]);
+bool kes_vm_is_shadow_entry(const u64 *entry);
 long kes_vm_memslots(struct kvm *kvm, struct kes_memslots *arg);
 
 #endif /* KES_VM_H */

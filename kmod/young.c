@@ -5,7 +5,8 @@
  *
  * - Tables that KVM shadows: those of a guest's own guests, and all tables where
  *   the TDP MMU is off. Which pages they map stands in the heads of the reverse
- *   maps of each memslot; whether such a page is young, KVM answers.
+ *   maps of each memslot. Of a nested guest, the accessed bit is read where the
+ *   head leads to one entry; otherwise KVM answers whether the page is young.
  *
  * - Tables without accessed bits. The walk reads there which entries are young;
  *   only KVM can make them old.
@@ -19,8 +20,9 @@
  *
  * Locking. Everything here sleeps, under kvm->srcu, which keeps the memslots and
  * their reverse maps. The calls take kvm->mmu_lock themselves, for write up to
- * 6.12: so none covers more than 2 MiB. Only heads of reverse maps are read
- * here, which are empty or not; nothing is followed.
+ * 6.12: so none covers more than 2 MiB. What heads of reverse maps lead to is
+ * read under mmu_lock for read, for at most 2 MiB: KVM changes reverse maps, and
+ * frees the tables, under mmu_lock for write.
  */
 #include <linux/bitmap.h>
 #include <linux/mmu_notifier.h>
@@ -70,13 +72,13 @@ static bool page_is_young(struct kes_young *young, const struct kvm_memory_slot 
 	return notifier->ops->test_young(notifier, young->kvm->mm, slot_hva(slot, gfn));
 }
 
-/* Whether KVM maps @gfn by an entry of @level in tables that it shadows. */
-static bool page_is_shadowed(const struct kvm_memory_slot *slot, u64 gfn, int level)
+/* What kes_compat_rmap() says of @gfn, for entries of @level. */
+static unsigned long page_rmap(const struct kvm_memory_slot *slot, u64 gfn, int level)
 {
 	const struct kvm_rmap_head *heads = READ_ONCE(slot->arch.rmap[level - PG_LEVEL_4K]);
 	int shift = KES_ENTRIES_SHIFT * (level - 1);
 
-	return heads && !kes_compat_rmap_empty(&heads[(gfn >> shift) - (slot->base_gfn >> shift)]);
+	return heads ? kes_compat_rmap(&heads[(gfn >> shift) - (slot->base_gfn >> shift)]) : 0;
 }
 
 /*
@@ -101,9 +103,10 @@ static u64 unit_gfn(const struct kes_young *young, unsigned int bit)
 	return young->gfn_start + bit;
 }
 
-static bool unit_small(const struct kes_young *young, const struct kes_unit *unit, unsigned int bit)
+static unsigned long unit_small(const struct kes_young *young, const struct kes_unit *unit,
+				unsigned int bit)
 {
-	return page_is_shadowed(unit->slot, unit_gfn(young, bit), PG_LEVEL_4K);
+	return page_rmap(unit->slot, unit_gfn(young, bit), PG_LEVEL_4K);
 }
 
 /*
@@ -136,25 +139,55 @@ static u64 unit_find_huge(struct kes_young *young, const struct kes_unit *unit)
 	return found;
 }
 
+/* Adds a page to the accessed ones; returns 1 if it is new there. */
+static unsigned int unit_add(struct kes_young *young, const struct kes_unit *unit, unsigned int bit)
+{
+	if (unit->clear)
+		__set_bit(bit, young->old);
+	return !__test_and_set_bit(bit, young->accessed);
+}
+
+/*
+ * Reads the small entries of pages that only one maps, as far as they are laid
+ * out as known. The other pages that small entries map go to @ask, counted from
+ * the unit's start. Returns how many pages small entries map.
+ */
+static unsigned int unit_read_small(struct kes_young *young, const struct kes_unit *unit,
+				    unsigned long *ask, u64 *found)
+{
+	bool readable = kes_vm_has_tables(young->kvm);
+	unsigned int bit, mapped = 0;
+
+	read_lock(&young->kvm->mmu_lock);
+	for (bit = unit->first; bit < unit->end; bit++) {
+		unsigned long rmap = unit_small(young, unit, bit);
+		const u64 *entry = (const u64 *)rmap;
+
+		if (!rmap)
+			continue;
+		mapped++;
+		if (test_bit(bit, young->accessed))
+			unit_add(young, unit, bit);
+		else if (!readable || rmap & 1 || !kes_vm_is_shadow_entry(entry))
+			__set_bit(bit - unit->first, ask);
+		else if (READ_ONCE(*entry) >> young->format->accessed_nr & 1)
+			*found += unit_add(young, unit, bit);
+	}
+	read_unlock(&young->kvm->mmu_lock);
+	return mapped;
+}
+
 /* The small entries. Returns how many pages they map, and adds to *@found. */
 static unsigned int unit_find_small(struct kes_young *young, const struct kes_unit *unit,
 				    u64 *found)
 {
-	unsigned int bit, mapped = 0;
+	DECLARE_BITMAP(ask, KES_ENTRIES) = { 0 };
+	unsigned int mapped = unit_read_small(young, unit, ask, found), i;
 
-	for (bit = unit->first; bit < unit->end; bit++) {
-		if (!unit_small(young, unit, bit))
-			continue;
-		mapped++;
-		if (!test_bit(bit, young->accessed)) {
-			if (!page_is_young(young, unit->slot, unit_gfn(young, bit)))
-				continue;
-			__set_bit(bit, young->accessed);
-			++*found;
-		}
-		if (unit->clear)
-			__set_bit(bit, young->old);
-	}
+	for_each_set_bit(i, ask, KES_ENTRIES)
+		if (page_is_young(young, unit->slot, unit_gfn(young, unit->first + i)))
+			*found += unit_add(young, unit, unit->first + i);
+	cond_resched();
 	return mapped;
 }
 
@@ -170,7 +203,7 @@ static u64 unit_find(struct kes_young *young, const struct kvm_memory_slot *slot
 	};
 	u64 found = 0;
 
-	while (unit.level > PG_LEVEL_4K && !page_is_shadowed(slot, gfn, unit.level))
+	while (unit.level > PG_LEVEL_4K && !page_rmap(slot, gfn, unit.level))
 		unit.level--;
 	unit.clear = young->clear &&
 		     IS_ALIGNED(end, kes_entry_pages(max_t(int, unit.level, *level)));

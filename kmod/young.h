@@ -4,12 +4,15 @@
 
 #include <linux/kvm_host.h>
 
+#include "entry.h"
+
 /*
  * A range of GFNs and what is known of its pages; bit i of a bitmap stands for
  * gfn_start + i.
  */
 struct kes_young {
 	struct kvm *kvm;
+	const struct kes_entry_format *format;
 	u64 gfn_start;
 	u64 gfn_end;
 	unsigned long *accessed;

@@ -148,12 +148,12 @@ struct kes_memslots {
  *   about accesses by faults. The tables tell which pages were accessed, KVM
  *   clears. Each page costs the guest a fault once it was cleared. No @dirty.
  * - Guests that run guests of their own, by nested paging. KVM shadows the
- *   tables of these. Each page that such a shadow maps is asked for by itself,
- *   which costs much more than reading an entry of a table. @accessed and
- *   @levels are complete; the other bitmaps tell what the tables of the guest
- *   itself say.
- * - kvm.tdp_mmu=N, or EPT or NPT not in use: KVM shadows the guest itself. As
- *   before, without tables: @mapped and @on_nodes are zero. No @dirty.
+ *   tables of these; the module reads the shadows' accessed bits where one entry
+ *   maps a page, and KVM tells the rest and clears. @accessed and @levels are
+ *   complete; the other bitmaps tell what the tables of the guest itself say.
+ * - kvm.tdp_mmu=N, or EPT or NPT not in use: KVM shadows the guest itself, and
+ *   is asked for each page that is mapped, which costs much more than reading
+ *   a table. @mapped and @on_nodes are zero. No @dirty.
  *
  * So a page can be accessed without being mapped: its place must be asked for
  * elsewhere, as by move_pages(2). Memory that the VMM maps twice for the guest
