@@ -144,6 +144,7 @@ pub const TESTS: &[Boot] = &[
                 "harvest-unaligned",
                 "levels-2m",
                 "flush-proof",
+                "churn-accessed",
                 "no-ad-bits",
             ]),
         )
@@ -153,7 +154,7 @@ pub const TESTS: &[Boot] = &[
         ..intel(
             "intel-shadow",
             Line::V6_12,
-            Tests::Only(&["shadow-exact", "shadow-huge", "vm-exit", "module-in-use"]),
+            Tests::Only(&["shadow-exact", "shadow-huge", "vm-exit", "module-in-use", "churn-accessed"]),
         )
     },
 ];

@@ -14,7 +14,7 @@ use ept_virt_core::topology::NodeSet;
 use nix::kmod::{DeleteModuleFlags, delete_module};
 
 use super::Outcome;
-use super::machine::{ALL, ALL_CLEAR, Machine, PAGE, SPREAD, Touch, harvest, round_program};
+use super::machine::{ALL, ALL_CLEAR, Machine, PAGE, PAGES, SPREAD, Touch, harvest, round_program};
 
 /// A process with a VM. Kills and reaps on drop.
 pub struct Victim(Child);
@@ -105,10 +105,24 @@ pub fn module_in_use() -> Result<Outcome> {
 /// readers harvest and clear all the while. The kernel must stay silent and the
 /// guest must go on.
 pub fn churn() -> Result<Outcome> {
-    const FOR: Duration = Duration::from_millis(1500);
-    let taint_before = std::fs::read_to_string("/proc/sys/kernel/tainted")?;
+    churn_standard(HarvestRequest { clear_dirty: true, ..ALL_CLEAR })
+}
+
+/// As [`churn`], where nothing tells what was written.
+pub fn churn_accessed() -> Result<Outcome> {
+    churn_standard(ALL_CLEAR)
+}
+
+fn churn_standard(request: HarvestRequest) -> Result<Outcome> {
     let mut machine = Machine::standard()?;
     machine.load(&round_program(SPREAD, Touch::Write))?;
+    churn_on(machine, request, PAGES)
+}
+
+/// Memory is dropped from 2 MiB to `end_gfn`; the rest holds programs.
+pub fn churn_on(mut machine: Machine, request: HarvestRequest, end_gfn: u64) -> Result<Outcome> {
+    const FOR: Duration = Duration::from_millis(1500);
+    let taint_before = std::fs::read_to_string("/proc/sys/kernel/tainted")?;
     let samplers = (0..2).map(|_| machine.observe()).collect::<Result<Vec<_>>>()?;
     let (stop, harvests) = (AtomicBool::new(false), AtomicU64::new(0));
     let rounds = std::thread::scope(|scope| -> Result<u64> {
@@ -117,9 +131,8 @@ pub fn churn() -> Result<Outcome> {
             .map(|mut sampler| {
                 let (stop, harvests) = (&stop, &harvests);
                 scope.spawn(move || -> Result<()> {
-                    let clear = HarvestRequest { clear_dirty: true, ..ALL_CLEAR };
                     while !stop.load(Ordering::Relaxed) {
-                        harvest(&mut sampler, clear)?;
+                        harvest(&mut sampler, request)?;
                         harvests.fetch_add(1, Ordering::Relaxed);
                         // Each harvest kicks the guest: without a pause it would not get on.
                         std::thread::sleep(Duration::from_millis(2));
@@ -128,7 +141,7 @@ pub fn churn() -> Result<Outcome> {
                 })
             })
             .collect();
-        let rounds = churn_rounds(&mut machine, FOR);
+        let rounds = churn_rounds(&mut machine, FOR, end_gfn);
         stop.store(true, Ordering::Relaxed);
         for reader in readers {
             reader.join().map_err(|_| anyhow::anyhow!("a reader panicked"))??;
@@ -140,14 +153,13 @@ pub fn churn() -> Result<Outcome> {
     Ok(Outcome::Pass(format!("{rounds} rounds of the guest, {} harvests beside them", harvests.into_inner())))
 }
 
-fn churn_rounds(machine: &mut Machine, how_long: Duration) -> Result<u64> {
+fn churn_rounds(machine: &mut Machine, how_long: Duration, end_gfn: u64) -> Result<u64> {
     let start = Instant::now();
     let mut rounds = 0;
     while start.elapsed() < how_long {
         machine.run_round()?;
         rounds += 1;
-        // All but the program's own 2 MiB.
-        let (from, bytes) = (512 * PAGE, machine.memory.bytes() - 512 * PAGE);
+        let (from, bytes) = (512 * PAGE, (end_gfn as usize - 512) * PAGE);
         if rounds % 3 == 0 {
             machine.memory.advise(from, bytes, libc::MADV_DONTNEED)?;
         }

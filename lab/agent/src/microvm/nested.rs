@@ -15,6 +15,7 @@ use kvm_ioctls::Kvm;
 
 use super::Outcome;
 use super::huge::anon_huge_kib;
+use super::lifecycle::churn_on;
 use super::machine::{
     ALL, ALL_CLEAR, CODE_GFN, Machine, Memory, PAGE, PAGES, Pages, SPREAD, Touch, expect_same, gfns, harvest,
     program,
@@ -27,6 +28,8 @@ const VMCB_GFN: u64 = 8;
 const SAVE_GFN: u64 = 9;
 /// L2's nested tables: identity, one of level 4, 3 and 2 each, then the last level.
 const NESTED_TABLES: u64 = 10;
+/// Tables of the last level that map all memory once more behind itself.
+const SECOND_TABLES: u64 = 128;
 /// From here on only L2 touches memory.
 const L2_START: u64 = 512;
 /// Apart from all of [`SPREAD`].
@@ -40,6 +43,8 @@ const HUGE_FLAG: u64 = 1 << 7;
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Nested {
     Small,
+    /// Small, and all memory a second time.
+    Twice,
     Huge,
     /// Not at all: L2 runs on L1's own addresses.
     Off,
@@ -76,6 +81,37 @@ pub fn exact() -> Result<Outcome> {
     let pieces = in_pieces(&mut machine, &mut sampler)?;
     expect_same("accessed by L2, in pieces", &pieces, &want)?;
     Ok(Outcome::Pass(format!("{} pages of a nested guest in each of 3 rounds, 0 at rest", want.len())))
+}
+
+/// As [`exact`], where two entries of the shadows map each page: KVM alone knows.
+pub fn twice() -> Result<Outcome> {
+    // Goes over the end of the memory, to 200 pages again, and over no table.
+    let pages = Pages { base: 0x23_0000, stride: 0x4_0000, count: 456 };
+    let Some((mut machine, mut sampler)) = machine(Memory::small_pages(PAGES)?, pages, Nested::Twice)? else {
+        return Ok(skipped());
+    };
+    let touched = pages.gfns().into_iter().map(|gfn| gfn % PAGES).chain([L2_CODE_GFN]);
+    let want: BTreeSet<u64> = touched.filter(|gfn| *gfn >= L2_START).collect();
+    for round in 1..=3 {
+        machine.run_round()?;
+        expect_same(&format!("round {round}, peek"), &by_l2(&harvest(&mut sampler, ALL)?), &want)?;
+        let seen = harvest(&mut sampler, ALL_CLEAR)?;
+        expect_same(&format!("accessed by L2 in round {round}"), &by_l2(&seen), &want)?;
+        let rest = harvest(&mut sampler, ALL_CLEAR)?;
+        ensure!(rest.stats.accessed == 0, "{} pages accessed while both guests rested", rest.stats.accessed);
+    }
+    Ok(Outcome::Pass(format!(
+        "{} pages, most of them mapped twice, in each of 3 rounds, 0 at rest",
+        want.len()
+    )))
+}
+
+/// Harvests that clear, beside a nested guest whose memory comes and goes.
+pub fn churn() -> Result<Outcome> {
+    let Some((machine, _)) = machine(Memory::small_pages(PAGES)?, SPREAD, Nested::Small)? else {
+        return Ok(skipped());
+    };
+    churn_on(machine, ALL_CLEAR, L2_CODE_GFN)
 }
 
 /// Nested pages of 2 MiB on host memory of 2 MiB: one bit for all pages.
@@ -198,9 +234,15 @@ fn identity(memory: &Memory, first: u64, size: Nested) {
             entry(first + 2, unit, unit << 21 | TABLE_FLAGS | HUGE_FLAG);
             continue;
         }
-        entry(first + 2, unit, (first + 3 + unit) << 12 | TABLE_FLAGS);
-        for index in 0..512 {
-            entry(first + 3 + unit, index, (unit * 512 + index) << 12 | TABLE_FLAGS);
+        let mut last_level = vec![(unit, first + 3 + unit)];
+        if size == Nested::Twice {
+            last_level.push((PAGES / 512 + unit, SECOND_TABLES + unit));
+        }
+        for (at, table) in last_level {
+            entry(first + 2, at, table << 12 | TABLE_FLAGS);
+            for index in 0..512 {
+                entry(table, index, (unit * 512 + index) << 12 | TABLE_FLAGS);
+            }
         }
     }
 }
