@@ -10,6 +10,12 @@ use anyhow::{Context, Result};
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 
+/// How many items of a name are kept: those of two checkouts that take turns.
+const KEPT: usize = 2;
+
+/// Hexadecimal digits of a key in an item's file name.
+const KEY_DIGITS: usize = 24;
+
 /// The folder.
 pub struct Cache {
     dir: PathBuf,
@@ -77,7 +83,7 @@ impl Key {
 
     fn hex(&self) -> String {
         let digest = self.hash.clone().finalize();
-        digest[..12].iter().map(|b| format!("{b:02x}")).collect()
+        digest[..KEY_DIGITS / 2].iter().map(|b| format!("{b:02x}")).collect()
     }
 }
 
@@ -98,6 +104,7 @@ impl Cache {
     /// `build` gets a path at which nothing exists and makes a file or a folder
     /// of it; that is renamed into place when `build` succeeds and removed when
     /// it fails. A second process that wants the same item waits for the first.
+    /// Older items of the same name go, but for the newest.
     pub fn get_or_build(
         &self,
         name: &str,
@@ -120,7 +127,24 @@ impl Cache {
             return Err(error);
         }
         fs::rename(&temp, &item).with_context(|| format!("moving {} into place", item.display()))?;
+        self.prune(name, &item)?;
         Ok(item)
+    }
+
+    /// Removes all items of `name` but `newest` and the newest others. Of a link
+    /// the link is removed, not what it leads to.
+    fn prune(&self, name: &str, newest: &Path) -> Result<()> {
+        let mut others = Vec::new();
+        for entry in fs::read_dir(&self.dir).with_context(|| format!("reading {}", self.dir.display()))? {
+            let entry = entry?;
+            if is_item(&entry.file_name().to_string_lossy(), name) && entry.path() != newest {
+                let changed = entry.metadata().and_then(|meta| meta.modified());
+                others.push((changed.context("a file without a time")?, entry.path()));
+            }
+        }
+        others.sort();
+        let superseded = others.len().saturating_sub(KEPT - 1);
+        others[..superseded].iter().try_for_each(|(_, path)| remove(path))
     }
 
     fn lock(&self, name: &str) -> Result<Flock<File>> {
@@ -130,6 +154,12 @@ impl Cache {
             .map_err(|(_, errno)| errno)
             .with_context(|| format!("locking {}", path.display()))
     }
+}
+
+/// Whether this file is an item of `name`: the name and a key, nothing else.
+fn is_item(file: &str, name: &str) -> bool {
+    let key = file.strip_prefix(name).and_then(|rest| rest.strip_prefix('-'));
+    key.is_some_and(|key| key.len() == KEY_DIGITS && key.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
 /// Removes a file or a folder tree; nothing there is fine.
@@ -169,6 +199,32 @@ mod tests {
         let second = cache.get_or_build("x", &key, |_| panic!("built twice")).unwrap();
         assert_eq!(first, second);
         remove(&dir).unwrap();
+    }
+
+    #[test]
+    fn two_items_of_a_name_are_kept_and_nothing_else_is_touched() {
+        let dir = scratch("prune");
+        let elsewhere = scratch("prune-elsewhere");
+        fs::create_dir_all(&elsewhere).unwrap();
+        let cache = Cache::open(&dir).unwrap();
+        let linked = dir.join(format!("x-{}", Key::new("0").hex()));
+        std::os::unix::fs::symlink(&elsewhere, &linked).unwrap();
+        for bystander in ["x-y-0123456789abcdef01234567", "x-notes", "x.log"] {
+            fs::write(dir.join(bystander), "").unwrap();
+        }
+        let mut made = Vec::new();
+        for recipe in ["1", "2", "3"] {
+            // File times have a granularity.
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            made.push(cache.get_or_build("x", &Key::new(recipe), |p| Ok(fs::create_dir(p)?)).unwrap());
+        }
+        assert!(!linked.is_symlink() && elsewhere.exists());
+        assert_eq!(made.iter().map(|p| p.exists()).collect::<Vec<_>>(), [false, true, true]);
+        for bystander in ["x-y-0123456789abcdef01234567", "x-notes", "x.log"] {
+            assert!(dir.join(bystander).exists(), "{bystander}");
+        }
+        remove(&dir).unwrap();
+        remove(&elsewhere).unwrap();
     }
 
     #[test]
