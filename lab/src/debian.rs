@@ -102,6 +102,8 @@ pub fn tree(lab: &Lab, name: &str, suites: &[&str], packages: &[&str]) -> Result
         let (first, last) = suites.first().zip(suites.last()).context("a tree without a suite")?;
         let step = lab.progress.step(format!("unpacking Debian {last} ({name})"));
         let mut command = Command::new("mmdebstrap");
+        // The lab's hosts have an initramfs of their own.
+        command.env("INITRD", "No");
         command.args(["--variant=minbase", "--mode=root", "--format=directory"]);
         for pattern in LEFT_OUT {
             command.arg(format!("--dpkgopt=path-exclude={pattern}"));
