@@ -68,6 +68,8 @@ pub enum Tests {
     Only(&'static [&'static str]),
 }
 
+/// What counts samples in time, which only a host that counts instructions tells
+/// apart from a slow machine.
 const SAMPLING: Tests = Tests::Only(&[
     "sample-chosen",
     "sample-huge",
@@ -87,8 +89,9 @@ const fn amd(name: &'static str, kernel: Line) -> Boot {
         // the other one has patched, and the kernel dies of an int3.
         cpus: 1,
         flavour: Flavour::Stock,
-        // The test of a page of 1 GiB finds one above 4 GiB.
-        memory_mib: 4096,
+        // Three whole GiB above the fourth, of which a kernel at a random
+        // address leaves one free for a page of that size.
+        memory_mib: 6144,
         kvm: "",
         tests: Tests::AllBut(&[]),
     }
@@ -114,6 +117,12 @@ const fn small(name: &'static str, cpu: Cpu, tests: Tests) -> Boot {
     Boot { host: Host::Intel(cpu), cpus: 1, memory_mib: 512, ..intel(name, Line::V6_12, tests) }
 }
 
+/// A boot without any trick. It takes 40 to 100 s before the tests begin.
+const fn stock(name: &'static str, kernel: Line) -> Boot {
+    let tests = Tests::Only(&["harvest-exact", "dirty-exact"]);
+    Boot { kernel, flavour: Flavour::Stock, ..small(name, Cpu::SkylakeX, tests) }
+}
+
 /// The boots that the tests need.
 pub const TESTS: &[Boot] = &[
     amd("amd-6.1", Line::V6_1),
@@ -124,14 +133,15 @@ pub const TESTS: &[Boot] = &[
     intel("intel-6.1", Line::V6_1, Tests::AllBut(&["levels-1g"])),
     intel("intel-7.3", Line::V7_3, Tests::AllBut(&["levels-1g"])),
     intel("intel-sampling", Line::V6_12, SAMPLING),
+    intel("intel-sampling-6.1", Line::V6_1, SAMPLING),
+    intel("intel-sampling-7.3", Line::V7_3, SAMPLING),
+    stock("intel-stock", Line::V6_12),
+    stock("intel-stock-6.1", Line::V6_1),
+    stock("intel-stock-7.3", Line::V7_3),
     Boot {
         // With the second GiB free as a whole.
         memory_mib: 2304,
         ..small("intel-haswell", Cpu::Haswell, Tests::Only(&["harvest-exact", "dirty-exact", "levels-1g"]))
-    },
-    Boot {
-        flavour: Flavour::Stock,
-        ..small("intel-stock", Cpu::SkylakeX, Tests::Only(&["harvest-exact", "dirty-exact"]))
     },
     Boot {
         host: Host::Intel(Cpu::IvyBridge),
@@ -161,7 +171,8 @@ pub const TESTS: &[Boot] = &[
 
 /// Boots of the debug kernel, by name only: `cargo xtask test --boot`.
 pub const DEBUG: &[Boot] = &[
-    amd("amd-debug", Line::V6_12Debug),
+    // Each GiB costs KASAN an eighth of it.
+    Boot { memory_mib: 4096, ..amd("amd-debug", Line::V6_12Debug) },
     Boot { flavour: Flavour::Stock, ..intel("intel-debug", Line::V6_12Debug, Tests::AllBut(&["levels-1g"])) },
 ];
 
@@ -250,7 +261,7 @@ mod tests {
 
     #[test]
     fn every_line_runs_on_both_makers() {
-        for line in Line::ALL {
+        for line in [Line::V6_1, Line::V6_12, Line::V7_3] {
             for amd in [true, false] {
                 let runs = |boot: &&Boot| boot.kernel == line && (boot.host == Host::Amd) == amd;
                 assert!(TESTS.iter().any(|boot| runs(&boot)), "{line}, amd: {amd}");
@@ -269,7 +280,7 @@ mod tests {
 
     #[test]
     fn command_lines_fit_the_kernels_buffer() {
-        for boot in TESTS.iter().chain(BENCHES) {
+        for boot in all().chain(BENCHES) {
             assert!(boot.command_line(&[]).len() < 2000, "{}", boot.name);
         }
     }

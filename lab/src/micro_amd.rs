@@ -36,8 +36,9 @@ const MACHINE: &[&str] = &[
     "isa-debug-exit,iobase=0x8900,iosize=1",
 ];
 
-/// The kernel's words for this host: what protects it from its guests takes TCG long.
-pub const WORDS: &str = "quiet mitigations=off";
+/// The kernel's words for this host. What protects it from its guests takes TCG
+/// long; a page of 1 GiB is sure to be found only before there is anything else.
+pub const WORDS: &str = "quiet mitigations=off hugepagesz=1G hugepages=0:1";
 
 /// The emulator, ready to start.
 pub fn command(boot: &Boot, machine: &Machine) -> Command {
