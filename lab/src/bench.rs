@@ -10,10 +10,10 @@ use anyhow::{Context, Result};
 use serde::Deserialize;
 
 use crate::Lab;
-use crate::kernel::Line;
 use crate::micro::MicroHosts;
+use crate::prepare::{self, Plan};
 use crate::verdict::{Tally, Verdict};
-use crate::{boots, demo, prepare, proc, product};
+use crate::{boots, demo, proc, product};
 
 /// 512 MiB of entries: the tables of 256 GiB of guest memory.
 const ENTRIES_MIB: &str = "512";
@@ -25,11 +25,11 @@ pub fn run(lab: &Lab) -> Result<bool> {
     println!("\nWays to learn about a QEMU guest, on the emulated AMD host:\n");
     let amd = demo::run(lab, "bench")?;
     println!("\nInstructions of a harvest, on the emulated Intel host:\n");
-    let targets = prepare::targets(lab, &[Line::MAIN])?;
+    prepare::packages(lab, &Plan { libvirt: false, boots: boots::BENCHES.iter().collect() })?;
     let agent = product::build_agent(lab)?;
-    let mut hosts = MicroHosts::new(lab, &targets, &agent);
-    let mut tally = Tally::default();
-    boots::BENCHES.iter().try_for_each(|boot| hosts.run(boot, &[], &mut tally))?;
+    let hosts = MicroHosts::new(lab, &agent);
+    let tally = Tally::new(&lab.progress);
+    boots::BENCHES.iter().try_for_each(|boot| hosts.run(boot, &[], &tally))?;
     Ok(amd && tally.count(Verdict::Fail) == 0)
 }
 

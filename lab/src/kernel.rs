@@ -41,8 +41,8 @@ pub struct Kernel {
 }
 
 impl Line {
-    /// Those that Debian builds, oldest first.
-    pub const ALL: [Self; 3] = [Self::V6_1, Self::V6_12, Self::V7_3];
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::V6_1, Self::V6_12, Self::V7_3, Self::V6_12Debug];
 
     /// The line that the hosts with libvirt run.
     pub const MAIN: Self = Self::V6_12;

@@ -19,6 +19,7 @@ mod micro_amd;
 mod micro_image;
 mod micro_intel;
 mod modules;
+mod once;
 mod prepare;
 mod proc;
 mod product;

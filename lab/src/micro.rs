@@ -13,11 +13,12 @@ use crate::Lab;
 use crate::boots::{Boot, Host};
 use crate::intel_bochs::{self, Bochs};
 use crate::kernel::{Kernel, Line};
-use crate::verdict::{self, Tally, Verdict};
-use crate::{apt, kmod, micro_amd, micro_image, micro_intel, proc};
+use crate::once::Once;
+use crate::verdict::{self, Tally};
+use crate::{kmod, micro_amd, micro_image, micro_intel, proc};
 
-/// Boot and tests take 10 to 150 s.
-const TIMEOUT: Duration = Duration::from_secs(400);
+/// Boot and tests take 10 to 150 s, on a loaded machine several times that.
+const TIMEOUT: Duration = Duration::from_secs(600);
 
 /// A kernel and our module for it.
 pub struct Target {
@@ -39,11 +40,11 @@ impl Target {
 /// What boots are made of.
 pub struct MicroHosts<'a> {
     lab: &'a Lab,
-    targets: &'a BTreeMap<Line, Target>,
     /// The static program that is PID 1.
     agent: &'a Path,
-    /// The emulator of Intel hosts, from when it is first needed.
-    bochs: Option<Bochs>,
+    targets: BTreeMap<Line, Once<Target>>,
+    /// The emulator of Intel hosts.
+    bochs: Once<Bochs>,
 }
 
 /// The files of one emulated machine.
@@ -65,24 +66,28 @@ pub struct Machine {
 }
 
 impl<'a> MicroHosts<'a> {
-    /// Hosts for boots of the kernels in `targets`.
-    pub fn new(lab: &'a Lab, targets: &'a BTreeMap<Line, Target>, agent: &'a Path) -> Self {
-        Self { lab, targets, agent, bochs: None }
+    /// Nothing is made before it is needed.
+    pub fn new(lab: &'a Lab, agent: &'a Path) -> Self {
+        let targets = Line::ALL.into_iter().map(|line| (line, Once::new())).collect();
+        Self { lab, agent, targets, bochs: Once::new() }
+    }
+
+    /// A kernel and our module for it.
+    pub fn target(&self, line: Line) -> Result<&Target> {
+        let target = self.targets.get(&line).context("a kernel line that is not in the list of all")?;
+        target.get(|| Target::get(self.lab, line))
     }
 
     /// Boots once and adds the verdicts of its tests, or of those in `only`, to
     /// `tally`. A host that does not get to its end is a failure there, not an
     /// error here.
-    pub fn run(&mut self, boot: &Boot, only: &[String], tally: &mut Tally) -> Result<()> {
+    pub fn run(&self, boot: &Boot, only: &[String], tally: &Tally) -> Result<()> {
         let lab = self.lab;
-        let failed_before = tally.count(Verdict::Fail);
-        let target = self.targets.get(&boot.kernel).context("its kernel was not prepared")?;
-        if let Host::Intel(_) = boot.host
-            && self.bochs.is_none()
-        {
-            apt::ensure(lab, micro_intel::NEEDS)?;
-            self.bochs = Some(intel_bochs::obtain(lab)?);
-        }
+        let target = self.target(boot.kernel)?;
+        let bochs = match boot.host {
+            Host::Amd => None,
+            Host::Intel(cpu) => Some((self.bochs.get(|| intel_bochs::obtain(lab))?, cpu)),
+        };
         let step = lab.progress.step(boot.to_string());
         let work = lab.run_folder(boot.name)?;
         let machine = Machine {
@@ -95,17 +100,18 @@ impl<'a> MicroHosts<'a> {
             log: lab.log(&format!("{}-emulator", boot.name)),
         };
         machine.start_logs()?;
-        let (mut command, output, slowness) = match (boot.host, &self.bochs) {
-            (Host::Intel(cpu), Some(bochs)) => {
-                (micro_intel::command(lab, bochs, boot, cpu, &machine)?, &machine.wire, bochs.slowness())
+        let (mut command, output, timeout) = match bochs {
+            None => (micro_amd::command(boot, &machine), &machine.log, TIMEOUT),
+            // Bochs writes the wire to its standard output.
+            Some((bochs, cpu)) => {
+                let command = micro_intel::command(lab, bochs, boot, cpu, &machine)?;
+                (command, &machine.wire, TIMEOUT * bochs.slowness())
             }
-            _ => (micro_amd::command(boot, &machine), &machine.log, 1),
         };
         let mut child = proc::spawn(&mut command, output)?;
-        let timeout = TIMEOUT * slowness;
-        verdict::collect(boot.name, &machine.wire, &machine.console, &mut child, timeout, tally, &step)?;
+        let well = verdict::collect(boot.name, &machine.wire, &machine.console, &mut child, timeout, tally)?;
         drop(child);
-        if tally.count(Verdict::Fail) == failed_before {
+        if well {
             step.done("");
         }
         fs::remove_dir_all(&work).with_context(|| format!("removing {}", work.display()))

@@ -85,7 +85,7 @@ fn fast_boot() -> String {
 /// Makes the CD and returns the emulator, ready to start. The wire is its
 /// standard output.
 pub fn command(lab: &Lab, bochs: &Bochs, boot: &Boot, cpu: Cpu, machine: &Machine) -> Result<Command> {
-    let cd = burn(lab, machine)?;
+    let cd = burn(lab, boot, machine)?;
     let config = machine.work.join("bochsrc");
     fs::write(&config, describe(bochs, boot, cpu, machine, &cd))
         .with_context(|| format!("writing {}", config.display()))?;
@@ -93,7 +93,7 @@ pub fn command(lab: &Lab, bochs: &Bochs, boot: &Boot, cpu: Cpu, machine: &Machin
 }
 
 /// Burns a CD that boots the machine's kernel.
-fn burn(lab: &Lab, machine: &Machine) -> Result<PathBuf> {
+fn burn(lab: &Lab, boot: &Boot, machine: &Machine) -> Result<PathBuf> {
     let (root, cd) = (machine.work.join("cd"), machine.work.join("cd.iso"));
     fs::create_dir_all(&root).with_context(|| format!("creating {}", root.display()))?;
     for file in BOOT_LOADER.map(Path::new) {
@@ -118,7 +118,7 @@ fn burn(lab: &Lab, machine: &Machine) -> Result<PathBuf> {
         .arg(&root)
         .arg(format!("/vmlinuz={}", kernel.display()))
         .arg(format!("/initrd={}", machine.initramfs.display()));
-    proc::run(&mut command, &lab.log("intel-cd"), TOOL_TIMEOUT)?;
+    proc::run(&mut command, &lab.log(&format!("{}-cd", boot.name)), TOOL_TIMEOUT)?;
     Ok(cd)
 }
 

@@ -3,7 +3,6 @@
 //! and needs nothing but the network is done in the background, so that later
 //! steps find it in the cache, or wait for it there.
 
-use std::collections::BTreeMap;
 use std::thread::{self, Scope};
 
 use anyhow::Result;
@@ -37,11 +36,8 @@ impl Plan<'_> {
             let main = self.libvirt && line == Line::MAIN;
             main || self.boots.iter().any(|boot| boot.kernel == line)
         };
-        let (mut first, rest): (Vec<Line>, Vec<Line>) = Line::ALL
-            .into_iter()
-            .chain([Line::V6_12Debug])
-            .filter(|line| wanted(*line))
-            .partition(|line| *line == Line::MAIN);
+        let (mut first, rest): (Vec<Line>, Vec<Line>) =
+            Line::ALL.into_iter().filter(|line| wanted(*line)).partition(|line| *line == Line::MAIN);
         first.extend(rest);
         first
     }
@@ -75,11 +71,6 @@ pub fn in_background<'scope>(scope: &'scope Scope<'scope, '_>, lab: &'scope Lab,
     if plan.intel() {
         scope.spawn(move || intel_bochs::obtain(lab));
     }
-}
-
-/// The targets of these lines.
-pub fn targets(lab: &Lab, lines: &[Line]) -> Result<BTreeMap<Line, Target>> {
-    lines.iter().map(|line| Ok((*line, Target::get(lab, *line)?))).collect()
 }
 
 /// The AMD host with libvirt and the product for it, all made that was missing.

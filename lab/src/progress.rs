@@ -49,7 +49,7 @@ impl Progress {
         Step { what, started: Instant::now(), bar, bars: self.bars.clone(), finished: Cell::new(false) }
     }
 
-    /// Prints one line, above the steps under way.
+    /// Prints a line that stays, above the steps under way.
     pub fn line(&self, text: &str) {
         print_above(self.bars.as_ref(), text);
     }
@@ -73,11 +73,6 @@ impl Step {
             Some(bar) => bar.set_message(format!("{}: {text}", self.what)),
             None => eprintln!("           {text}"),
         }
-    }
-
-    /// Prints a line that stays, above the steps under way.
-    pub fn line(&self, text: &str) {
-        print_above(self.bars.as_ref(), text);
     }
 
     /// Ends the step well; `detail` may be empty.

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `cargo xtask test`: everything that must hold.
 
-use std::collections::BTreeMap;
+use std::collections::VecDeque;
 use std::path::Path;
+use std::sync::Mutex;
 use std::thread;
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use crate::amd::{AmdHost, Wire};
 use crate::boots::{self, Boot, Host};
 use crate::kernel::Line;
 use crate::micro::{MicroHosts, Target};
+use crate::once::Once;
 use crate::prepare::{self, Plan};
 use crate::proc;
 use crate::product::{self, Installation};
@@ -42,6 +44,9 @@ const AMD_RUNS: &[(&str, &[&str])] = &[
     ),
 ];
 const SCENARIO_TIMEOUT: Duration = Duration::from_secs(150);
+
+/// Hosts that run at a time. Each has one CPU's worth of work, and 3 GiB at most.
+const WORKERS: usize = 2;
 
 /// What to run: without any option all tests.
 #[derive(Args)]
@@ -78,15 +83,15 @@ impl Options {
 
 /// Runs the tests; whether none failed.
 pub fn run(lab: &Lab, options: &Options) -> Result<bool> {
-    let mut tally = Tally::default();
+    let tally = Tally::new(&lab.progress);
     let plan = options.plan();
     prepare::packages(lab, &plan)?;
     thread::scope(|scope| {
         prepare::in_background(scope, lab, &plan);
         if options.all() {
-            sources(lab, &mut tally);
+            sources(lab, &tally);
         }
-        if let Err(error) = hosts(lab, options, &plan, &mut tally) {
+        if let Err(error) = hosts(lab, options, &plan, &tally) {
             tally.check("emulated hosts", || Err(error));
         }
     });
@@ -97,7 +102,7 @@ pub fn run(lab: &Lab, options: &Options) -> Result<bool> {
 }
 
 /// What needs no emulated host.
-fn sources(lab: &Lab, tally: &mut Tally) {
+fn sources(lab: &Lab, tally: &Tally) {
     let checks: [(&str, &[&str]); 3] = [
         ("fmt", &["fmt", "--all", "--check"]),
         ("clippy", &["clippy", "--workspace", "--all-targets", "--", "--deny=warnings"]),
@@ -113,45 +118,73 @@ fn sources(lab: &Lab, tally: &mut Tally) {
     }
 }
 
-/// What runs on emulated hosts.
-fn hosts(lab: &Lab, options: &Options, plan: &Plan, tally: &mut Tally) -> Result<()> {
-    let agent = product::build_agent(lab)?;
-    let mut targets = BTreeMap::new();
-    for line in plan.lines() {
-        tally.check(&format!("kmod-build-{line}"), || {
-            let target = Target::get(lab, line)?;
-            let detail = format!("W=1, {}", target.kernel.release);
-            targets.insert(line, target);
-            Ok(detail)
-        });
-        // Those of the line that is there; the next may still be unpacked.
-        let of_line = |boot: &&&Boot| boot.kernel == line;
-        if targets.contains_key(&line) {
-            if plan.libvirt && line == Line::MAIN {
-                libvirt(lab, options, &targets[&line], &agent, tally)?;
-            }
-            let mut hosts = MicroHosts::new(lab, &targets, &agent);
-            plan.boots.iter().filter(of_line).try_for_each(|boot| hosts.run(boot, &options.only, tally))?;
+/// Something to run that needs the machine for itself no more than others do.
+enum Job<'a> {
+    /// Build the module for a kernel.
+    Module(Line),
+    /// Scenarios of the AMD host with libvirt, under a name for their logs.
+    Scenarios(&'a str, Vec<&'a str>),
+    /// A boot of a micro host.
+    Boot(&'a Boot),
+}
+
+impl Job<'_> {
+    fn name(&self) -> String {
+        match self {
+            Self::Module(line) => format!("kmod-build-{line}"),
+            Self::Scenarios(name, _) => (*name).to_owned(),
+            Self::Boot(boot) => boot.name.to_owned(),
         }
     }
+}
+
+/// What runs on emulated hosts, each of which keeps one CPU busy.
+fn hosts(lab: &Lab, options: &Options, plan: &Plan, tally: &Tally) -> Result<()> {
+    let agent = product::build_agent(lab)?;
+    let hosts = MicroHosts::new(lab, &agent);
+    let libvirt = Once::new();
+    let jobs = Mutex::new(jobs(options, plan));
+    let work = |job: &Job| match job {
+        Job::Module(line) => {
+            tally.check(&job.name(), || Ok(format!("W=1, {}", hosts.target(*line)?.kernel.release)));
+            Ok(())
+        }
+        Job::Boot(boot) => hosts.run(boot, &options.only, tally),
+        Job::Scenarios(name, scenarios) => libvirt
+            .get(|| Amd::prepare(lab, hosts.target(Line::MAIN)?, &agent))?
+            .scenarios(name, scenarios, tally),
+    };
+    thread::scope(|scope| {
+        for _ in 0..WORKERS {
+            scope.spawn(|| {
+                while let Some(job) = jobs.lock().ok().and_then(|mut jobs| jobs.pop_front()) {
+                    if let Err(error) = work(&job) {
+                        tally.check(&job.name(), || Err(error));
+                    }
+                }
+            });
+        }
+    });
     Ok(())
 }
 
-/// The scenarios, on the AMD host with libvirt.
-fn libvirt(lab: &Lab, options: &Options, target: &Target, agent: &Path, tally: &mut Tally) -> Result<()> {
-    let product = product::build(lab)?;
-    let files = Installation {
-        product,
-        module: target.module.clone(),
-        agent: agent.into(),
-        kernel: target.kernel.image.clone(),
+/// All jobs of a plan: modules before what needs them, kernels in the order in
+/// which they are prepared, and what takes longest not last.
+fn jobs<'a>(options: &'a Options, plan: &Plan<'a>) -> VecDeque<Job<'a>> {
+    let mut scenarios: VecDeque<Job> = match options.amd.as_slice() {
+        _ if !plan.libvirt => VecDeque::new(),
+        [] => AMD_RUNS.iter().map(|(name, scenarios)| Job::Scenarios(name, scenarios.to_vec())).collect(),
+        some => [Job::Scenarios("amd-some", some.iter().map(String::as_str).collect())].into(),
     };
-    let amd = Amd { lab, host: AmdHost::prepare(lab, &target.kernel)?, files };
-    if !options.amd.is_empty() {
-        let names: Vec<&str> = options.amd.iter().map(String::as_str).collect();
-        return amd.scenarios("amd-some", &names, tally);
+    let mut jobs = VecDeque::new();
+    for line in plan.lines() {
+        jobs.push_back(Job::Module(line));
+        // One at a time: the others find micro hosts to go on with.
+        jobs.extend(scenarios.pop_front());
+        jobs.extend(plan.boots.iter().filter(|boot| boot.kernel == line).map(|boot| Job::Boot(boot)));
     }
-    AMD_RUNS.iter().try_for_each(|(name, scenarios)| amd.scenarios(name, scenarios, tally))
+    jobs.extend(scenarios);
+    jobs
 }
 
 /// The AMD host with what is tested on it.
@@ -161,21 +194,77 @@ struct Amd<'a> {
     files: Installation,
 }
 
-impl Amd<'_> {
-    fn scenarios(&self, name: &str, scenarios: &[&str], tally: &mut Tally) -> Result<()> {
+impl<'a> Amd<'a> {
+    fn prepare(lab: &'a Lab, target: &Target, agent: &Path) -> Result<Self> {
+        let files = Installation {
+            product: product::build(lab)?,
+            module: target.module.clone(),
+            agent: agent.into(),
+            kernel: target.kernel.image.clone(),
+        };
+        Ok(Self { lab, host: AmdHost::prepare(lab, &target.kernel)?, files })
+    }
+
+    fn scenarios(&self, name: &str, scenarios: &[&str], tally: &Tally) -> Result<()> {
         let script = format!("exec ./lab-agent scenario {}", scenarios.join(" "));
         let timeout = SCENARIO_TIMEOUT * u32::try_from(scenarios.len())?;
         self.run(name, &script, timeout, tally)
     }
 
-    fn run(&self, name: &str, script: &str, timeout: Duration, tally: &mut Tally) -> Result<()> {
+    fn run(&self, name: &str, script: &str, timeout: Duration, tally: &Tally) -> Result<()> {
         let step = self.lab.progress.step(format!("AMD host: {name}"));
         let wire = self.lab.log(&format!("{name}-wire"));
         let payload = self.files.payload(script)?;
         let mut machine = self.host.start(self.lab, name, payload, &Wire::File(wire.clone()))?;
         let console = machine.console.clone();
-        verdict::collect(name, &wire, &console, &mut machine.qemu, timeout, tally, &step)?;
-        step.done("");
+        if verdict::collect(name, &wire, &console, &mut machine.qemu, timeout, tally)? {
+            step.done("");
+        }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    fn names(line: &[&str]) -> Vec<String> {
+        let options = Line::try_parse_from([&["test"], line].concat()).unwrap().options;
+        jobs(&options, &options.plan()).iter().map(Job::name).collect()
+    }
+
+    #[test]
+    fn a_boot_needs_its_kernel_alone() {
+        assert_eq!(names(&["--boot", "amd-7.3"]), ["kmod-build-7.3", "amd-7.3"]);
+        assert!(Line::try_parse_from(["test", "--boot", "no-such"]).is_err());
+    }
+
+    #[test]
+    fn scenarios_need_no_micro_host() {
+        assert_eq!(names(&["--amd", "boot"]), ["kmod-build-6.12", "amd-some"]);
+    }
+
+    #[test]
+    fn without_options_everything_runs_after_its_module() {
+        let all = names(&[]);
+        for name in boots::TESTS.iter().map(|boot| boot.name).chain(AMD_RUNS.iter().map(|run| run.0)) {
+            assert_eq!(all.iter().filter(|job| *job == name).count(), 1, "{name}");
+        }
+        let at = |name: &str| all.iter().position(|job| job == name).unwrap();
+        assert!(at("kmod-build-6.1") < at("amd-6.1") && at("kmod-build-6.12") < at("amd-place"));
+    }
+
+    #[test]
+    fn chosen_tests_want_chosen_boots() {
+        assert!(Line::try_parse_from(["test", "--only", "churn"]).is_err());
+        assert!(names(&["--intel"]).iter().all(|job| job.starts_with("intel") || job.starts_with("kmod")));
     }
 }

@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ use anyhow::{Context, Result};
 use serde::Deserialize;
 
 use crate::proc::{Child, log_tail};
-use crate::progress::Step;
+use crate::progress::Progress;
 
 /// How a test ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -71,15 +72,20 @@ pub fn parse(line: &str) -> Option<Line> {
     }
 }
 
-/// All results so far; each is printed as it comes.
-#[derive(Default)]
-pub struct Tally {
-    results: Vec<TestResult>,
+/// All results so far; each is printed as it comes, from several threads.
+pub struct Tally<'a> {
+    results: Mutex<Vec<TestResult>>,
+    progress: &'a Progress,
 }
 
-impl Tally {
-    /// Counts and prints a result, above the step under way if there is one.
-    pub fn add(&mut self, result: TestResult, step: Option<&Step>) {
+impl<'a> Tally<'a> {
+    /// No results yet; they will be printed above the steps under way.
+    pub fn new(progress: &'a Progress) -> Self {
+        Self { results: Mutex::default(), progress }
+    }
+
+    /// Counts and prints a result.
+    pub fn add(&self, result: TestResult) {
         let mark = match result.verdict {
             Verdict::Pass => "pass",
             Verdict::Fail => "FAIL",
@@ -87,15 +93,12 @@ impl Tally {
         };
         let seconds = result.ms as f64 / 1000.0;
         let text = format!("{mark} {} ({seconds:.1} s) {}", result.name, result.detail);
-        match step {
-            Some(step) => step.line(text.trim_end()),
-            None => eprintln!("{}", text.trim_end()),
-        }
-        self.results.push(result);
+        self.progress.line(text.trim_end());
+        self.results().push(result);
     }
 
     /// Runs a test on this machine: an error is a failure.
-    pub fn check(&mut self, name: &str, test: impl FnOnce() -> Result<String>) {
+    pub fn check(&self, name: &str, test: impl FnOnce() -> Result<String>) {
         let started = Instant::now();
         let (verdict, detail) = match test() {
             Ok(detail) => (Verdict::Pass, detail),
@@ -103,12 +106,17 @@ impl Tally {
         };
         let result =
             TestResult { name: name.into(), verdict, detail, ms: started.elapsed().as_millis() as u64 };
-        self.add(result, None);
+        self.add(result);
     }
 
     /// How many results have this verdict.
     pub fn count(&self, verdict: Verdict) -> usize {
-        self.results.iter().filter(|r| r.verdict == verdict).count()
+        self.results().iter().filter(|r| r.verdict == verdict).count()
+    }
+
+    /// A thread that panicked while it held the lock leaves whole results.
+    fn results(&self) -> MutexGuard<'_, Vec<TestResult>> {
+        self.results.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The closing line.
@@ -155,24 +163,28 @@ impl Follower {
 /// Collects verdicts from `wire`, the file that the emulator `child` writes,
 /// until `EPT-DONE`, the emulator's end, or `timeout`. Ending without
 /// `EPT-DONE` is a failure named `what` that shows the end of `console`.
+/// Returns whether nothing failed.
 pub fn collect(
     what: &str,
     wire: &Path,
     console: &Path,
     child: &mut Child,
     timeout: Duration,
-    tally: &mut Tally,
-    step: &Step,
-) -> Result<()> {
+    tally: &Tally,
+) -> Result<bool> {
     let started = Instant::now();
+    let mut well = true;
     let mut follower = Follower::new(wire);
     let reason = loop {
         // Looked at before the wire is read: what it wrote last is then there.
         let ended = child.try_wait()?;
         for line in follower.lines()? {
             match parse(&line) {
-                Some(Line::Test(result)) => tally.add(result, Some(step)),
-                Some(Line::Done) => return Ok(()),
+                Some(Line::Test(result)) => {
+                    well &= result.verdict != Verdict::Fail;
+                    tally.add(result);
+                }
+                Some(Line::Done) => return Ok(well),
                 None => {}
             }
         }
@@ -191,8 +203,8 @@ pub fn collect(
         detail: format!("{reason}\nwire:\n{}\nconsole:\n{}", log_tail(wire), log_tail(console)),
         ms: started.elapsed().as_millis() as u64,
     };
-    tally.add(result, Some(step));
-    Ok(())
+    tally.add(result);
+    Ok(false)
 }
 
 #[cfg(test)]
