@@ -51,8 +51,11 @@ u32 kes_ring_unread(const struct kes_ring *ring)
 	return smp_load_acquire(&ring->head) - READ_ONCE(ring->tail);
 }
 
-/* The first of up to @count records that lie side by side; how many there are. */
-static u32 ring_peek(const struct kes_ring *ring, u32 count, const struct kes_sample **from)
+/*
+ * Reader: @from is the first of up to @count records that lie side by side.
+ * Returns how many there are; they stay until kes_ring_drop().
+ */
+u32 kes_ring_peek(const struct kes_ring *ring, u32 count, const struct kes_sample **from)
 {
 	u32 index = ring->tail & (ring->size - 1);
 
@@ -61,7 +64,7 @@ static u32 ring_peek(const struct kes_ring *ring, u32 count, const struct kes_sa
 }
 
 /* Reader: gives the room of the @count oldest records back to the writers. */
-static void ring_drop(struct kes_ring *ring, u32 count)
+void kes_ring_drop(struct kes_ring *ring, u32 count)
 {
 	smp_store_release(&ring->tail, ring->tail + count);
 }
@@ -73,9 +76,9 @@ u32 kes_ring_take(struct kes_ring *ring, struct kes_sample *to, u32 count)
 	u32 done = 0, some;
 
 	/* Twice at most: up to the end of the ring, and on from its start. */
-	while ((some = ring_peek(ring, count - done, &from))) {
+	while ((some = kes_ring_peek(ring, count - done, &from))) {
 		memcpy(to + done, from, array_size(some, sizeof(*from)));
-		ring_drop(ring, some);
+		kes_ring_drop(ring, some);
 		done += some;
 	}
 	return done;
@@ -92,10 +95,10 @@ ssize_t kes_ring_read(struct kes_ring *ring, char __user *buffer, size_t bytes)
 	ssize_t done = 0;
 	u32 some;
 
-	while ((some = ring_peek(ring, min_t(size_t, room, ring->size), &from))) {
+	while ((some = kes_ring_peek(ring, min_t(size_t, room, ring->size), &from))) {
 		if (copy_to_user(buffer + done, from, array_size(some, sizeof(*from))))
 			return done ?: -EFAULT;
-		ring_drop(ring, some);
+		kes_ring_drop(ring, some);
 		done += array_size(some, sizeof(*from));
 		room -= some;
 		if (signal_pending(current))

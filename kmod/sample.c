@@ -108,7 +108,7 @@ static bool sampler_fault(struct kes_sampler *sampler, u32 vcpu, u64 gfn, u64 co
 		reported = sample.access & sampler->access;
 		if (!reported)
 			sampler->stats.unwanted++;
-		else if (kes_ring_push(&sampler->ring, &sample))
+		else if (gfn < sampler->gfn_end && kes_ring_push(&sampler->ring, &sample))
 			sampler->stats.samples++;
 		else
 			sampler->stats.dropped++;
@@ -458,6 +458,16 @@ void kes_sampler_stop(struct kes_sampler *sampler)
 	leaves_destroy(&sampler->leaves);
 	WRITE_ONCE(sampler->running, false);
 	wake_up_interruptible(&sampler->wait);
+}
+
+/*
+ * The reader has no room for pages from @gfn_end on. Call before sampling begins.
+ */
+void kes_sampler_limit(struct kes_sampler *sampler, u64 gfn_end)
+{
+	spin_lock(&sampler->lock);
+	sampler->gfn_end = gfn_end;
+	spin_unlock(&sampler->lock);
 }
 
 /* Ends sampling and forgets the records: the next VM is another one. */

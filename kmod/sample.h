@@ -45,6 +45,7 @@ struct kes_sampler {
 
 	spinlock_t lock;
 	u32 access;		/* KES_ACCESS_* */
+	u64 gfn_end;		/* records of pages from here on count as dropped */
 	struct kes_leaves leaves;
 	struct list_head armed;
 	struct list_head free;
@@ -57,6 +58,7 @@ struct kes_sampler {
 void kes_sampler_init(struct kes_sampler *sampler);
 long kes_sampler_set(struct kes_sampler *sampler, struct kvm *kvm,
 		     const struct kes_entry_format *format, const struct kes_sample_set *arg);
+void kes_sampler_limit(struct kes_sampler *sampler, u64 gfn_end);
 void kes_sampler_stop(struct kes_sampler *sampler);
 void kes_sampler_reset(struct kes_sampler *sampler);
 void kes_sampler_stats(struct kes_sampler *sampler, struct kes_sample_stats *stats);

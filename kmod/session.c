@@ -13,6 +13,8 @@
 #include <linux/uaccess.h>
 
 #include "harvest.h"
+#include "legacy.h"
+#include "process.h"
 #include "sample.h"
 #include "session.h"
 #include "vm.h"
@@ -26,27 +28,25 @@ struct kes_session {
 	struct kvm *kvm;			/* reference, NULL: not attached */
 	struct kes_harvester *harvester;	/* there as long as @kvm is */
 	struct kes_sampler sampler;		/* runs only as long as @kvm is there */
+	/* INIT of 2019, not KES_ATTACH, was the last to bind: reads are its. */
+	bool speaks_2019;
+	struct kes_legacy legacy;
 };
 
-/*
- * Attaching takes a reference on this module too: an open file of procfs holds
- * none, and a module that observes a VM is not to be unloaded.
- */
-static long session_attach(struct kes_session *session, const struct kes_attach *arg)
+static bool session_is_2019(const struct kes_session *session)
 {
-	struct kvm *kvm;
-	long ret;
+	return session->kvm && session->speaks_2019;
+}
 
-	if (!capable(CAP_SYS_ADMIN))
-		return -EPERM;
-	if (arg->flags || memchr_inv(arg->reserved, 0, sizeof(arg->reserved)))
-		return -EINVAL;
-	if (session->kvm)
-		return -EISCONN;
-	kvm = kes_vm_get(arg->vm_fd);
-	if (IS_ERR(kvm))
-		return PTR_ERR(kvm);
-	ret = kes_vm_check(kvm);
+/*
+ * Binds the session to @kvm, whose reference it takes over, unless it fails. Takes
+ * a reference on this module too: an open file of procfs holds none, and a module
+ * that observes a VM is not to be unloaded.
+ */
+static long session_bind(struct kes_session *session, struct kvm *kvm)
+{
+	long ret = kes_vm_check(kvm);
+
 	if (ret)
 		goto put_vm;
 	session->harvester = kvzalloc(sizeof(*session->harvester), GFP_KERNEL_ACCOUNT);
@@ -68,6 +68,50 @@ free_harvester:
 put_vm:
 	kes_vm_put(kvm);
 	return ret;
+}
+
+static long session_attach(struct kes_session *session, const struct kes_attach *arg)
+{
+	struct kvm *kvm;
+	long ret;
+
+	if (!capable(CAP_SYS_ADMIN))
+		return -EPERM;
+	if (arg->flags || memchr_inv(arg->reserved, 0, sizeof(arg->reserved)))
+		return -EINVAL;
+	if (session->kvm)
+		return -EISCONN;
+	kvm = kes_vm_get(arg->vm_fd);
+	if (IS_ERR(kvm))
+		return PTR_ERR(kvm);
+	ret = session_bind(session, kvm);
+	if (ret)
+		return ret;
+	kes_sampler_limit(&session->sampler, U64_MAX);
+	WRITE_ONCE(session->speaks_2019, false);
+	return 0;
+}
+
+/* KES_2019_INIT. @file is the session's, by which the caller got at a procfs. */
+static long session_init_2019(struct kes_session *session, const struct file *file, pid_t pid)
+{
+	struct kvm *kvm;
+	long ret;
+
+	if (!capable(CAP_SYS_ADMIN))
+		return -EPERM;
+	if (session->kvm)
+		return -EISCONN;
+	kvm = kes_process_vm(file, pid);
+	if (IS_ERR(kvm))
+		return PTR_ERR(kvm);
+	ret = session_bind(session, kvm);
+	if (ret)
+		return ret;
+	kes_sampler_limit(&session->sampler, KES_2019_GFNS);
+	kes_legacy_init(&session->legacy);
+	WRITE_ONCE(session->speaks_2019, true);
+	return 0;
 }
 
 static long session_detach(struct kes_session *session)
@@ -161,8 +205,37 @@ static long session_sample_stats(struct kes_session *session,
 	return copy_to_user(user, &stats, sizeof(stats)) ? -EFAULT : 0;
 }
 
-static long session_call(struct kes_session *session, unsigned int cmd, void __user *user)
+/* The calls of 2019. Their argument is a number, but for GET_MEMSLOTS. */
+static long session_call_2019(struct kes_session *session, const struct file *file,
+			      unsigned int cmd, unsigned long arg)
 {
+	long ret;
+
+	if (cmd == KES_2019_INIT)
+		return session_init_2019(session, file, arg);
+	if (!session_is_2019(session))
+		return -ENOTCONN;
+	if (cmd == KES_2019_DEINIT)
+		return session_detach(session);
+	ret = session_vm_check(session);
+	if (ret)
+		return ret;
+	switch (cmd) {
+	case KES_2019_SET_PROT:
+		return kes_legacy_set_prot(&session->legacy, &session->sampler,
+					   session->kvm, arg);
+	case KES_2019_SET_FREQ:
+		return kes_legacy_set_freq(&session->legacy, &session->sampler,
+					   session->kvm, arg);
+	default:
+		return kes_legacy_memslots(session->kvm, (void __user *)arg);
+	}
+}
+
+static long session_call(struct kes_session *session, const struct file *file,
+			 unsigned int cmd, unsigned long arg)
+{
+	void __user *user = (void __user *)arg;
 	struct kes_attach attach;
 
 	switch (cmd) {
@@ -173,15 +246,21 @@ static long session_call(struct kes_session *session, unsigned int cmd, void __u
 			return -EFAULT;
 		return session_attach(session, &attach);
 	case KES_DETACH:
-		return session_detach(session);
+		return session_is_2019(session) ? -EBUSY : session_detach(session);
 	case KES_GET_MEMSLOTS:
 		return session_memslots(session, user);
 	case KES_HARVEST:
 		return session_harvest(session, user);
 	case KES_SAMPLE_SET:
-		return session_sample_set(session, user);
+		return session_is_2019(session) ? -EBUSY : session_sample_set(session, user);
 	case KES_SAMPLE_STATS:
 		return session_sample_stats(session, user);
+	case KES_2019_INIT:
+	case KES_2019_SET_PROT:
+	case KES_2019_SET_FREQ:
+	case KES_2019_GET_MEMSLOTS:
+	case KES_2019_DEINIT:
+		return session_call_2019(session, file, cmd, arg);
 	default:
 		return -ENOTTY;
 	}
@@ -194,7 +273,7 @@ static long session_ioctl(struct file *file, unsigned int cmd, unsigned long arg
 
 	if (mutex_lock_interruptible(&session->lock))
 		return -ERESTARTSYS;
-	ret = session_call(session, cmd, (void __user *)arg);
+	ret = session_call(session, file, cmd, arg);
 	mutex_unlock(&session->lock);
 	return ret;
 }
@@ -206,6 +285,16 @@ static long session_compat_ioctl(struct file *file, unsigned int cmd, unsigned l
 }
 #endif
 
+/* The session's lock is held. */
+static ssize_t session_take(struct kes_session *session, char __user *buffer, size_t bytes)
+{
+	if (session->speaks_2019)
+		return kes_legacy_read(&session->sampler, buffer, bytes);
+	if (bytes < sizeof(struct kes_sample))
+		return -EINVAL;
+	return kes_sampler_read(&session->sampler, buffer, bytes);
+}
+
 /* A read that waits for samples lets other calls in meanwhile. */
 static ssize_t session_read(struct file *file, char __user *buffer, size_t bytes, loff_t *pos)
 {
@@ -213,12 +302,10 @@ static ssize_t session_read(struct file *file, char __user *buffer, size_t bytes
 	struct kes_sampler *sampler = &session->sampler;
 	ssize_t ret;
 
-	if (bytes < sizeof(struct kes_sample))
-		return -EINVAL;
 	for (;;) {
 		if (mutex_lock_interruptible(&session->lock))
 			return -ERESTARTSYS;
-		ret = kes_sampler_read(sampler, buffer, bytes);
+		ret = session_take(session, buffer, bytes);
 		mutex_unlock(&session->lock);
 		if (ret != -EAGAIN || (file->f_flags & O_NONBLOCK))
 			return ret;
@@ -233,6 +320,9 @@ static __poll_t session_poll(struct file *file, struct poll_table_struct *table)
 	struct kes_session *session = file->private_data;
 	__poll_t events = 0;
 
+	/* The old reads never wait. */
+	if (READ_ONCE(session->speaks_2019))
+		return DEFAULT_POLLMASK;
 	poll_wait(file, &session->sampler.wait, table);
 	if (kes_sampler_readable(&session->sampler))
 		events |= EPOLLIN | EPOLLRDNORM;

@@ -54,6 +54,12 @@ static bool file_is_kvm_vm(struct file *file)
 #endif
 }
 
+/* The VM behind an open file, which holds a reference to it; NULL if none is. */
+struct kvm *kes_vm_of_file(struct file *file)
+{
+	return file_is_kvm_vm(file) ? file->private_data : NULL;
+}
+
 /*
  * Returns the VM behind a descriptor of the caller, with a reference that
  * kes_vm_put() gives back. The reference keeps struct kvm and its vCPUs, not
@@ -66,15 +72,12 @@ struct kvm *kes_vm_get(int fd)
 
 	if (!file)
 		return ERR_PTR(-EBADF);
-	if (!file_is_kvm_vm(file)) {
-		fput(file);
-		return ERR_PTR(-ENODEV);
-	}
-	kvm = file->private_data;
-	/* The open file has a reference of its own, so there is one to add to. */
-	kvm_get_kvm(kvm);
+	kvm = kes_vm_of_file(file);
+	if (kvm)
+		/* The open file has a reference of its own, so there is one to add to. */
+		kvm_get_kvm(kvm);
 	fput(file);
-	return kvm;
+	return kvm ?: ERR_PTR(-ENODEV);
 }
 
 void kes_vm_put(struct kvm *kvm)
@@ -211,8 +214,7 @@ static void memslot_fill(struct kes_memslot *out, const struct kvm_memory_slot *
  * Copies the slots that user space made (address space 0) to @out, in the order
  * of their addresses, as far as @capacity goes. Returns how many there are.
  */
-static u32 memslots_collect(struct kvm *kvm, struct kes_memslot *out,
-			    u32 capacity, u64 *generation)
+u32 kes_vm_slots(struct kvm *kvm, struct kes_memslot *out, u32 capacity, u64 *generation)
 {
 	struct kvm_memory_slot *slot;
 	struct kvm_memslots *slots;
@@ -249,7 +251,7 @@ long kes_vm_memslots(struct kvm *kvm, struct kes_memslots *arg)
 		if (!slots)
 			return -ENOMEM;
 	}
-	arg->count = memslots_collect(kvm, slots, capacity, &arg->generation);
+	arg->count = kes_vm_slots(kvm, slots, capacity, &arg->generation);
 	if (arg->count <= capacity &&
 	    copy_to_user(u64_to_user_ptr(arg->slots), slots,
 			 array_size(arg->count, sizeof(*slots))))

@@ -27,6 +27,7 @@ struct kes_root {
 					   gfn_node[(slots)->node_idx]))->id <	\
 		    KVM_USER_MEM_SLOTS)
 
+struct kvm *kes_vm_of_file(struct file *file);
 struct kvm *kes_vm_get(int fd);
 void kes_vm_put(struct kvm *kvm);
 int kes_vm_check(struct kvm *kvm);
@@ -34,6 +35,7 @@ bool kes_vm_has_tables(struct kvm *kvm);
 int kes_vm_roots(struct kvm *kvm, struct kes_root roots[KES_MAX_ROOTS]);
 int kes_vm_roots_for_sampling(struct kvm *kvm, struct kes_root roots[KES_MAX_ROOTS]);
 bool kes_vm_is_shadow_entry(const u64 *entry);
+u32 kes_vm_slots(struct kvm *kvm, struct kes_memslot *out, u32 capacity, u64 *generation);
 long kes_vm_memslots(struct kvm *kvm, struct kes_memslots *arg);
 
 #endif /* KES_VM_H */

@@ -12,7 +12,8 @@
  * is attached to at most one VM. All state dies with the file. No call changes
  * what the guest sees. What a guest pays is what the caller asked for: one TLB
  * flush for a KES_HARVEST_FLUSH, and faults and flushes for KES_SAMPLE_SET.
- * read(2) and poll(2) deliver samples; see KES_SAMPLE_SET.
+ * read(2) and poll(2) deliver samples; see KES_SAMPLE_SET. The interface of 2019
+ * lives on the same file; see the end of this one.
  *
  * RULES
  *
@@ -371,5 +372,92 @@ struct kes_sample_stats {
 #define KES_HARVEST		_IOWR(KES_IOC_MAGIC, 0x04, struct kes_harvest)
 #define KES_SAMPLE_SET		_IOW(KES_IOC_MAGIC, 0x05, struct kes_sample_set)
 #define KES_SAMPLE_STATS	_IOR(KES_IOC_MAGIC, 0x06, struct kes_sample_stats)
+
+/*
+ * THE INTERFACE OF 2019
+ *
+ * Programs written for the kvm-ept-sample of 2019 run unchanged. New ones are
+ * better off with the calls above: they name the vCPU and the time of an access,
+ * can wait, and are told what went wrong. Since ABI 1.2.
+ *
+ * The numbers are plain, and the rules at the top of this file do not hold: the
+ * structures have pointers and sizes of the caller's. 32-bit programs have all but
+ * KES_2019_GET_MEMSLOTS, which is ENOTTY for them.
+ *
+ * A session is bound by KES_2019_INIT or by KES_ATTACH, never by both. After INIT,
+ * KES_ATTACH fails with EISCONN, KES_DETACH and KES_SAMPLE_SET fail with EBUSY,
+ * and the other KES_ calls work as always. After KES_ATTACH, INIT fails with
+ * EISCONN and the other calls below with ENOTCONN.
+ *
+ * KES_2019_INIT (argument: a pid): binds the session to the VM of a process, given
+ * by its number, or that of one of its threads, in the caller's pid namespace. If
+ * it has several VMs, to that with the lowest descriptor, and the kernel log says
+ * so. Needs CAP_SYS_ADMIN, and the right to open /proc/PID/mem for reading, which
+ * is the right to trace the process (ptrace(2), PTRACE_MODE_ATTACH_FSCREDS).
+ *
+ *   EPERM       no CAP_SYS_ADMIN
+ *   EISCONN     this session is bound already
+ *   ESRCH       there is no such process
+ *   EACCES      the caller may not trace it (a security module can say it with
+ *               another errno); or as for KES_ATTACH
+ *   ENODEV      the process has no VM; kernel threads have none
+ *
+ * KES_2019_SET_PROT (argument: KES_2019_*, or-ed): which accesses to sample. After
+ * INIT: all. None is allowed, and stops.
+ *
+ *   EINVAL      another bit is set
+ *
+ * KES_2019_SET_FREQ (argument: Hz): samples a second, as @freq_hz of
+ * KES_SAMPLE_SET. 0, as after INIT, stops. More than KES_MAX_FREQ_HZ is taken for
+ * that. The ring has its default size.
+ *
+ * Sampling runs while there is a type of access and a frequency, set in any order.
+ * Both may change while it runs; what was not read then stays. It is lost when
+ * sampling starts anew after a stop.
+ *
+ *   EBUSY, EOPNOTSUPP, ENXIO, EUCLEAN, EACCES  both calls, as for KES_SAMPLE_SET
+ *
+ * KES_2019_GET_MEMSLOTS (argument: pointer to struct kes_2019_memslots): fills in
+ * up to @capacity of the slots that KES_GET_MEMSLOTS would list, in its order, and
+ * in @count how many it filled in. As many as @capacity: there may be more.
+ *
+ * KES_2019_DEINIT (no argument): ends sampling and unbinds, as does closing the
+ * file. INIT may follow.
+ *
+ * read(2) returns as many whole samples as there are and fit: little-endian 32-bit
+ * numbers, the GFN in bits 0 to 28, and one of KES_2019_* in bits 29 to 31. When
+ * there is none it returns 0. It never waits, whatever O_NONBLOCK says, and has no
+ * error but EFAULT, also after DEINIT and after the VM's process exited. The calls
+ * above tell that with ESRCH. poll(2) always reports POLLIN and POLLOUT.
+ *
+ * Samples of pages from KES_2019_GFNS on (2 TiB) count as dropped; see
+ * KES_SAMPLE_STATS.
+ *
+ *   ENOTCONN    all but INIT: the session is not bound by INIT
+ */
+#define KES_2019_INIT		1200
+#define KES_2019_SET_PROT	1201
+#define KES_2019_SET_FREQ	1202
+#define KES_2019_GET_MEMSLOTS	1203
+#define KES_2019_DEINIT		1204
+
+#define KES_2019_READ		(1U << 0)
+#define KES_2019_WRITE		(1U << 1)
+#define KES_2019_EXEC		(1U << 2)
+
+#define KES_2019_XWR_SHIFT	29
+#define KES_2019_GFNS		(1ULL << KES_2019_XWR_SHIFT)
+
+struct kes_2019_memslot {
+	__u64 gpa;			/* bytes */
+	__u64 hva;
+	__kernel_size_t page_count;
+};
+
+struct kes_2019_memslots {
+	struct kes_2019_memslot *memslots;
+	__kernel_size_t capacity;
+	__kernel_size_t count;
+};
 
 #endif /* _UAPI_KVM_EPT_SAMPLE_H */
