@@ -23,6 +23,7 @@ fn main() -> Result<()> {
         ["example"] => scenario::example(),
         ["microvm", host, names @ ..] => microvm_tests(host, names),
         ["microvm-victim"] => microvm::victim(),
+        ["microvm-owner", words @ ..] => microvm::owner(words),
         other => bail!(
             "usage: lab-agent guest|init-micro|scenario NAME...|demo|bench|example|microvm HOST [TEST...] (got {other:?})"
         ),

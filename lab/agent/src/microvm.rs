@@ -6,6 +6,8 @@
 //! can therefore be compared page by page. The same tests run on AMD and Intel.
 
 mod abi;
+mod abi_2019;
+mod abi_2019_rights;
 mod cost;
 mod exact;
 mod flush;
@@ -51,6 +53,10 @@ const TESTS: &[Test] = &[
     ("sample-end", sampling_writes::end),
     ("sample-refusals", sampling_calls::refusals),
     ("sample-vm-exit", sampling_calls::vm_exit),
+    ("abi-2019", abi_2019::life),
+    ("abi-2019-types", abi_2019::types),
+    ("abi-2019-refusals", abi_2019_rights::refusals),
+    ("abi-2019-rights", abi_2019_rights::rights),
 ];
 
 /// Run by name only: measurements, what needs a host of a certain kind, and what
@@ -88,4 +94,9 @@ pub fn run(name: &str) -> Result<Outcome> {
 /// The process that [`lifecycle::vm_exit`] starts and kills.
 pub fn victim() -> Result<()> {
     lifecycle::victim()
+}
+
+/// The process that the tests of the interface of 2019 start.
+pub fn owner(words: &[&str]) -> Result<()> {
+    abi_2019::owner(words)
 }
