@@ -493,7 +493,8 @@ long kes_harvest(struct kvm *kvm, const struct kes_entry_format *format,
 	memset(&arg->stats, 0, sizeof(arg->stats));
 	end = arg->gfn_start + arg->gfn_count;
 	for (arg->gfn_next = arg->gfn_start; arg->gfn_next < end; arg->gfn_next = next) {
-		next = min(end, arg->gfn_next + KES_CHUNK_PAGES);
+		/* Not the lesser of two sums: the range may end where 64 bits do. */
+		next = arg->gfn_next + min_t(u64, end - arg->gfn_next, KES_CHUNK_PAGES);
 		chunk_begin(&walk, arg->gfn_next, next);
 		ret = chunk_walk(&walk);
 		if (ret >= 0)
