@@ -148,13 +148,24 @@ static long session_vm_check(const struct kes_session *session)
 	return session->kvm ? kes_vm_check(session->kvm) : -ENOTCONN;
 }
 
+/*
+ * Takes the argument of a call that answers in it. That the answer can be written
+ * is tried before anything is done: a call that is refused changes nothing.
+ */
+static int argument_take(void *arg, void __user *user, size_t bytes)
+{
+	if (copy_from_user(arg, user, bytes) || copy_to_user(user, arg, bytes))
+		return -EFAULT;
+	return 0;
+}
+
 static long session_memslots(struct kes_session *session, struct kes_memslots __user *user)
 {
 	struct kes_memslots arg;
-	long ret;
+	long ret = argument_take(&arg, user, sizeof(arg));
 
-	if (copy_from_user(&arg, user, sizeof(arg)))
-		return -EFAULT;
+	if (ret)
+		return ret;
 	ret = session_vm_check(session);
 	if (!ret)
 		ret = kes_vm_memslots(session->kvm, &arg);
@@ -166,10 +177,10 @@ static long session_memslots(struct kes_session *session, struct kes_memslots __
 static long session_harvest(struct kes_session *session, struct kes_harvest __user *user)
 {
 	struct kes_harvest arg;
-	long ret;
+	long ret = argument_take(&arg, user, sizeof(arg));
 
-	if (copy_from_user(&arg, user, sizeof(arg)))
-		return -EFAULT;
+	if (ret)
+		return ret;
 	ret = session_vm_check(session);
 	if (!ret)
 		ret = kes_harvest(session->kvm, &kes_format, session->harvester, &arg);

@@ -34,7 +34,8 @@
  *
  *   ENOTTY      unknown command: this module is older than the program
  *   EINVAL      a reserved field, a flag or a range is not valid
- *   EFAULT      a pointer is not valid
+ *   EFAULT      a pointer is not valid. That a structure can be written to which
+ *               the call answers in, having read it, is tried before all else
  *   ENOTCONN    the call needs an attached VM
  *   ESRCH       the VM's process has exited; what it had can not be observed
  *   ENOMEM      no memory for the session's buffers
