@@ -346,7 +346,8 @@ static int sampler_check(const struct kes_sampler *sampler, struct kvm *kvm,
 	    (arg->access & ~access) || (arg->freq_hz && !arg->access) ||
 	    arg->freq_hz > KES_MAX_FREQ_HZ || arg->ring_records > KES_MAX_RING_RECORDS)
 		return -EINVAL;
-	if (sampler->running && arg->ring_records && ring_size(arg) != sampler->ring.size)
+	if (sampler->running && arg->freq_hz && arg->ring_records &&
+	    ring_size(arg) != sampler->ring.size)
 		return -EINVAL;
 	rcu_read_lock();
 	n = kes_vm_roots_for_sampling(kvm, roots);
