@@ -3,6 +3,7 @@
 
 mod guest;
 mod init_micro;
+mod kernel_log;
 mod microvm;
 mod report;
 mod scenario;

@@ -14,6 +14,7 @@ mod truth;
 
 use anyhow::{Context, Result};
 
+use crate::kernel_log::KernelLog;
 use crate::report::{self, Outcome};
 
 pub use bench::run as bench;
@@ -39,12 +40,22 @@ const SCENARIOS: &[(&str, Test)] = &[
 ];
 
 /// Runs the scenarios named and prints a verdict for each, then `EPT-DONE`.
+/// Whatever else a scenario tests, it must leave nothing that holds the module,
+/// and nothing in the kernel's log.
 pub fn run(names: &[&str]) -> Result<()> {
+    let mut log = KernelLog::whole();
     for name in names {
         let test = find(name)?;
         let verdict = report::judge(name, || {
-            host::reset()?;
-            test()
+            let outcome = host::reset().and_then(|()| test()).and_then(|outcome| {
+                host::release_module()?;
+                Ok(outcome)
+            });
+            match (outcome, log.judge()) {
+                (outcome, Ok(())) => outcome,
+                (Ok(_), Err(complaints)) => Err(complaints),
+                (Err(error), Err(complaints)) => Err(error.context(complaints)),
+            }
         });
         println!("{}", verdict.line());
     }

@@ -2,8 +2,6 @@
 //! What goes wrong on real hosts: the guest must run on, and the product must
 //! say what is wrong and find its way back.
 
-use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -113,12 +111,9 @@ pub fn libvirtd_restarted() -> Result<Outcome> {
     let _daemon = Daemon::start()?;
     let guest = DomainSpec::default().start()?;
     let before = rounds(&wait_observed(guest.name)?);
-    let pid = std::fs::read_to_string("/run/libvirtd.pid").context("reading libvirtd's pid")?;
-    let pid = Pid::from_raw(pid.trim().parse().context("libvirtd's pid")?);
-    kill(pid, Signal::SIGTERM).context("ending libvirtd")?;
-    host::wait_until("libvirtd ends", TIMEOUT, || Ok(!Path::new(&format!("/proc/{pid}")).exists()))?;
+    host::stop_libvirtd()?;
     let away = daemon::wait_for(guest.name, "rounds without libvirtd", TIMEOUT, |d| rounds(d) > before + 2)?;
-    host::succeed(Command::new("libvirtd").arg("-d"))?;
+    host::start_libvirtd()?;
     host::wait_until("the daemon is connected again", TIMEOUT, || {
         Ok(daemon::status()?.daemon.libvirt == "connected")
     })?;
@@ -143,8 +138,6 @@ pub fn module_removed() -> Result<Outcome> {
     host::insert_module()?;
     let _second = Daemon::start()?;
     wait_observed(guest.name)?;
-    let complaints = host::kernel_complaints()?;
-    ensure!(complaints.is_empty(), "the kernel complains: {complaints:?}");
     Ok(Outcome::Pass(format!("{refused}")))
 }
 

@@ -8,6 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 /// Where the lab unpacks what is tested.
 pub const PAYLOAD: &str = "/payload";
@@ -17,6 +19,9 @@ const MODULE: &str = "kvm_ept_sample";
 
 /// Emulated hosts take seconds for what others do in milliseconds.
 pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A killed daemon's sessions end with it.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Puts the host into the state that each scenario starts from: hook installed,
 /// module loaded, no daemon, no domain.
@@ -38,6 +43,18 @@ pub fn virsh(args: &[&str]) -> Result<String> {
     succeed(&mut command)
 }
 
+/// Ends libvirtd; guests run on.
+pub fn stop_libvirtd() -> Result<()> {
+    let pid = libvirtd()?;
+    kill(pid, Signal::SIGTERM).context("ending libvirtd")?;
+    wait_until("libvirtd ends", COMMAND_TIMEOUT, || Ok(!Path::new(&format!("/proc/{pid}")).exists()))
+}
+
+/// Starts libvirtd.
+pub fn start_libvirtd() -> Result<()> {
+    succeed(Command::new("libvirtd").arg("-d")).map(drop)
+}
+
 /// Loads the module unless it is loaded.
 pub fn insert_module() -> Result<()> {
     if module_loaded() {
@@ -56,13 +73,19 @@ pub fn module_loaded() -> bool {
     Path::new("/sys/module").join(MODULE).exists()
 }
 
-/// Lines of the kernel's log that speak of a bug, since boot.
-pub fn kernel_complaints() -> Result<Vec<String>> {
-    let log = succeed(&mut Command::new("dmesg"))?;
-    let is_bug = |line: &&str| {
-        ["BUG:", "Oops", "WARNING:", "rcu: INFO", "general protection"].iter().any(|word| line.contains(word))
-    };
-    Ok(log.lines().filter(is_bug).map(str::to_owned).collect())
+/// Unloads the module, which nobody uses any more.
+pub fn release_module() -> Result<()> {
+    if !module_loaded() {
+        return Ok(());
+    }
+    let path = format!("/sys/module/{MODULE}/refcnt");
+    let mut users = String::new();
+    wait_until("nobody uses the module", RELEASE_TIMEOUT, || {
+        users = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+        Ok(users.trim() == "0")
+    })
+    .with_context(|| format!("it has {} users", users.trim()))?;
+    remove_module()
 }
 
 /// Runs a command to its end; its standard output, or an error with all it said.
@@ -84,12 +107,12 @@ pub fn run(command: &mut Command) -> Result<Output> {
         .stderr(Stdio::piped())
         .spawn()
         .with_context(|| format!("starting {name}"))?;
-    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id())?);
+    let pid = Pid::from_raw(i32::try_from(child.id())?);
     let waiter = thread::spawn(move || child.wait_with_output());
     let deadline = Instant::now() + COMMAND_TIMEOUT;
     while !waiter.is_finished() {
         if Instant::now() > deadline {
-            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL)?;
+            kill(pid, Signal::SIGKILL)?;
             bail!("{name} took more than {} s", COMMAND_TIMEOUT.as_secs());
         }
         thread::sleep(Duration::from_millis(10));
@@ -124,9 +147,12 @@ fn install_hook() -> Result<()> {
     }
     fs::copy(format!("{PAYLOAD}/ept-virt-hook"), hook).context("installing the hook")?;
     // libvirt looks for hooks when it starts and when it is told to reload.
+    kill(libvirtd()?, Signal::SIGHUP).context("reloading libvirtd")
+}
+
+fn libvirtd() -> Result<Pid> {
     let pid = fs::read_to_string("/run/libvirtd.pid").context("reading libvirtd's pid")?;
-    let pid = nix::unistd::Pid::from_raw(pid.trim().parse().context("libvirtd's pid")?);
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGHUP).context("reloading libvirtd")
+    Ok(Pid::from_raw(pid.trim().parse().context("libvirtd's pid")?))
 }
 
 fn name(command: &Command) -> String {

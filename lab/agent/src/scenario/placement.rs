@@ -52,7 +52,6 @@ pub fn memfd() -> Result<Outcome> {
     let back = promote(&mut guest, &truth)?;
     guest.check_data()?;
     check_nudged()?;
-    check_kernel()?;
     Ok(Outcome::Pass(format!(
         "recall {:.3}, precision {:.3}; {placed}; {back}",
         score.recall, score.precision
@@ -75,7 +74,6 @@ pub fn huge_pages() -> Result<Outcome> {
         round.mapped_bytes
     );
     guest.check_data()?;
-    check_kernel()?;
     Ok(Outcome::Pass(format!(
         "recall {:.3}, precision {:.3} at 2 MiB, {} of {} MiB in huge pages; {placed}",
         score.recall,
@@ -154,11 +152,5 @@ fn check_nudged() -> Result<()> {
     if daemon.nudges == 0 {
         bail!("the hook did not nudge the daemon at virsh start");
     }
-    Ok(())
-}
-
-fn check_kernel() -> Result<()> {
-    let complaints = host::kernel_complaints()?;
-    ensure!(complaints.is_empty(), "the kernel complains: {complaints:?}");
     Ok(())
 }
