@@ -83,6 +83,7 @@ pub fn amd(lab: &Lab) -> Result<(AmdHost, Installation)> {
         let product = product::build(lab)?;
         let Target { kernel, module } = Target::get(lab, Line::MAIN)?;
         let host = AmdHost::prepare(lab, &kernel)?;
-        Ok((host, Installation { product, module, agent, kernel: kernel.image }))
+        let (kernel, modules) = (kernel.image, kernel.modules);
+        Ok((host, Installation { product, module, agent, kernel, modules }))
     })
 }

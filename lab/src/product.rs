@@ -11,7 +11,7 @@ use crate::Lab;
 use crate::amd::Payload;
 use crate::apt::{Need, need};
 use crate::cpio::Cpio;
-use crate::proc;
+use crate::{modules, proc};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// What building the product takes.
@@ -21,6 +21,9 @@ pub const NEEDS: &[Need] = &[
     need("libc6-dev", "links Rust programs"),
     need("pkg-config", "finds libvirt"),
 ];
+
+/// What guests load when they are told to.
+const GUEST_MODULES: [&str; 1] = ["virtio_balloon"];
 
 /// Of the workspace: release without link-time optimisation, which builds in a
 /// quarter of the time.
@@ -47,6 +50,8 @@ pub struct Installation {
     pub agent: PathBuf,
     /// The guests boot the host's own kernel.
     pub kernel: PathBuf,
+    /// Folder of that kernel's modules.
+    pub modules: PathBuf,
 }
 
 impl Installation {
@@ -54,6 +59,9 @@ impl Installation {
     pub fn payload(&self, run: &str) -> Result<Payload> {
         let mut initramfs = Cpio::default();
         initramfs.file("init", &self.agent)?;
+        for module in modules::load_order(&self.modules, &GUEST_MODULES)? {
+            initramfs.content(&format!("{}.ko", modules::stem(&module)), &modules::unpack(&module)?)?;
+        }
         Payload::new(run)?
             .file("lab-agent", &self.agent)?
             .file("ept-virt", &self.product.cli)?

@@ -201,6 +201,7 @@ impl<'a> Amd<'a> {
             module: target.module.clone(),
             agent: agent.into(),
             kernel: target.kernel.image.clone(),
+            modules: target.kernel.modules.clone(),
         };
         Ok(Self { lab, host: AmdHost::prepare(lab, &target.kernel)?, files })
     }

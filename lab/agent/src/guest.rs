@@ -2,68 +2,83 @@
 //! Process 1 of a test guest: a workload whose truth is known.
 //!
 //! Two blocks of memory: HOT, rewritten in a loop, and IDLE, written once. Both
-//! hold a pattern that can be verified. Sizes come from the kernel command line
+//! hold a pattern that can be verified, and each pass over the hot block checks
+//! that the last one's writes are there. Sizes come from the kernel command line
 //! (`HOT_MIB=32 IDLE_MIB=64 PAUSE_MS=20`), which the kernel puts into our
 //! environment. The guest says on its serial console which guest frames the
-//! blocks lie in, and obeys one-word commands there:
+//! blocks lie in, and obeys one-line commands there:
 //!
 //! | command        | answer                                               |
 //! |----------------|------------------------------------------------------|
 //! | `frames`       | `frames BLOCK GFN PAGES` (hex) per run, then `frames end` |
-//! | `check`        | `check BLOCK ok` or `check BLOCK bad PAGES`, then `check end` |
+//! | `check`        | `check BLOCK ok` or `check BLOCK bad PAGES`, and `check running ok` or `check running bad TIMES` for what passes found; then `check end` |
 //! | `passes`       | `passes N`: passes over the hot block so far         |
 //! | `heat on|off`  | `heat on|off`: whether the hot block is rewritten    |
 //! | `touch-idle N` | `touch-idle N`: the first N MiB of IDLE are read in each pass |
+//! | `patrol N`     | `patrol N`: N pages of IDLE are verified in each pass, in turn |
+//! | `twins N`      | `twins N`: a block of N MiB of equal pages is made   |
+//! | `part-twins N` | `part-twins N`: the first N MiB of it are written to, each page with another value |
+//! | `scratch N`    | `scratch N`: N MiB are taken, written and given back |
+//! | `cpus N`       | `cpus N`: processors up to N are brought up; each new one rewrites a block of its own, and did so once |
+//! | `insmod NAME`  | `insmod NAME`: the kernel module /NAME.ko is loaded  |
 //! | `poweroff`     | `poweroff`, then the guest ends                      |
+
+mod block;
 
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{BufRead, stdin};
-use std::num::NonZeroUsize;
-use std::os::unix::fs::FileExt;
-use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use nix::kmod::{ModuleInitFlags, finit_module};
 use nix::mount::{MsFlags, mount};
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous};
+use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::termios::{LocalFlags, SetArg, tcgetattr, tcsetattr};
+use nix::unistd::Pid;
 
-const PAGE_BYTES: usize = 4096;
-const HUGE_BYTES: usize = 2 << 20;
-const WORDS_PER_PAGE: usize = PAGE_BYTES / 8;
+use block::{Block, Content, PAGE_BYTES};
 
-/// One word of each cache line holds the pattern: the guest is emulated twice
-/// over, and all words would take it minutes to verify.
-const PATTERN_STRIDE: usize = 8;
+/// What each additional processor rewrites.
+const CPU_BLOCK_BYTES: usize = 256 << 10;
 
-/// The word of each hot page that the loop rewrites; not one of the pattern.
-const COUNTER_WORD: usize = 1;
+/// Between its passes: all processors share one real one, which is emulated.
+const CPU_PAUSE: Duration = Duration::from_millis(200);
 
-/// Pagemap entries: bit 63 is "present", bits 0 to 54 the frame (Linux,
-/// Documentation/admin-guide/mm/pagemap.rst).
-const PAGEMAP_PRESENT: u64 = 1 << 63;
-const PAGEMAP_FRAME: u64 = (1 << 55) - 1;
+/// For a processor to appear, and to run. They are emulated twice over, and take
+/// turns on one real processor.
+const CPU_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Memory that is never freed, shared with the thread that heats it.
-#[derive(Clone, Copy)]
-struct Block {
-    name: &'static str,
-    words: &'static [AtomicU64],
-}
-
-/// What commands change while the loop runs.
+/// What commands change while the loops run, and what these find.
 struct Controls {
     heat: AtomicBool,
-    idle_pages: AtomicU64,
+    idle_pages: AtomicUsize,
+    patrol_pages: AtomicUsize,
     passes: AtomicU64,
+    /// Pages that did not hold what an earlier pass wrote.
+    wrong: AtomicUsize,
 }
 
-static CONTROLS: Controls =
-    Controls { heat: AtomicBool::new(true), idle_pages: AtomicU64::new(0), passes: AtomicU64::new(0) };
+static CONTROLS: Controls = Controls {
+    heat: AtomicBool::new(true),
+    idle_pages: AtomicUsize::new(0),
+    patrol_pages: AtomicUsize::new(0),
+    passes: AtomicU64::new(0),
+    wrong: AtomicUsize::new(0),
+};
+
+/// What commands work on.
+struct Workload {
+    hot: Block,
+    idle: Block,
+    /// Made by commands.
+    more: Vec<Block>,
+    cpus: usize,
+}
 
 /// Runs the guest; returns only when something failed.
 pub fn run() -> Result<()> {
@@ -83,14 +98,19 @@ fn run_workload() -> Result<()> {
     // The kernel turns huge pages off in machines below 512 MiB.
     std::fs::write("/sys/kernel/mm/transparent_hugepage/enabled", "madvise")
         .context("turning huge pages on")?;
-    let hot = Block::new("hot", mib_from_env("HOT_MIB", 32)?)?;
-    let idle = Block::new("idle", mib_from_env("IDLE_MIB", 64)?)?;
+    let mut workload = Workload {
+        hot: Block::new("hot", bytes(number_from_env("HOT_MIB", 32)?)?, Content::Distinct)?,
+        idle: Block::new("idle", bytes(number_from_env("IDLE_MIB", 64)?)?, Content::Distinct)?,
+        more: Vec::new(),
+        cpus: 1,
+    };
+    workload.print_frames()?;
+    let Workload { hot, idle, .. } = workload;
     let pause = Duration::from_millis(number_from_env("PAUSE_MS", 20)?);
-    print_frames(&[hot, idle])?;
     thread::spawn(move || heat(hot, idle, pause));
     println!("EPT-GUEST ready");
     for line in stdin().lock().lines() {
-        obey(line.context("reading a command")?.trim(), hot, idle)?;
+        workload.obey(line.context("reading a command")?.trim())?;
     }
     // The console has no other end: the workload goes on without commands.
     loop {
@@ -98,147 +118,168 @@ fn run_workload() -> Result<()> {
     }
 }
 
-fn obey(command: &str, hot: Block, idle: Block) -> Result<()> {
-    let words: Vec<&str> = command.split_whitespace().collect();
-    match words.as_slice() {
-        [] => {}
-        ["frames"] => print_frames(&[hot, idle])?,
-        ["check"] => {
-            for block in [hot, idle] {
-                match block.bad_pages() {
-                    0 => println!("EPT-GUEST check {} ok", block.name),
-                    bad => println!("EPT-GUEST check {} bad {bad}", block.name),
-                }
+impl Workload {
+    fn obey(&mut self, command: &str) -> Result<()> {
+        let words: Vec<&str> = command.split_whitespace().collect();
+        match words.as_slice() {
+            [] => return Ok(()),
+            ["frames"] => return self.print_frames(),
+            ["check"] => {
+                self.check();
+                return Ok(());
             }
-            println!("EPT-GUEST check end");
+            ["passes"] => {
+                println!("EPT-GUEST passes {}", CONTROLS.passes.load(Ordering::Relaxed));
+                return Ok(());
+            }
+            ["heat", state @ ("on" | "off")] => CONTROLS.heat.store(*state == "on", Ordering::Relaxed),
+            ["touch-idle", mib] => {
+                let pages = bytes(number(mib)?)? / PAGE_BYTES;
+                CONTROLS.idle_pages.store(pages.min(self.idle.len()), Ordering::Relaxed);
+            }
+            ["patrol", pages] => {
+                CONTROLS.patrol_pages.store(usize::try_from(number(pages)?)?, Ordering::Relaxed);
+            }
+            ["twins", mib] => self.more.push(Block::new("twins", bytes(number(mib)?)?, Content::Twins)?),
+            ["part-twins", mib] => self.part_twins(bytes(number(mib)?)? / PAGE_BYTES)?,
+            ["scratch", mib] => scratch(bytes(number(mib)?)?),
+            ["cpus", count] => self.bring_up(usize::try_from(number(count)?)?)?,
+            ["insmod", name] => insert_module(name)?,
+            ["poweroff"] => {
+                println!("EPT-GUEST poweroff");
+                // Without ACPI only a reset ends the machine; libvirt's
+                // on_reboot=destroy makes an end of it.
+                reboot(RebootMode::RB_AUTOBOOT)?;
+            }
+            _ => bail!("unknown command: {command}"),
         }
-        ["passes"] => println!("EPT-GUEST passes {}", CONTROLS.passes.load(Ordering::Relaxed)),
-        ["heat", state @ ("on" | "off")] => {
-            CONTROLS.heat.store(*state == "on", Ordering::Relaxed);
-            println!("EPT-GUEST heat {state}");
-        }
-        ["touch-idle", mib] => {
-            let mib: u64 = mib.parse().context("touch-idle takes a number of MiB")?;
-            let pages = (mib << 20) / PAGE_BYTES as u64;
-            let pages = pages.min((idle.words.len() / WORDS_PER_PAGE) as u64);
-            CONTROLS.idle_pages.store(pages, Ordering::Relaxed);
-            println!("EPT-GUEST touch-idle {mib}");
-        }
-        ["poweroff"] => {
-            println!("EPT-GUEST poweroff");
-            // Without ACPI only a reset ends the machine; libvirt's
-            // on_reboot=destroy makes an end of it.
-            reboot(RebootMode::RB_AUTOBOOT)?;
-        }
-        _ => println!("EPT-GUEST unknown command: {command}"),
+        println!("EPT-GUEST {command}");
+        Ok(())
     }
-    Ok(())
+
+    fn check(&self) {
+        let verdict = |what: &str, bad: usize| match bad {
+            0 => println!("EPT-GUEST check {what} ok"),
+            bad => println!("EPT-GUEST check {what} bad {bad}"),
+        };
+        for block in [&self.hot, &self.idle].into_iter().chain(&self.more) {
+            verdict(block.name, block.bad_pages());
+        }
+        verdict("running", CONTROLS.wrong.load(Ordering::Relaxed));
+        println!("EPT-GUEST check end");
+    }
+
+    /// Gives each of the first pages of the twins a counter of its own, and
+    /// checks that all other counters are as they were.
+    fn part_twins(&self, pages: usize) -> Result<()> {
+        let twins = self.more.iter().find(|block| block.name == "twins").context("there are no twins")?;
+        let wrong = twins.number_pages(pages);
+        CONTROLS.wrong.fetch_add(wrong, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn bring_up(&mut self, count: usize) -> Result<()> {
+        for cpu in self.cpus..count {
+            switch_on(cpu)?;
+            let block = Block::new("cpu", CPU_BLOCK_BYTES, Content::Distinct)?;
+            self.more.push(block);
+            let (first_pass, done) = mpsc::channel();
+            thread::spawn(move || {
+                let outcome = heat_on(cpu, block);
+                let go_on = outcome.is_ok();
+                // Whoever waited too long is gone.
+                let _ = first_pass.send(outcome);
+                if go_on {
+                    heat_block(block);
+                }
+            });
+            done.recv_timeout(CPU_TIMEOUT).with_context(|| format!("processor {cpu} does not run"))??;
+            self.cpus = cpu + 1;
+        }
+        Ok(())
+    }
+
+    fn print_frames(&self) -> Result<()> {
+        for block in [&self.hot, &self.idle] {
+            for (frame, pages) in block.runs()? {
+                println!("EPT-GUEST frames {} {frame:x} {pages:x}", block.name);
+            }
+        }
+        println!("EPT-GUEST frames end");
+        Ok(())
+    }
 }
 
 fn heat(hot: Block, idle: Block, pause: Duration) {
+    let mut patrol_at = 0;
     loop {
         if CONTROLS.heat.load(Ordering::Relaxed) {
-            let pass = CONTROLS.passes.load(Ordering::Relaxed) + 1;
-            for page in hot.pages() {
-                page[COUNTER_WORD].store(pass, Ordering::Relaxed);
-            }
-            CONTROLS.passes.store(pass, Ordering::Relaxed);
+            let before = CONTROLS.passes.load(Ordering::Relaxed);
+            count_pass(&hot, before);
+            CONTROLS.passes.store(before + 1, Ordering::Relaxed);
         }
-        let touched = CONTROLS.idle_pages.load(Ordering::Relaxed) as usize;
-        for page in idle.pages().take(touched) {
-            std::hint::black_box(page[0].load(Ordering::Relaxed));
-        }
+        idle.touch(CONTROLS.idle_pages.load(Ordering::Relaxed));
+        let patrol = CONTROLS.patrol_pages.load(Ordering::Relaxed);
+        CONTROLS.wrong.fetch_add(idle.bad_pages_in(patrol_at, patrol), Ordering::Relaxed);
+        patrol_at = if patrol_at + patrol >= idle.len() { 0 } else { patrol_at + patrol };
         thread::sleep(pause);
     }
 }
 
-impl Block {
-    /// Maps and fills a block, aligned to 2 MiB and made of huge pages where
-    /// the kernel has them, so that it lies in few runs of guest frames.
-    fn new(name: &'static str, bytes: usize) -> Result<Self> {
-        let length = NonZeroUsize::new(bytes + HUGE_BYTES).with_context(|| format!("block {name}"))?;
-        // SAFETY: a fresh anonymous mapping at an address of the kernel's choice.
-        let map = unsafe {
-            mmap_anonymous(None, length, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE)
+/// Brings up a processor, which the firmware may tell the kernel of only now.
+fn switch_on(cpu: usize) -> Result<()> {
+    let switch = format!("/sys/devices/system/cpu/cpu{cpu}/online");
+    let mut state = std::fs::read_to_string(&switch);
+    for _ in 0..CPU_TIMEOUT.as_secs() * 10 {
+        if state.is_ok() {
+            break;
         }
-        .with_context(|| format!("mapping {bytes} bytes for block {name}"))?;
-        let aligned = map.as_ptr() as usize;
-        let aligned = aligned.next_multiple_of(HUGE_BYTES) - aligned;
-        // SAFETY: the mapping is longer than `bytes` by one huge page, so the
-        // aligned start and `bytes` behind it lie inside it.
-        let start: NonNull<u64> = unsafe { map.byte_add(aligned).cast() };
-        // SAFETY: the range lies inside the mapping; the advice changes no content.
-        unsafe { madvise(start.cast(), bytes, MmapAdvise::MADV_HUGEPAGE) }
-            .with_context(|| format!("asking for huge pages for block {name}"))?;
-        // SAFETY: `bytes` zeroed, aligned bytes that are never unmapped and that
-        // only these atomics refer to.
-        let words = unsafe { std::slice::from_raw_parts(start.as_ptr().cast::<AtomicU64>(), bytes / 8) };
-        let block = Self { name, words };
-        block.fill();
-        Ok(block)
+        thread::sleep(Duration::from_millis(100));
+        state = std::fs::read_to_string(&switch);
     }
-
-    /// Pages whose content is not what was written.
-    fn bad_pages(&self) -> usize {
-        let is_good = |(page, words): (usize, &[AtomicU64])| {
-            words
-                .iter()
-                .step_by(PATTERN_STRIDE)
-                .enumerate()
-                .all(|(line, word)| word.load(Ordering::Relaxed) == pattern(page, line))
-        };
-        self.pages().enumerate().filter(|page| !is_good(*page)).count()
+    // One that was there at boot is up already.
+    if state.with_context(|| format!("reading {switch}"))?.trim() == "0" {
+        std::fs::write(&switch, "1").with_context(|| format!("bringing up processor {cpu}"))?;
     }
-
-    fn fill(&self) {
-        for (page, words) in self.pages().enumerate() {
-            for (line, word) in words.iter().step_by(PATTERN_STRIDE).enumerate() {
-                word.store(pattern(page, line), Ordering::Relaxed);
-            }
-        }
-    }
-
-    fn pages(&self) -> std::slice::ChunksExact<'static, AtomicU64> {
-        self.words.chunks_exact(WORDS_PER_PAGE)
-    }
-
-    /// Runs of guest frames, as (first frame, pages); frame 0 for what is not
-    /// present.
-    fn runs(&self) -> Result<Vec<(u64, u64)>> {
-        let pagemap = File::open("/proc/self/pagemap").context("opening pagemap")?;
-        let pages = self.words.len() / WORDS_PER_PAGE;
-        let mut entries = vec![0u8; pages * 8];
-        let first_page = self.words.as_ptr() as u64 / PAGE_BYTES as u64;
-        pagemap
-            .read_exact_at(&mut entries, first_page * 8)
-            .with_context(|| format!("reading pagemap of block {}", self.name))?;
-        let mut runs: Vec<(u64, u64)> = Vec::new();
-        for entry in entries.chunks_exact(8) {
-            let entry = u64::from_le_bytes(entry.try_into()?);
-            let frame = if entry & PAGEMAP_PRESENT != 0 { entry & PAGEMAP_FRAME } else { 0 };
-            match runs.last_mut() {
-                Some((start, count)) if *start + *count == frame => *count += 1,
-                _ => runs.push((frame, 1)),
-            }
-        }
-        Ok(runs)
-    }
-}
-
-/// A word that no other position holds and that a stray write would not make.
-fn pattern(page: usize, line: usize) -> u64 {
-    let position = (page * WORDS_PER_PAGE + line) as u64;
-    position.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0x5555_AAAA_0F0F_F0F0
-}
-
-fn print_frames(blocks: &[Block]) -> Result<()> {
-    for block in blocks {
-        for (frame, pages) in block.runs()? {
-            println!("EPT-GUEST frames {} {frame:x} {pages:x}", block.name);
-        }
-    }
-    println!("EPT-GUEST frames end");
     Ok(())
+}
+
+/// Binds this thread to a processor and makes the first pass over `block`.
+fn heat_on(cpu: usize, block: Block) -> Result<()> {
+    let mut set = CpuSet::new();
+    set.set(cpu).context("naming a processor")?;
+    sched_setaffinity(Pid::from_raw(0), &set).with_context(|| format!("running on processor {cpu}"))?;
+    count_pass(&block, 0);
+    Ok(())
+}
+
+/// Passes over a block, from the second on.
+fn heat_block(block: Block) {
+    for before in 1.. {
+        count_pass(&block, before);
+        thread::sleep(CPU_PAUSE);
+    }
+}
+
+/// A pass over a block: the one `before` must have left its number in each page.
+fn count_pass(block: &Block, before: u64) {
+    let wrong = block.count_pass(before, before + 1);
+    CONTROLS.wrong.fetch_add(wrong, Ordering::Relaxed);
+}
+
+/// Takes memory, writes to each page and gives it back.
+fn scratch(bytes: usize) {
+    let mut memory = vec![0_u8; bytes];
+    for page in memory.chunks_mut(PAGE_BYTES) {
+        page[0] = 1;
+    }
+    std::hint::black_box(&memory);
+}
+
+fn insert_module(name: &str) -> Result<()> {
+    let path = format!("/{name}.ko");
+    let file = File::open(&path).with_context(|| format!("opening {path}"))?;
+    finit_module(&file, c"", ModuleInitFlags::empty()).with_context(|| format!("loading {path}"))
 }
 
 /// Commands are not echoed, so that the log holds only what the guest says.
@@ -258,15 +299,17 @@ fn mount_fs(kind: &str, target: &str) -> Result<()> {
         .with_context(|| format!("mounting {kind} on {target}"))
 }
 
-fn mib_from_env(name: &str, default: u64) -> Result<usize> {
-    Ok(usize::try_from(number_from_env(name, default)? << 20)?)
+fn bytes(mib: u64) -> Result<usize> {
+    Ok(usize::try_from(mib << 20)?)
+}
+
+fn number(text: &str) -> Result<u64> {
+    text.parse().with_context(|| format!("{text} is no number"))
 }
 
 fn number_from_env(name: &str, default: u64) -> Result<u64> {
     match std::env::var(name) {
-        Ok(text) => {
-            text.parse().with_context(|| format!("{name}={text} on the kernel command line is no number"))
-        }
+        Ok(text) => number(&text).with_context(|| format!("{name} on the kernel command line")),
         Err(_) => Ok(default),
     }
 }

@@ -5,6 +5,7 @@
 mod bad_paths;
 mod bench;
 mod boot;
+mod console;
 mod daemon;
 mod demo;
 mod domain;

@@ -1,24 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A guest under libvirt, and a line to the workload in it.
+//! A guest under libvirt.
 
 use std::fs;
-use std::io::{self, Write};
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::thread;
-use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
-use super::host::{self, PAYLOAD, virsh};
+use super::console::Console;
+use super::host::{PAYLOAD, virsh};
 use super::truth::Truth;
-
-/// From `virsh start` to the workload running.
-const READY_TIMEOUT: Duration = Duration::from_secs(120);
-
-/// For a command that the workload obeys. It verifies its blocks at a few
-/// hundred MiB a second, emulated twice over.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(90);
 
 const POLICY_NAMESPACE: &str = "https://ept-virt.org/xmlns/placement/1.0";
 
@@ -29,6 +18,8 @@ pub enum Memory {
     Memfd,
     /// Anonymous memory: huge pages on the host where it has them.
     Anonymous,
+    /// Pages of 2 MiB that the host set apart.
+    Hugetlbfs,
 }
 
 /// What a domain is made of.
@@ -48,6 +39,13 @@ pub struct DomainSpec {
     pub hot_mib: u32,
     /// Memory that the workload wrote once.
     pub idle_mib: u32,
+    /// Memory besides, for the guest's kernel and what commands ask for.
+    pub rest_mib: u32,
+    /// Processors that can be added while it runs. With more than none the guest
+    /// has ACPI, by which it hears of them.
+    pub spare_cpus: u32,
+    /// A virtio balloon.
+    pub balloon: bool,
 }
 
 impl Default for DomainSpec {
@@ -60,6 +58,9 @@ impl Default for DomainSpec {
             strict_node: None,
             hot_mib: 32,
             idle_mib: 64,
+            rest_mib: 96,
+            spare_cpus: 0,
+            balloon: false,
         }
     }
 }
@@ -73,10 +74,8 @@ pub fn policy(mode: &str, children: &str) -> Option<String> {
 pub struct Domain {
     /// Its name.
     pub name: &'static str,
-    log: PathBuf,
-    console: UnixStream,
-    /// Bytes of the log that were consumed.
-    seen: usize,
+    /// The line to its workload.
+    pub console: Console,
 }
 
 impl DomainSpec {
@@ -84,19 +83,15 @@ impl DomainSpec {
     pub fn start(&self) -> Result<Domain> {
         let path = format!("/run/{}.xml", self.name);
         fs::write(&path, self.xml()).with_context(|| format!("writing {path}"))?;
-        let log = PathBuf::from(format!("/run/{}.log", self.name));
-        if log.exists() {
-            fs::remove_file(&log).context("removing an old console log")?;
-        }
+        Console::clear(self.name)?;
         virsh(&["define", &path])?;
         virsh(&["start", self.name])?;
-        let console = UnixStream::connect(format!("/run/{}.sock", self.name))
-            .with_context(|| format!("connecting to the console of {}", self.name))?;
-        // What the guest says is read from the log, which has it from the start.
-        // But a connection that nobody reads fills up, and then the guest waits.
-        let mut unread = console.try_clone().context("duplicating the connection")?;
-        thread::spawn(move || io::copy(&mut unread, &mut io::sink()));
-        Ok(Domain { name: self.name, log, console, seen: 0 })
+        Ok(Domain { name: self.name, console: Console::connect(self.name)? })
+    }
+
+    /// All of its memory.
+    pub fn memory_mib(&self) -> u32 {
+        self.hot_mib + self.idle_mib + self.rest_mib
     }
 
     /// Its definition for libvirt.
@@ -110,6 +105,7 @@ impl DomainSpec {
         let backing = match self.memory {
             Memory::Memfd => "<memoryBacking><source type='memfd'/></memoryBacking>",
             Memory::Anonymous => "",
+            Memory::Hugetlbfs => "<memoryBacking><hugepages/></memoryBacking>",
         };
         let numatune = self.strict_node.map_or(String::new(), |node| {
             format!("<numatune><memory mode='strict' nodeset='{node}'/></numatune>")
@@ -117,7 +113,12 @@ impl DomainSpec {
         let metadata =
             self.policy.as_ref().map_or(String::new(), |policy| format!("<metadata>{policy}</metadata>"));
         let Self { name, hot_mib, idle_mib, .. } = self;
-        let memory_mib = hot_mib + idle_mib + 96;
+        let memory_mib = self.memory_mib();
+        let (cpus, acpi, features) = match self.spare_cpus {
+            0 => (1, "acpi=off", ""),
+            spare => (1 + spare, "", "<features><acpi/></features>"),
+        };
+        let balloon = if self.balloon { "virtio" } else { "none" };
         // Words after "--" reach the guest's first program.
         format!(
             "<domain type='{kind}'>
@@ -125,15 +126,16 @@ impl DomainSpec {
   {metadata}
   <memory unit='MiB'>{memory_mib}</memory>
   {backing}
-  <vcpu>1</vcpu>
+  <vcpu current='1'>{cpus}</vcpu>
   {numatune}
   <os>
     <type arch='x86_64' machine='pc'>hvm</type>
     <kernel>{PAYLOAD}/vmlinuz</kernel>
     <initrd>{PAYLOAD}/guest.cpio</initrd>
     <cmdline>console=ttyS0 loglevel=1 nokaslr mitigations=off tsc=reliable no_timer_check \
-acpi=off panic=-1 HOT_MIB={hot_mib} IDLE_MIB={idle_mib} -- guest</cmdline>
+{acpi} panic=-1 HOT_MIB={hot_mib} IDLE_MIB={idle_mib} -- guest</cmdline>
   </os>
+  {features}
   {cpu}
   <on_poweroff>destroy</on_poweroff>
   <on_reboot>destroy</on_reboot>
@@ -141,7 +143,7 @@ acpi=off panic=-1 HOT_MIB={hot_mib} IDLE_MIB={idle_mib} -- guest</cmdline>
   <devices>
     <emulator>/usr/bin/qemu-system-x86_64</emulator>
     <controller type='usb' model='none'/>
-    <memballoon model='none'/>
+    <memballoon model='{balloon}'/>
     <serial type='unix'>
       <source mode='bind' path='/run/{name}.sock'/>
       <log file='/run/{name}.log' append='off'/>
@@ -155,28 +157,19 @@ acpi=off panic=-1 HOT_MIB={hot_mib} IDLE_MIB={idle_mib} -- guest</cmdline>
 }
 
 impl Domain {
-    /// Waits until the workload runs; where its blocks lie.
+    /// See [`Console::wait_ready`].
     pub fn wait_ready(&mut self) -> Result<Truth> {
-        let lines = self.read_until("ready", READY_TIMEOUT)?;
-        Truth::parse(&lines)
+        self.console.wait_ready()
     }
 
-    /// Has the workload obey a command; its answer up to the line `last`.
-    pub fn ask(&mut self, command: &str, last: &str) -> Result<Vec<String>> {
-        writeln!(self.console, "{command}")
-            .with_context(|| format!("writing to the console of {}", self.name))?;
-        self.read_until(last, ANSWER_TIMEOUT)
+    /// See [`Console::tell`].
+    pub fn tell(&mut self, command: &str) -> Result<()> {
+        self.console.tell(command)
     }
 
-    /// Fails unless both blocks hold what the workload wrote.
+    /// See [`Console::check_data`].
     pub fn check_data(&mut self) -> Result<()> {
-        let answer = self.ask("check", "check end")?;
-        for block in ["hot", "idle"] {
-            if !answer.contains(&format!("check {block} ok")) {
-                bail!("the guest's data is damaged: {}", answer.join("; "));
-            }
-        }
-        Ok(())
+        self.console.check_data()
     }
 
     /// The process id of its QEMU.
@@ -189,46 +182,6 @@ impl Domain {
     /// What libvirt says of it: "running", "shut off"...
     pub fn state(&self) -> Result<String> {
         Ok(virsh(&["domstate", self.name])?.trim().to_owned())
-    }
-
-    fn read_until(&mut self, last: &str, timeout: Duration) -> Result<Vec<String>> {
-        let mut lines = Vec::new();
-        let what = format!("{} says {last:?}", self.name);
-        let outcome = host::wait_until(&what, timeout, || {
-            lines.extend(self.new_lines()?);
-            Ok(lines.iter().any(|line| line == last))
-        });
-        outcome.with_context(|| format!("so far: {}; its console: {}", lines.join("; "), self.log_tail()))?;
-        Ok(lines)
-    }
-
-    /// The last lines of its console, the kernel's among them.
-    fn log_tail(&self) -> String {
-        let bytes = fs::read(&self.log).unwrap_or_default();
-        let text = String::from_utf8_lossy(&bytes);
-        let lines: Vec<&str> = text.lines().collect();
-        lines[lines.len().saturating_sub(8)..].join(" | ")
-    }
-
-    /// What the workload said since the last call, without its mark; complete
-    /// lines only.
-    fn new_lines(&mut self) -> Result<Vec<String>> {
-        let Ok(bytes) = fs::read(&self.log) else {
-            return Ok(Vec::new());
-        };
-        let fresh = bytes.get(self.seen..).unwrap_or_default();
-        let end = fresh.iter().rposition(|b| *b == b'\n').map_or(0, |at| at + 1);
-        self.seen += end;
-        let text = String::from_utf8_lossy(&fresh[..end]).into_owned();
-        let lines: Vec<String> = text
-            .lines()
-            .filter_map(|line| line.split_once("EPT-GUEST "))
-            .map(|(_, said)| said.trim_end().to_owned())
-            .collect();
-        if let Some(failure) = lines.iter().find(|line| line.starts_with("failed")) {
-            bail!("the workload of {} {failure}", self.name);
-        }
-        Ok(lines)
     }
 }
 

@@ -128,8 +128,8 @@ fn wait_found(guest: &Domain, truth: &Truth, unit: u64, precision: f64) -> Resul
 
 /// Half of the idle block becomes hot in place of the hot block, and comes back.
 fn promote(guest: &mut Domain, truth: &Truth) -> Result<String> {
-    guest.ask("heat off", "heat off")?;
-    guest.ask("touch-idle 24", "touch-idle 24")?;
+    guest.tell("heat off")?;
+    guest.tell("touch-idle 24")?;
     let mut seen = 0.0;
     host::wait_until("what became hot comes back", PLACE_TIMEOUT, || {
         seen = share_on(FAST, guest, &truth.idle)?;
