@@ -42,8 +42,9 @@ const AMD_RUNS: &[(&str, &[&str])] = &[
             "bad-guest-dies",
         ],
     ),
+    ("amd-fire", &["fire-memory", "fire-life", "fire-migrate", "fire-hugetlbfs"]),
 ];
-const SCENARIO_TIMEOUT: Duration = Duration::from_secs(150);
+const SCENARIO_TIMEOUT: Duration = Duration::from_secs(240);
 
 /// Hosts that run at a time. Each has one CPU's worth of work, and 3 GiB at most.
 const WORKERS: usize = 2;

@@ -9,8 +9,15 @@ mod console;
 mod daemon;
 mod demo;
 mod domain;
+mod fire_huge;
+mod fire_life;
+mod fire_memory;
+mod fire_migrate;
+mod hammer;
 mod host;
+mod kill;
 mod placement;
+mod qemu;
 mod truth;
 
 use anyhow::{Context, Result};
@@ -38,6 +45,10 @@ const SCENARIOS: &[(&str, Test)] = &[
     ("bad-libvirtd-restarted", bad_paths::libvirtd_restarted),
     ("bad-module-removed", bad_paths::module_removed),
     ("bad-guest-dies", bad_paths::guest_dies),
+    ("fire-life", fire_life::run),
+    ("fire-hugetlbfs", fire_huge::run),
+    ("fire-memory", fire_memory::run),
+    ("fire-migrate", fire_migrate::run),
 ];
 
 /// Runs the scenarios named and prints a verdict for each, then `EPT-DONE`.

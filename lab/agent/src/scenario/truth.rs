@@ -13,6 +13,9 @@ const PAGE_BYTES: u64 = 4096;
 /// Pages asked about in one call.
 const CHUNK: usize = 4096;
 
+/// Move pages that only this process maps (linux/mempolicy.h).
+const MPOL_MF_MOVE: i32 = 1 << 1;
+
 /// Guest frames of the workload's blocks.
 #[derive(Debug, Default)]
 pub struct Truth {
@@ -111,6 +114,47 @@ pub fn count_nodes(pid: i32, addresses: &[u64]) -> Result<BTreeMap<i32, u64>> {
         }
     }
     Ok(nodes)
+}
+
+/// Moves the pages at these addresses of a process to a node. Pages that are not
+/// there or in use stay; the call says only whether it could be made.
+pub fn move_pages(pid: i32, addresses: &[u64], node: i32) -> Result<()> {
+    for chunk in addresses.chunks(CHUNK) {
+        let nodes = vec![node; chunk.len()];
+        let mut status = vec![0_i32; chunk.len()];
+        // SAFETY: all three arrays have as many entries as the call is told; the
+        // addresses are those of the other process and are not followed here.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_move_pages,
+                pid,
+                chunk.len(),
+                chunk.as_ptr().cast::<*const libc::c_void>(),
+                nodes.as_ptr(),
+                status.as_mut_ptr(),
+                MPOL_MF_MOVE,
+            )
+        };
+        if result < 0 {
+            return Err(std::io::Error::last_os_error())
+                .with_context(|| format!("moving pages of process {pid} to node {node}"));
+        }
+    }
+    Ok(())
+}
+
+/// Moves all pages of a process that lie on one node to another, as
+/// migratepages(8) does.
+pub fn migrate_pages(pid: i32, from: i32, to: i32) -> Result<()> {
+    let (old, new) = (1_u64 << from, 1_u64 << to);
+    // SAFETY: both masks are one word long, as the call is told.
+    let result =
+        unsafe { libc::syscall(libc::SYS_migrate_pages, pid, u64::BITS + 1, &raw const old, &raw const new) };
+    if result < 0 {
+        return Err(std::io::Error::last_os_error())
+            .with_context(|| format!("moving process {pid} from node {from} to {to}"));
+    }
+    Ok(())
 }
 
 /// Bytes of guest memory on each node by numa_maps: all mappings that hold an
