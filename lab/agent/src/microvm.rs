@@ -15,6 +15,7 @@ mod huge;
 mod lifecycle;
 mod machine;
 mod nested;
+mod nested_vmx;
 mod notifier;
 mod place;
 mod sampling;
@@ -44,6 +45,7 @@ const TESTS: &[Test] = &[
     ("churn", lifecycle::churn),
     ("flush-proof", flush::proof),
     ("nested-exact", nested::exact),
+    ("nested-tracked", nested::tracked),
     ("nested-twice", nested::twice),
     ("nested-huge", nested::huge),
     ("nested-direct", nested::direct),

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A guest that runs a guest of its own (L2) under nested paging, by AMD's SVM.
+//! A guest that runs a guest of its own (L2) under nested paging: by AMD's SVM
+//! here, by Intel's VMX in `nested_vmx.rs`.
 //!
 //! KVM shadows the nested page tables of such a guest, and what L2 accesses is
 //! marked in the shadows alone. Without KVM's word, L2's memory looks idle. An L2
@@ -20,29 +21,38 @@ use super::machine::{
     ALL, ALL_CLEAR, CODE_GFN, Machine, Memory, PAGE, PAGES, Pages, SPREAD, Touch, expect_same, gfns, harvest,
     program,
 };
+use super::nested_vmx;
 
 /// L1's own page tables: identity, by 2 MiB.
-const L1_TABLES: u64 = 2;
+pub const L1_TABLES: u64 = 2;
 const VMCB_GFN: u64 = 8;
 /// Where SVM saves L1's state while L2 runs.
 const SAVE_GFN: u64 = 9;
 /// L2's nested tables: identity, one of level 4, 3 and 2 each, then the last level.
-const NESTED_TABLES: u64 = 10;
+pub const NESTED_TABLES: u64 = 10;
 /// Tables of the last level that map all memory once more behind itself.
 const SECOND_TABLES: u64 = 128;
 /// From here on only L2 touches memory.
 const L2_START: u64 = 512;
 /// Apart from all of [`SPREAD`].
-const L2_CODE_GFN: u64 = PAGES - 256;
+pub const L2_CODE_GFN: u64 = PAGES - 256;
 
 /// Present, writable, user: nested paging checks accesses as a user's.
 const TABLE_FLAGS: u64 = 7;
 const HUGE_FLAG: u64 = 1 << 7;
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Vendor {
+    Amd,
+    Intel,
+}
+
 /// How L1's nested tables map L2's memory.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Nested {
+pub enum Nested {
     Small,
+    /// Small, without accessed bits, as L1 may choose on Intel.
+    Tracked,
     /// Small, and all memory a second time.
     Twice,
     Huge,
@@ -52,8 +62,19 @@ enum Nested {
 
 /// Exactly the pages that L2 touches, in each round, with 4 KiB nested pages.
 pub fn exact() -> Result<Outcome> {
-    let Some((mut machine, mut sampler)) = machine(Memory::small_pages(PAGES)?, SPREAD, Nested::Small)?
-    else {
+    exact_rounds(Nested::Small)
+}
+
+/// As [`exact`], on shadows without accessed bits: KVM alone knows.
+pub fn tracked() -> Result<Outcome> {
+    if vendor() == Some(Vendor::Amd) {
+        return Ok(Outcome::Skip("nested paging of AMD always has accessed bits".into()));
+    }
+    exact_rounds(Nested::Tracked)
+}
+
+fn exact_rounds(nested: Nested) -> Result<Outcome> {
+    let Some((mut machine, mut sampler)) = machine(Memory::small_pages(PAGES)?, SPREAD, nested)? else {
         return Ok(skipped());
     };
     let want = l2_pages();
@@ -167,7 +188,7 @@ pub fn direct() -> Result<Outcome> {
 }
 
 fn skipped() -> Outcome {
-    Outcome::Skip("needs SVM in the guest: an AMD host with kvm_amd.nested=1".into())
+    Outcome::Skip("KVM does not let guests run guests: needs kvm_amd.nested=1 or kvm_intel.nested=1".into())
 }
 
 fn l2_pages() -> BTreeSet<u64> {
@@ -197,53 +218,64 @@ fn in_pieces(machine: &mut Machine, sampler: &mut KernelSampler) -> Result<BTree
     Ok(pieces)
 }
 
+/// Whether KVM lets guests of this host run guests, and how.
+fn vendor() -> Option<Vendor> {
+    let on = |module| {
+        let path = format!("/sys/module/{module}/parameters/nested");
+        fs::read_to_string(path).is_ok_and(|text| ["1", "Y"].contains(&text.trim()))
+    };
+    if on("kvm_amd") { Some(Vendor::Amd) } else { on("kvm_intel").then_some(Vendor::Intel) }
+}
+
 /// A machine whose guest runs an L2 that goes over `pages`, and a session;
-/// nothing on hosts without nested SVM.
+/// nothing on hosts without nested guests.
 fn machine(memory: Memory, pages: Pages, nested: Nested) -> Result<Option<(Machine, KernelSampler)>> {
-    let on = fs::read_to_string("/sys/module/kvm_amd/parameters/nested").unwrap_or_default();
-    if !["1", "Y"].contains(&on.trim()) {
-        return Ok(None);
-    }
+    let Some(vendor) = vendor() else { return Ok(None) };
     memory.populate();
     let mut machine = Machine::new(memory)?;
-    let put = |gfn: u64, offset: usize, data: &[u8]| machine.memory.write(gfn as usize * PAGE + offset, data);
-    put(CODE_GFN, 0, &l1_program());
-    put(L2_CODE_GFN, 0, &program(pages, Touch::Write, &[0x0F, 0x01, 0xD9])); // vmmcall
-    put(VMCB_GFN, 0, &vmcb(nested != Nested::Off));
     identity(&machine.memory, L1_TABLES, Nested::Huge);
     if nested != Nested::Off {
         identity(&machine.memory, NESTED_TABLES, nested);
     }
-    enter_long_mode(&mut machine)?;
+    enter_long_mode(&mut machine, vendor)?;
+    let put = |gfn: u64, data: &[u8]| machine.memory.write(gfn as usize * PAGE, data);
+    let end_round = match vendor {
+        Vendor::Amd => {
+            put(CODE_GFN, &l1_program());
+            put(VMCB_GFN, &vmcb(nested != Nested::Off));
+            [0x0F, 0x01, 0xD9] // vmmcall
+        }
+        Vendor::Intel => {
+            nested_vmx::load(&machine, nested)?;
+            nested_vmx::END_ROUND
+        }
+    };
+    put(L2_CODE_GFN, &program(pages, Touch::Write, &end_round));
     let sampler = machine.observe()?;
     Ok(Some((machine, sampler)))
 }
 
-/// Tables of four levels from page `first` on that map all memory to itself.
+/// Tables of four levels from page `first` on that map the memory to itself. Those
+/// of L1 go on behind it: an L2 with page tables of its own uses them.
 fn identity(memory: &Memory, first: u64, size: Nested) {
     let entry = |gfn: u64, index: u64, value: u64| {
-        memory.write(gfn as usize * PAGE + index as usize * 8, &value.to_le_bytes());
+        memory.write(gfn as usize * PAGE + index as usize * 8, &(value | TABLE_FLAGS).to_le_bytes());
     };
     for gfn in first..first + 3 {
         memory.write(gfn as usize * PAGE, &[0; PAGE]);
     }
-    entry(first, 0, (first + 1) << 12 | TABLE_FLAGS);
-    entry(first + 1, 0, (first + 2) << 12 | TABLE_FLAGS);
-    for unit in 0..PAGES / 512 {
-        if size == Nested::Huge {
-            entry(first + 2, unit, unit << 21 | TABLE_FLAGS | HUGE_FLAG);
-            continue;
-        }
-        let mut last_level = vec![(unit, first + 3 + unit)];
-        if size == Nested::Twice {
-            last_level.push((PAGES / 512 + unit, SECOND_TABLES + unit));
-        }
-        for (at, table) in last_level {
-            entry(first + 2, at, table << 12 | TABLE_FLAGS);
-            for index in 0..512 {
-                entry(table, index, (unit * 512 + index) << 12 | TABLE_FLAGS);
-            }
-        }
+    entry(first, 0, (first + 1) << 12);
+    entry(first + 1, 0, (first + 2) << 12);
+    let units = PAGES / 512;
+    if size == Nested::Huge {
+        (0..2 * units).for_each(|unit| entry(first + 2, unit, unit << 21 | HUGE_FLAG));
+        return;
+    }
+    let last_level = (0..units).map(|unit| (unit, unit, first + 3 + unit));
+    let second = (0..units).map(|unit| (units + unit, unit, SECOND_TABLES + unit));
+    for (at, unit, table) in last_level.chain(second.filter(|_| size == Nested::Twice)) {
+        entry(first + 2, at, table << 12);
+        (0..512).for_each(|index| entry(table, index, (unit * 512 + index) << 12));
     }
 }
 
@@ -301,8 +333,8 @@ fn vmcb(nested_paging: bool) -> [u8; PAGE] {
     vmcb
 }
 
-/// Puts the vCPU before L1's program, in 64-bit mode with SVM on.
-fn enter_long_mode(machine: &mut Machine) -> Result<()> {
+/// Puts the vCPU before L1's program, in 64-bit mode, with SVM or VMX allowed.
+fn enter_long_mode(machine: &mut Machine, vendor: Vendor) -> Result<()> {
     let cpuid = Kvm::new()?.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("KVM_GET_SUPPORTED_CPUID")?;
     machine.vcpu.set_cpuid2(&cpuid).context("KVM_SET_CPUID2")?;
     let mut sregs = machine.vcpu.get_sregs().context("KVM_GET_SREGS")?;
@@ -321,9 +353,15 @@ fn enter_long_mode(machine: &mut Machine) -> Result<()> {
         *segment = flat;
     }
     sregs.cr3 = L1_TABLES << 12;
-    sregs.cr4 |= 1 << 5; // PAE
-    sregs.cr0 |= 1 << 31 | 1; // PG, PE
-    sregs.efer |= 1 << 12 | 1 << 10 | 1 << 8; // SVME, LMA, LME
+    sregs.efer |= 1 << 10 | 1 << 8; // LMA, LME
+    match vendor {
+        Vendor::Amd => {
+            sregs.cr0 |= 1 << 31 | 1; // PG, PE
+            sregs.cr4 |= 1 << 5; // PAE
+            sregs.efer |= 1 << 12; // SVME
+        }
+        Vendor::Intel => (sregs.cr0, sregs.cr4) = (nested_vmx::CR0, nested_vmx::CR4),
+    }
     machine.vcpu.set_sregs(&sregs).context("KVM_SET_SREGS")?;
     let regs = kvm_regs { rip: CODE_GFN * PAGE as u64, rflags: 2, ..Default::default() };
     machine.vcpu.set_regs(&regs).context("KVM_SET_REGS")
