@@ -95,6 +95,17 @@ static inline bool kes_compat_writes_tracked(struct kvm *kvm, struct kvm_memory_
 }
 
 /*
+ * Up to 6.12 KVM lets EPT write no accessed and dirty bits while a nested guest
+ * without nested EPT runs (construct_eptp() in vmx.c), and marks neither the root
+ * nor the entries.
+ */
+#if KES_KERNEL_IS(7, 3)
+#define KES_COMPAT_NESTED_EPT_BLIND	false
+#else
+#define KES_COMPAT_NESTED_EPT_BLIND	true
+#endif
+
+/*
  * A reverse map's head: 0 when no entry of tables that KVM shadows maps the page,
  * the address of the entry when one does, and anything odd when there are more.
  * After 6.12 bit 1 is a lock.

@@ -50,6 +50,13 @@ struct kes_entry_format {
 #define KES_ENTRY_FORMAT_TRACKED { \
 	.accessed_nr = 0, .dirty_nr = 0, .id = KES_FORMAT_EPT }
 
+/*
+ * EPT whose bits nobody writes: what is mapped may have been accessed, and what
+ * is writable may be dirty. Never to be cleared.
+ */
+#define KES_ENTRY_FORMAT_BLIND { \
+	.accessed_nr = KES_ENTRY_PRESENT_NR, .dirty_nr = 1, .id = KES_FORMAT_EPT }
+
 /* The permissions that are not the same bits in both. */
 struct kes_entry_rights {
 	u64 execute;		/* EPT: each allows fetches of one kind */

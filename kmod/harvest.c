@@ -27,6 +27,7 @@
 #include "young.h"
 
 static const struct kes_entry_format format_tracked = KES_ENTRY_FORMAT_TRACKED;
+static const struct kes_entry_format format_blind = KES_ENTRY_FORMAT_BLIND;
 
 /* The walk of one chunk. */
 struct kes_walk {
@@ -40,7 +41,8 @@ struct kes_walk {
 	bool clear_asked;	/* accessed bits are to be cleared ... */
 	bool clear_accessed;	/* ... in the entries of the root in hand */
 	bool clear_later;	/* ... by KVM, after the walk */
-	bool clear_dirty;
+	bool clear_dirty_asked;	/* dirty bits are to be cleared ... */
+	bool clear_dirty;	/* ... in the entries of the root in hand */
 	u64 gfn_start;
 	u64 gfn_end;
 };
@@ -322,6 +324,19 @@ static int roots_check(const struct kes_walk *walk, const struct kes_root *roots
 	return tracked;
 }
 
+/* What the bits of @root mean, and who clears them. */
+static void root_select(struct kes_walk *walk, const struct kes_root *root)
+{
+	bool blind = KES_COMPAT_NESTED_EPT_BLIND && root->guest_mode && !root->tracked &&
+		     walk->format->id == KES_FORMAT_EPT;
+
+	walk->gather.format = root->tracked ? &format_tracked :
+			      blind ? &format_blind : walk->format;
+	walk->clear_accessed = walk->clear_asked && !root->tracked && !blind;
+	walk->clear_later = walk->clear_asked && root->tracked;
+	walk->clear_dirty = walk->clear_dirty_asked && !blind;
+}
+
 /*
  * Walks all roots over [walk->gfn_start, walk->gfn_end). Returns how many of
  * them are tracked.
@@ -335,9 +350,7 @@ static int chunk_walk(struct kes_walk *walk)
 	n = kes_vm_roots(walk->kvm, roots);
 	tracked = n < 0 ? n : roots_check(walk, roots, n);
 	for (i = 0; tracked >= 0 && i < n; i++) {
-		walk->gather.format = roots[i].tracked ? &format_tracked : walk->format;
-		walk->clear_accessed = walk->clear_asked && !roots[i].tracked;
-		walk->clear_later = walk->clear_asked && roots[i].tracked;
+		root_select(walk, &roots[i]);
 		root_walk(walk, &roots[i]);
 	}
 	rcu_read_unlock();
@@ -466,8 +479,8 @@ static int walk_init(struct kes_walk *walk, const struct kes_harvest *arg)
 	if (ret)
 		return ret;
 	walk->clear_asked = arg->flags & KES_HARVEST_CLEAR_ACCESSED;
-	walk->clear_dirty = arg->flags & KES_HARVEST_CLEAR_DIRTY;
-	walk->gather.want_dirty = arg->dirty || walk->clear_dirty;
+	walk->clear_dirty_asked = arg->flags & KES_HARVEST_CLEAR_DIRTY;
+	walk->gather.want_dirty = arg->dirty || walk->clear_dirty_asked;
 	walk->gather.want_range = walk->nodes.ranges && !walk->nodes.by_page;
 	walk->gather.range_start = walk->nodes.range[0].start;
 	walk->gather.range_bytes = walk->nodes.range[0].bytes;

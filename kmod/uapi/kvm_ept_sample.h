@@ -153,6 +153,9 @@ struct kes_memslots {
  *   tables of these; the module reads the shadows' accessed bits where one entry
  *   maps a page, and KVM tells the rest and clears. @accessed and @levels are
  *   complete; the other bitmaps tell what the tables of the guest itself say.
+ * - On Intel up to Linux 6.12 nothing tells what nested guests access that run
+ *   without nested paging: each page that they have mapped is reported as
+ *   accessed, and as dirty if they may write to it, whatever is cleared.
  * - kvm.tdp_mmu=N, or EPT or NPT not in use: KVM shadows the guest itself, and
  *   is asked for each page that is mapped, which costs much more than reading
  *   a table. @mapped and @on_nodes are zero. No @dirty.
