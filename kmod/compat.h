@@ -6,8 +6,6 @@
 #ifndef KES_COMPAT_H
 #define KES_COMPAT_H
 
-#include <linux/kvm_host.h>
-#include <linux/string.h>
 #include <linux/version.h>
 
 #define KES_KERNEL_IS(major, minor) \
@@ -19,11 +17,19 @@
 /*
  * KVM's private structures and entry bits are read directly, so a kernel line
  * is either known or refused: nothing is guessed. These are the lines whose
- * layouts are written down in vm.c and entry.h.
+ * layouts are written down in vm.c and entry.h. Kbuild asks for this
+ * answer alone, with KES_ASK_KERNEL: it builds unsupported.c on other lines.
  */
-#if !KES_KERNEL_IS(6, 1) && !KES_KERNEL_IS(6, 12) && !KES_KERNEL_IS(7, 3)
-#error "kvm_ept_sample knows the KVM of Linux 6.1, 6.12 and 7.3 only; see docs/KERNELS.md"
+#define KES_KERNELS "Linux 6.1, 6.12 and 7.3"
+#if KES_KERNEL_IS(6, 1) || KES_KERNEL_IS(6, 12) || KES_KERNEL_IS(7, 3)
+#define KES_KERNEL_KNOWN 1
 #endif
+
+#if defined(KES_KERNEL_KNOWN) && !defined(KES_ASK_KERNEL)
+
+#include <linux/kvm_host.h>
+#include <linux/mm.h>
+#include <linux/string.h>
 
 /* 6.7: the operations of a VM's file name the vendor module as their owner. */
 #if KES_KERNEL_FROM(6, 7)
@@ -119,9 +125,27 @@ static inline unsigned long kes_compat_rmap(const struct kvm_rmap_head *head)
 #endif
 }
 
+/*
+ * Takes the page that is mapped at @address of @mm, and returns 1; nothing is
+ * faulted in. Since 6.5 the call tells no areas.
+ *
+ * Call with the mmap_lock held for read.
+ */
+static inline long kes_compat_get_mapped_page(struct mm_struct *mm, unsigned long address,
+					      struct page **page)
+{
+#if KES_KERNEL_IS(6, 1)
+	return get_user_pages_remote(mm, address, 1, FOLL_NOFAULT, page, NULL, NULL);
+#else
+	return get_user_pages_remote(mm, address, 1, FOLL_NOFAULT, page, NULL);
+#endif
+}
+
 /* After 6.12 kvm_flush_remote_tlbs() is exported to KVM's own modules only. */
 #if !KES_KERNEL_IS(7, 3)
 #define KES_COMPAT_FLUSH_EXPORTED
 #endif
+
+#endif /* KES_KERNEL_KNOWN && !KES_ASK_KERNEL */
 
 #endif /* KES_COMPAT_H */

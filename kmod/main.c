@@ -11,6 +11,7 @@
 #include <asm/cpufeature.h>
 
 #include "session.h"
+#include "version.h"
 
 /* Set once at load: a host has one vendor. */
 struct kes_entry_format kes_format __ro_after_init;
@@ -38,7 +39,7 @@ static void __exit kes_exit(void)
 
 module_init(kes_init);
 module_exit(kes_exit);
-MODULE_DESCRIPTION("Accessed and dirty pages of KVM guests from EPT and NPT");
-MODULE_AUTHOR("The ept-virt authors");
+MODULE_DESCRIPTION(KES_DESCRIPTION);
+MODULE_AUTHOR(KES_AUTHOR);
 MODULE_LICENSE("GPL");
-MODULE_VERSION("0.1.0");
+MODULE_VERSION(KES_VERSION);
