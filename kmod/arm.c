@@ -46,9 +46,10 @@
 static const struct kes_entry_rights rights_ept = KES_ENTRY_RIGHTS_EPT;
 static const struct kes_entry_rights rights_npt = KES_ENTRY_RIGHTS_NPT;
 
-static const struct kes_entry_rights *arming_rights(const struct kes_arming *arming)
+/* The permissions of entries of @format. */
+const struct kes_entry_rights *kes_arming_rights(const struct kes_entry_format *format)
 {
-	return arming->format->id == KES_FORMAT_EPT ? &rights_ept : &rights_npt;
+	return format->id == KES_FORMAT_EPT ? &rights_ept : &rights_npt;
 }
 
 /*
@@ -113,7 +114,7 @@ static bool entry_executable(const struct kes_entry_rights *rights, u64 value)
 static u64 entry_change(const struct kes_arming *arming, u64 value, int level,
 			   const struct kvm_memory_slot *slot)
 {
-	const struct kes_entry_rights *rights = arming_rights(arming);
+	const struct kes_entry_rights *rights = kes_arming_rights(arming->format);
 
 	if ((value & KES_ENTRY_WRITE) && !(value & rights->mmu_writable)) {
 		pr_err_once("a writable entry is not laid out as this module knows it: not sampled\n");
@@ -187,7 +188,7 @@ bool kes_arming_revoke(struct kes_arming *arming, u64 *entry, const struct kes_a
 /* What an armed entry can get back now. */
 static u64 armed_restorable(const struct kes_arming *arming, const struct kes_armed *armed)
 {
-	u64 write = KES_ENTRY_WRITE | arming_rights(arming)->mmu_writable;
+	u64 write = KES_ENTRY_WRITE | kes_arming_rights(arming->format)->mmu_writable;
 	u64 pages = kes_entry_pages(armed->level);
 	struct kvm_memory_slot *slot = search_memslots(arming->slots, armed->gfn, false);
 

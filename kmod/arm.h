@@ -30,6 +30,7 @@ struct kes_arming {
 	bool flush;		/* something was armed */
 };
 
+const struct kes_entry_rights *kes_arming_rights(const struct kes_entry_format *format);
 int kes_arming_begin(struct kes_arming *arming);
 void kes_arming_end(struct kes_arming *arming);
 u64 *kes_arming_pick(struct kes_arming *arming, struct rnd_state *random,

@@ -16,6 +16,7 @@
 #include "legacy.h"
 #include "process.h"
 #include "sample.h"
+#include "selfcheck.h"
 #include "session.h"
 #include "vm.h"
 
@@ -47,6 +48,8 @@ static long session_bind(struct kes_session *session, struct kvm *kvm)
 {
 	long ret = kes_vm_check(kvm);
 
+	if (!ret)
+		ret = kes_selfcheck(kvm, &kes_format);
 	if (ret)
 		goto put_vm;
 	session->harvester = kvzalloc(sizeof(*session->harvester), GFP_KERNEL_ACCOUNT);
@@ -159,6 +162,14 @@ static int argument_take(void *arg, void __user *user, size_t bytes)
 	return 0;
 }
 
+/* Before work on the tables: as above, and this kernel must be the known one. */
+static long session_tables_check(const struct kes_session *session)
+{
+	long ret = session_vm_check(session);
+
+	return ret ?: kes_selfcheck(session->kvm, &kes_format);
+}
+
 static long session_memslots(struct kes_session *session, struct kes_memslots __user *user)
 {
 	struct kes_memslots arg;
@@ -181,7 +192,7 @@ static long session_harvest(struct kes_session *session, struct kes_harvest __us
 
 	if (ret)
 		return ret;
-	ret = session_vm_check(session);
+	ret = session_tables_check(session);
 	if (!ret)
 		ret = kes_harvest(session->kvm, &kes_format, session->harvester, &arg);
 	if (!ret)
@@ -199,7 +210,7 @@ static long session_sample_set(struct kes_session *session,
 
 	if (copy_from_user(&arg, user, sizeof(arg)))
 		return -EFAULT;
-	ret = session_vm_check(session);
+	ret = session_tables_check(session);
 	if (!ret)
 		ret = kes_sampler_set(&session->sampler, session->kvm, &kes_format, &arg);
 	return ret;

@@ -17,6 +17,7 @@
 #include <linux/uaccess.h>
 
 #include "compat.h"
+#include "entry.h"
 #include "vm.h"
 
 /*
@@ -195,6 +196,22 @@ bool kes_vm_is_shadow_entry(const u64 *entry)
 	page = (struct kes_mmu_page *)page_private(virt_to_page(entry));
 	return virt_addr_valid(page) && !page->tdp_mmu_page &&
 	       page->spt == PTR_ALIGN_DOWN(entry, PAGE_SIZE) && !page->role.ad_disabled;
+}
+
+/*
+ * Whether KVM says that @table is one of @level that maps @gfn; touches nothing
+ * unproved. The caller holds rcu_read_lock().
+ */
+bool kes_vm_table_is(const u64 *table, int level, u64 gfn)
+{
+	const struct kes_mmu_page *page;
+
+	if (!virt_addr_valid(table) || !PAGE_ALIGNED(table))
+		return false;
+	page = (const struct kes_mmu_page *)page_private(virt_to_page(table));
+	return virt_addr_valid(page) && page->tdp_mmu_page && page->spt == table &&
+	       page->role.level == level &&
+	       page->gfn == ALIGN_DOWN(gfn, kes_entry_pages(level + 1));
 }
 
 static void memslot_fill(struct kes_memslot *out, const struct kvm_memory_slot *slot)

@@ -36,6 +36,7 @@ int kes_vm_roots(struct kvm *kvm, struct kes_root roots[KES_MAX_ROOTS]);
 int kes_vm_roots_for_sampling(struct kvm *kvm, struct kes_root roots[KES_MAX_ROOTS]);
 bool kes_vm_is_shadow_entry(const u64 *entry);
 u32 kes_vm_slots(struct kvm *kvm, struct kes_memslot *out, u32 capacity, u64 *generation);
+bool kes_vm_table_is(const u64 *table, int level, u64 gfn);
 long kes_vm_memslots(struct kvm *kvm, struct kes_memslots *arg);
 
 #endif /* KES_VM_H */
