@@ -9,11 +9,13 @@
 
 #include "compat.h"
 #include "flush.h"
+#include "trace.h"
 
 #ifdef KES_COMPAT_FLUSH_EXPORTED
 
 void kes_flush_tlbs(struct kvm *kvm)
 {
+	trace_kes_flush(kvm);
 	kvm_flush_remote_tlbs(kvm);
 }
 
@@ -36,6 +38,7 @@ void kes_flush_tlbs(struct kvm *kvm)
 	bool some;
 	int me;
 
+	trace_kes_flush(kvm);
 	some = zalloc_cpumask_var(&running, GFP_NOWAIT | __GFP_NOWARN);
 	me = get_cpu();
 	kvm_for_each_vcpu(i, vcpu, kvm) {

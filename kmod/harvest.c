@@ -23,6 +23,7 @@
 #include "gather.h"
 #include "harvest.h"
 #include "nodes.h"
+#include "trace.h"
 #include "vm.h"
 #include "young.h"
 
@@ -343,6 +344,7 @@ static void root_select(struct kes_walk *walk, const struct kes_root *root)
  */
 static int chunk_walk(struct kes_walk *walk)
 {
+	u64 begin_ns = trace_kes_chunk_enabled() ? ktime_get_ns() : 0;
 	struct kes_root roots[KES_MAX_ROOTS];
 	int i, n, tracked;
 
@@ -354,6 +356,9 @@ static int chunk_walk(struct kes_walk *walk)
 		root_walk(walk, &roots[i]);
 	}
 	rcu_read_unlock();
+	if (begin_ns)
+		trace_kes_chunk(walk->kvm, walk->gfn_start, walk->gfn_end,
+				ktime_get_ns() - begin_ns);
 	if (tracked < 0)
 		return tracked;
 	walk->stats->roots = max_t(u32, walk->stats->roots, n);

@@ -11,6 +11,7 @@
 #include <asm/cpufeature.h>
 
 #include "session.h"
+#include "stats.h"
 #include "version.h"
 
 /* Set once at load: a host has one vendor. */
@@ -18,6 +19,8 @@ struct kes_entry_format kes_format __ro_after_init;
 
 static int __init kes_init(void)
 {
+	int ret;
+
 	if (boot_cpu_has(X86_FEATURE_VMX)) {
 		kes_format = (struct kes_entry_format)KES_ENTRY_FORMAT_EPT;
 	} else if (boot_cpu_has(X86_FEATURE_SVM)) {
@@ -26,8 +29,13 @@ static int __init kes_init(void)
 		pr_err("this CPU has neither VT-x nor SVM: there are no KVM guests to observe\n");
 		return -ENODEV;
 	}
-	if (!proc_create(KES_PROC_NAME, 0600, NULL, &kes_session_ops))
+	ret = kes_stats_init();
+	if (ret)
+		return ret;
+	if (!proc_create(KES_PROC_NAME, 0600, NULL, &kes_session_ops)) {
+		kes_stats_exit();
 		return -ENOMEM;
+	}
 	return 0;
 }
 
@@ -35,6 +43,7 @@ static int __init kes_init(void)
 static void __exit kes_exit(void)
 {
 	remove_proc_entry(KES_PROC_NAME, NULL);
+	kes_stats_exit();
 }
 
 module_init(kes_init);

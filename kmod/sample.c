@@ -26,6 +26,8 @@
 
 #include "compat.h"
 #include "sample.h"
+#include "stats.h"
+#include "trace.h"
 #include "vm.h"
 
 #define RING_DEFAULT	(1U << 14)
@@ -114,6 +116,8 @@ static bool sampler_fault(struct kes_sampler *sampler, u32 vcpu, u64 gfn, u64 co
 			sampler->stats.dropped++;
 	}
 	spin_unlock(&sampler->lock);
+	if (leaf)
+		trace_kes_sample(sampler->kvm, &sample);
 	return reported;
 }
 
@@ -274,6 +278,7 @@ static void leaves_arm(struct kes_sampler *sampler, u32 want)
 /* One round of the worker. Returns for how long to sleep. */
 static u64 worker_round(struct kes_sampler *sampler)
 {
+	u64 armed = sampler->stats.armed, released = sampler->stats.released;
 	u64 now_ns = ktime_get_ns(), hold_ns;
 	u32 want;
 
@@ -291,6 +296,10 @@ static u64 worker_round(struct kes_sampler *sampler)
 	want = kes_rate_want(&sampler->rate, sampler->armed_count, ktime_get_ns());
 	spin_unlock(&sampler->lock);
 	leaves_arm(sampler, want);
+	armed = sampler->stats.armed - armed;
+	released = sampler->stats.released - released;
+	if (armed || released)
+		trace_kes_arm_round(sampler->kvm, want, armed, released, hold_ns);
 	return kes_rate_period_ns(&sampler->rate);
 }
 
@@ -410,7 +419,7 @@ static int sampler_begin(struct kes_sampler *sampler, struct kvm *kvm,
 	/* Nothing is armed: no vCPU looks at the ring yet. */
 	swap(sampler->ring, ring);
 	kes_ring_destroy(&ring);
-	memset(&sampler->stats, 0, sizeof(sampler->stats));
+	kes_account_samples(&sampler->stats);
 	WRITE_ONCE(sampler->vm_gone, false);
 	WRITE_ONCE(sampler->running, true);
 	return 0;
@@ -476,7 +485,7 @@ void kes_sampler_reset(struct kes_sampler *sampler)
 {
 	kes_sampler_stop(sampler);
 	kes_ring_destroy(&sampler->ring);
-	memset(&sampler->stats, 0, sizeof(sampler->stats));
+	kes_account_samples(&sampler->stats);
 	memset(&sampler->rate, 0, sizeof(sampler->rate));
 }
 

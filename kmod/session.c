@@ -2,7 +2,6 @@
 /*
  * The session: what an open /proc/kvm_ept_sample holds, and its ioctls.
  */
-#include <linux/atomic.h>
 #include <linux/capability.h>
 #include <linux/compat.h>
 #include <linux/fs.h>
@@ -18,10 +17,9 @@
 #include "sample.h"
 #include "selfcheck.h"
 #include "session.h"
+#include "stats.h"
+#include "trace.h"
 #include "vm.h"
-
-/* Attached sessions, for KES_GET_INFO. */
-static atomic_t attached_sessions = ATOMIC_INIT(0);
 
 struct kes_session {
 	/* Held during each call: one call at a time on one file. */
@@ -29,6 +27,7 @@ struct kes_session {
 	struct kvm *kvm;			/* reference, NULL: not attached */
 	struct kes_harvester *harvester;	/* there as long as @kvm is */
 	struct kes_sampler sampler;		/* runs only as long as @kvm is there */
+	struct kes_account account;		/* open as long as @kvm is there */
 	/* INIT of 2019, not KES_ATTACH, was the last to bind: reads are its. */
 	bool speaks_2019;
 	struct kes_legacy legacy;
@@ -62,13 +61,15 @@ static long session_bind(struct kes_session *session, struct kvm *kvm)
 		goto free_harvester;
 	}
 	session->kvm = kvm;
-	atomic_inc(&attached_sessions);
+	kes_account_open(&session->account, kvm, &session->sampler);
+	trace_kes_attach(kvm, 0);
 	return 0;
 
 free_harvester:
 	kvfree(session->harvester);
 	session->harvester = NULL;
 put_vm:
+	trace_kes_attach(kvm, ret);
 	kes_vm_put(kvm);
 	return ret;
 }
@@ -122,7 +123,8 @@ static long session_detach(struct kes_session *session)
 	if (!session->kvm)
 		return -ENOTCONN;
 	kes_sampler_reset(&session->sampler);
-	atomic_dec(&attached_sessions);
+	trace_kes_detach(session->kvm);
+	kes_account_close(&session->account);
 	module_put(THIS_MODULE);
 	kvfree(session->harvester);
 	session->harvester = NULL;
@@ -139,7 +141,7 @@ static long session_info(struct kes_info __user *user)
 		.features = KES_FEATURE_HARVEST | KES_FEATURE_CLEAR_DIRTY |
 			    KES_FEATURE_SAMPLE | KES_FEATURE_NOTIFIER,
 		.chunk_pages = KES_CHUNK_PAGES,
-		.sessions = atomic_read(&attached_sessions),
+		.sessions = kes_stats_attached(),
 	};
 
 	return copy_to_user(user, &info, sizeof(info)) ? -EFAULT : 0;
@@ -192,11 +194,16 @@ static long session_harvest(struct kes_session *session, struct kes_harvest __us
 
 	if (ret)
 		return ret;
+	if (!session->kvm)
+		return -ENOTCONN;
+	memset(&arg.stats, 0, sizeof(arg.stats));
 	ret = session_tables_check(session);
 	if (!ret)
 		ret = kes_harvest(session->kvm, &kes_format, session->harvester, &arg);
 	if (!ret)
 		ret = session_vm_check(session);
+	kes_account_harvest(&session->account, &arg, ret);
+	trace_kes_harvest(session->kvm, &arg, ret);
 	if (!ret && copy_to_user(user, &arg, sizeof(arg)))
 		ret = -EFAULT;
 	return ret;
@@ -210,9 +217,12 @@ static long session_sample_set(struct kes_session *session,
 
 	if (copy_from_user(&arg, user, sizeof(arg)))
 		return -EFAULT;
+	if (!session->kvm)
+		return -ENOTCONN;
 	ret = session_tables_check(session);
 	if (!ret)
 		ret = kes_sampler_set(&session->sampler, session->kvm, &kes_format, &arg);
+	trace_kes_sample_set(session->kvm, &arg, ret);
 	return ret;
 }
 
@@ -359,6 +369,7 @@ static int session_open(struct inode *inode, struct file *file)
 
 	if (!session)
 		return -ENOMEM;
+	kes_stats_opened();
 	mutex_init(&session->lock);
 	kes_sampler_init(&session->sampler);
 	file->private_data = session;
@@ -373,6 +384,7 @@ static int session_release(struct inode *inode, struct file *file)
 	session_detach(session);
 	mutex_destroy(&session->lock);
 	kfree(session);
+	kes_stats_closed();
 	return 0;
 }
 

@@ -30,6 +30,40 @@
  *   (i / 64) stands for GFN gfn_start + i. A harvest overwrites the bits of the
  *   range that it covers, including the unused bits of the last word (zero).
  *
+ * STATISTICS
+ *
+ * /proc/kvm_ept_sample_stats, mode 0400: what the module did on the whole host
+ * since it was loaded, in lines of a name, a space and a value. Names keep
+ * their meaning; new ones may come. All are counts unless said otherwise.
+ *
+ *   version, abi, format    of the module (format: ept or npt)
+ *   self_check              pending, passed or failed. Each load compares some
+ *                           entries of the first VM that has pages mapped with
+ *                           the VMM's page tables; failed refuses all VMs
+ *   sessions_open           open files, now
+ *   sessions_attached       of them those with a VM, now
+ *   vms_attached            different VMs among these, now
+ *   harvests                calls of KES_HARVEST, with those that failed
+ *   harvests_partial        ended by a signal or by the budget
+ *   harvest_pages           pages of the ranges walked
+ *   harvest_entries_read, harvest_entries_cleared, harvest_chunks,
+ *   harvest_flushes, harvest_time_ns
+ *                           sums of kes_harvest_stats
+ *   harvest_errors_efault, _esrch, _euclean, _eopnotsupp, _other
+ *                           calls that failed, by errno
+ *   samplers                sessions that sample, now
+ *   samples, samples_dropped, samples_unwanted, sample_armed,
+ *   sample_released, sample_flushes
+ *                           sums of kes_sample_stats
+ *   sample_armed_now        entries that are armed, now
+ *   sample_faults           samples, also dropped and unwanted ones
+ *
+ * Then a line for each attached session: "session pid=P harvests=N sample_hz=F",
+ * where P is the VMM's process as the reader's PID namespace numbers it, or 0 if
+ * it is not there.
+ *
+ * Tracepoints stand in /sys/kernel/tracing/events/kvm_ept_sample/.
+ *
  * ERRORS OF ALL CALLS
  *
  *   ENOTTY      unknown command: this module is older than the program
@@ -97,6 +131,8 @@ struct kes_info {
  *   ENODEV      vm_fd is not a KVM VM
  *   EISCONN     this session is attached already
  *   EACCES      the guest has private memory (SNP, TDX, guest_memfd)
+ *   EUCLEAN     the module's self-check found that it does not know this
+ *               kernel; the kernel log says what did not fit. See STATISTICS
  */
 struct kes_attach {
 	__s32 vm_fd;
