@@ -11,29 +11,56 @@ use anyhow::{Context, Result, bail};
 use crate::Lab;
 use crate::cache::Key;
 use crate::kernel::Kernel;
-use crate::proc;
+use crate::{modinfo, proc};
 
 /// The module's file, as its Makefile names it.
 pub const NAME: &str = "kvm_ept_sample.ko";
 const BUILD_TIMEOUT: Duration = Duration::from_secs(300);
 
+/// A kernel version that the module does not know, as the headers would say it.
+const UNKNOWN_VERSION: &str = "#define KERNEL_VERSION(a, b, c) (((a) << 16) + ((b) << 8) + (c))\n\
+                               #define LINUX_VERSION_CODE KERNEL_VERSION(8, 0, 0)\n";
+
 /// Builds the module with W=1 in the Debian tree of its kernel; the build
 /// machine's own compiler does not fit those headers. A warning is an error.
 pub fn build(lab: &Lab, kernel: &Kernel) -> Result<PathBuf> {
+    build_as(lab, kernel, &format!("kmod-{}", kernel.line), None)
+}
+
+/// As [`build`], but the headers say a version that the module does not know.
+/// The kernel would load the result: it is the module that refuses.
+pub fn build_unknown(lab: &Lab, kernel: &Kernel) -> Result<PathBuf> {
+    build_as(lab, kernel, &format!("kmod-unknown-{}", kernel.line), Some(UNKNOWN_VERSION))
+}
+
+fn build_as(lab: &Lab, kernel: &Kernel, name: &str, version: Option<&str>) -> Result<PathBuf> {
     let sources = lab.root.join("kmod");
-    let key = Key::new("kmod 2").item(&kernel.root).text(&kernel.release).tree(&sources, &is_source)?;
-    lab.cache.get_or_build(&format!("kmod-{}", kernel.line), &key, |ko| {
-        let step = lab.progress.step(format!("building the kernel module for {}", kernel.release));
+    let key = Key::new("kmod 3")
+        .item(&kernel.root)
+        .text(&kernel.release)
+        .text(version.unwrap_or_default())
+        .tree(&sources, &is_source)?;
+    lab.cache.get_or_build(name, &key, |ko| {
+        let step = lab.progress.step(format!("building the kernel module for {}: {name}", kernel.release));
         // Checkouts that share a tree do not share the folder.
-        let folder = format!("build-{}", std::process::id());
+        let folder = format!("build-{}-{name}", std::process::id());
         let work = kernel.root.join(&folder);
         copy_sources(&sources, &work)?;
-        let log = lab.log(&format!("kmod-{}", kernel.line));
-        proc::run(&mut make(kernel, &folder), &log, BUILD_TIMEOUT)?;
+        let mut make = make(kernel, &folder);
+        if let Some(version) = version {
+            let headers = work.join("unknown/linux");
+            fs::create_dir_all(&headers).with_context(|| format!("creating {}", headers.display()))?;
+            fs::write(headers.join("version.h"), version)?;
+            // These flags come before the kernel's own folders of headers.
+            make.arg(format!("NOSTDINC_FLAGS=-nostdinc -I/{folder}/unknown"));
+        }
+        let log = lab.log(name);
+        proc::run(&mut make, &log, BUILD_TIMEOUT)?;
         let output = fs::read_to_string(&log).context("reading the build's log")?;
         if output.contains("warning:") || output.contains("WARNING:") {
             bail!("the kernel module builds with warnings\n{}", proc::log_tail(&log));
         }
+        modinfo::check(&work.join(NAME))?;
         fs::copy(work.join(NAME), ko).context("fetching the built module")?;
         fs::remove_dir_all(&work).with_context(|| format!("removing {}", work.display()))?;
         step.done("");

@@ -18,6 +18,7 @@ mod micro;
 mod micro_amd;
 mod micro_image;
 mod micro_intel;
+mod modinfo;
 mod modules;
 mod once;
 mod prepare;

@@ -26,6 +26,8 @@ pub struct Target {
     pub kernel: Kernel,
     /// kvm_ept_sample.ko.
     pub module: PathBuf,
+    /// The same, built for a kernel that the module does not know.
+    pub unknown: PathBuf,
 }
 
 impl Target {
@@ -33,7 +35,8 @@ impl Target {
     pub fn get(lab: &Lab, line: Line) -> Result<Self> {
         let kernel = line.get(lab)?;
         let module = kmod::build(lab, &kernel)?;
-        Ok(Self { kernel, module })
+        let unknown = kmod::build_unknown(lab, &kernel)?;
+        Ok(Self { kernel, module, unknown })
     }
 }
 

@@ -56,6 +56,8 @@ pub fn initramfs(lab: &Lab, boot: &Boot, target: &Target, agent: &Path, work: &P
     }
     archive.file(&format!("modules/{}", kmod::NAME), &target.module)?;
     load += &format!("{}\n", kmod::NAME);
+    archive.directory("modules/unknown-kernel")?;
+    archive.file(&format!("modules/unknown-kernel/{}", kmod::NAME), &target.unknown)?;
     archive.content("modules/load", load.as_bytes())?;
     let initramfs = work.join("initramfs");
     fs::write(&initramfs, archive.finish()?).with_context(|| format!("writing {}", initramfs.display()))?;

@@ -81,7 +81,7 @@ pub fn amd(lab: &Lab) -> Result<(AmdHost, Installation)> {
         in_background(scope, lab, &plan);
         let agent = product::build_agent(lab)?;
         let product = product::build(lab)?;
-        let Target { kernel, module } = Target::get(lab, Line::MAIN)?;
+        let Target { kernel, module, .. } = Target::get(lab, Line::MAIN)?;
         let host = AmdHost::prepare(lab, &kernel)?;
         let (kernel, modules) = (kernel.image, kernel.modules);
         Ok((host, Installation { product, module, agent, kernel, modules }))
