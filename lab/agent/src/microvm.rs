@@ -8,6 +8,7 @@
 mod abi;
 mod abi_2019;
 mod abi_2019_rights;
+mod admin;
 mod cost;
 mod exact;
 mod flush;
@@ -22,6 +23,7 @@ mod sampling;
 mod sampling_calls;
 mod sampling_rate;
 mod sampling_writes;
+mod several;
 
 use anyhow::{Result, bail};
 
@@ -59,6 +61,11 @@ const TESTS: &[Test] = &[
     ("abi-2019-types", abi_2019::types),
     ("abi-2019-refusals", abi_2019_rights::refusals),
     ("abi-2019-rights", abi_2019_rights::rights),
+    ("several", several::vms_and_sessions),
+    ("statistics", admin::statistics),
+    ("quiet", admin::quiet),
+    ("self-check", admin::self_check),
+    ("refuses-unknown-kernel", admin::unknown_kernel),
 ];
 
 /// Run by name only: measurements, what needs a host of a certain kind, and what
