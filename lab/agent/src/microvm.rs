@@ -64,6 +64,7 @@ const TESTS: &[Test] = &[
     ("several", several::vms_and_sessions),
     ("statistics", admin::statistics),
     ("quiet", admin::quiet),
+    ("tracepoints", admin::tracepoints),
     ("self-check", admin::self_check),
     ("refuses-unknown-kernel", admin::unknown_kernel),
 ];

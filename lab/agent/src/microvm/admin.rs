@@ -14,6 +14,7 @@ use ept_virt_core::samples::{AccessSet, Sampling};
 use ept_virt_core::uapi;
 use nix::errno::Errno;
 use nix::kmod::{DeleteModuleFlags, ModuleInitFlags, delete_module, finit_module};
+use nix::mount::{MsFlags, mount};
 
 use super::Outcome;
 use super::machine::{ALL, ALL_CLEAR, Machine, PAGES, SPREAD, Touch, harvest, round_program};
@@ -192,6 +193,77 @@ pub fn quiet() -> Result<Outcome> {
     let lines = log.lines()?;
     ensure!(lines.len() == 1, "one line about the second sampler expected: {lines:?}");
     Ok(Outcome::Pass(format!("no line beside 21 harvests and {samples} samples; one for what was refused")))
+}
+
+const TRACING: &str = "/sys/kernel/tracing";
+
+/// The module's own events, on from now until this is dropped.
+struct Tracing;
+
+impl Tracing {
+    fn start() -> Result<Tracing> {
+        let tracing = Path::new(TRACING);
+        if !tracing.join("trace").exists() {
+            mount(Some("tracefs"), tracing, Some("tracefs"), MsFlags::empty(), None::<&str>)
+                .context("cannot mount tracefs")?;
+        }
+        fs::write(tracing.join("trace"), "").context("cannot empty the trace")?;
+        fs::write(tracing.join(EVENTS), "1").context("cannot turn the module's events on")?;
+        Ok(Tracing)
+    }
+
+    /// The lines of one event.
+    fn lines(&self, event: &str) -> Result<Vec<String>> {
+        let trace = fs::read_to_string(Path::new(TRACING).join("trace"))?;
+        let mark = format!(" {event}: ");
+        Ok(trace.lines().filter_map(|line| Some(line.split_once(&mark)?.1.to_owned())).collect())
+    }
+
+    /// Fails unless an event's lines all have this, and there is one at least.
+    fn expect(&self, event: &str, words: &str) -> Result<usize> {
+        let lines = self.lines(event)?;
+        ensure!(!lines.is_empty(), "no {event} in the trace");
+        let other =
+            lines.iter().find(|line| !words.split(' ').all(|word| line.split(' ').any(|is| is == word)));
+        ensure!(other.is_none(), "{event} without {words}: {other:?}");
+        Ok(lines.len())
+    }
+}
+
+impl Drop for Tracing {
+    fn drop(&mut self) {
+        // The next test says it if this did not work.
+        let _ = fs::write(Path::new(TRACING).join(EVENTS), "0");
+    }
+}
+
+const EVENTS: &str = "events/kvm_ept_sample/enable";
+
+/// Each tracepoint tells what happened.
+pub fn tracepoints() -> Result<Outcome> {
+    let tracing = Tracing::start()?;
+    let mut machine = Machine::standard()?;
+    machine.load(&round_program(SPREAD, Touch::Write))?;
+    machine.run_round()?;
+    let mut session = machine.observe()?;
+    let cleared = harvest(&mut session, ALL_CLEAR)?.stats.entries_cleared;
+    let pid = format!("pid={}", std::process::id());
+    tracing.expect("kes_attach", &format!("{pid} result=0"))?;
+    let words = format!("{pid} pages={PAGES} accessed=201 mapped=201 cleared={cleared} chunks=1 result=0");
+    tracing.expect("kes_harvest", &words)?;
+    tracing.expect("kes_chunk", &format!("{pid} gfn=0x0 end={PAGES:#x}"))?;
+    tracing.expect("kes_flush", &pid)?;
+    let mut sampling = Sampling::start(machine.observe()?, AccessSet::WRITE, OFTEN_HZ, 0)?;
+    tracing.expect("kes_sample_set", &format!("{pid} access=0x2 hz={OFTEN_HZ} result=0"))?;
+    while_running(&mut machine, || sampling.read(&mut Vec::new(), Duration::from_secs(10)))?;
+    let samples = sampling.stats()?.samples;
+    let traced = tracing.expect("kes_sample", &format!("{pid} vcpu=0 access=write level=1"))?;
+    ensure!(samples > 0 && traced as u64 == samples, "{traced} samples traced of {samples}");
+    tracing.expect("kes_arm_round", &pid)?;
+    drop((session, sampling));
+    let detached = tracing.expect("kes_detach", &pid)?;
+    ensure!(detached == 2, "{detached} sessions detached");
+    Ok(Outcome::Pass(format!("8 events, {traced} samples among them, and nothing of them amiss")))
 }
 
 /// Where PID 1 of the host found the module.
