@@ -45,27 +45,42 @@ fn build_as(lab: &Lab, kernel: &Kernel, name: &str, version: Option<&str>) -> Re
         // Checkouts that share a tree do not share the folder.
         let folder = format!("build-{}-{name}", std::process::id());
         let work = kernel.root.join(&folder);
-        copy_sources(&sources, &work)?;
-        let mut make = make(kernel, &folder);
-        if let Some(version) = version {
-            let headers = work.join("unknown/linux");
-            fs::create_dir_all(&headers).with_context(|| format!("creating {}", headers.display()))?;
-            fs::write(headers.join("version.h"), version)?;
-            // These flags come before the kernel's own folders of headers.
-            make.arg(format!("NOSTDINC_FLAGS=-nostdinc -I/{folder}/unknown"));
-        }
-        let log = lab.log(name);
-        proc::run(&mut make, &log, BUILD_TIMEOUT)?;
-        let output = fs::read_to_string(&log).context("reading the build's log")?;
-        if output.contains("warning:") || output.contains("WARNING:") {
-            bail!("the kernel module builds with warnings\n{}", proc::log_tail(&log));
-        }
-        modinfo::check(&work.join(NAME))?;
-        fs::copy(work.join(NAME), ko).context("fetching the built module")?;
+        let built = build_in(lab, kernel, &folder, name, version, ko);
         fs::remove_dir_all(&work).with_context(|| format!("removing {}", work.display()))?;
+        built?;
         step.done("");
         Ok(())
     })
+}
+
+/// Builds in `folder` of the kernel's tree, which the caller removes.
+fn build_in(
+    lab: &Lab,
+    kernel: &Kernel,
+    folder: &str,
+    name: &str,
+    version: Option<&str>,
+    ko: &Path,
+) -> Result<()> {
+    let work = kernel.root.join(folder);
+    copy_sources(&lab.root.join("kmod"), &work)?;
+    let mut make = make(kernel, folder);
+    if let Some(version) = version {
+        let headers = work.join("unknown/linux");
+        fs::create_dir_all(&headers).with_context(|| format!("creating {}", headers.display()))?;
+        fs::write(headers.join("version.h"), version)?;
+        // These flags come before the kernel's own folders of headers.
+        make.arg(format!("NOSTDINC_FLAGS=-nostdinc -I/{folder}/unknown"));
+    }
+    let log = lab.log(name);
+    proc::run(&mut make, &log, BUILD_TIMEOUT)?;
+    let output = fs::read_to_string(&log).context("reading the build's log")?;
+    if output.contains("warning:") || output.contains("WARNING:") {
+        bail!("the kernel module builds with warnings\n{}", proc::log_tail(&log));
+    }
+    modinfo::check(&work.join(NAME))?;
+    fs::copy(work.join(NAME), ko).context("fetching the built module")?;
+    Ok(())
 }
 
 /// The build of the sources in `folder` of the kernel's tree.
