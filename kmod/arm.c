@@ -32,12 +32,20 @@
  *
  * - When KVM splits a huge entry that must not be executed (NX huge pages), it
  *   makes copies of it executable. Of an armed entry that would make entries
- *   that allow only that: some CPUs do not accept them, and the last paragraph
- *   applies. So such an entry is armed for writing alone, or not.
+ *   that allow only that. So an entry that is not executable already is armed
+ *   for writing alone, or not. One that is can get there only when NX huge pages
+ *   are switched on while it is armed: before the VM's roots are dropped, which
+ *   the same switch does next, a fetch or the begin of dirty logging may split
+ *   it. With EPT this needs a CPU that accepts entries that can only be executed
+ *   (all with accessed bits do, but a hypervisor may hide it), and other
+ *   accesses to the copies fault and heal. With NPT the last paragraph applies
+ *   until the roots are dropped.
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
 #include <linux/math64.h>
+#include <asm/msr.h>
+#include <asm/vmx.h>
 
 #include "compat.h"
 #include "arm.h"
@@ -50,6 +58,18 @@ static const struct kes_entry_rights rights_npt = KES_ENTRY_RIGHTS_NPT;
 const struct kes_entry_rights *kes_arming_rights(const struct kes_entry_format *format)
 {
 	return format->id == KES_FORMAT_EPT ? &rights_ept : &rights_npt;
+}
+
+/* Whether the CPU accepts entries that can only be executed. Set once at load. */
+static bool execute_only __ro_after_init;
+
+void __init kes_arming_init(const struct kes_entry_format *format)
+{
+	u32 low, high;
+
+	execute_only = format->id != KES_FORMAT_EPT ||
+		       (!rdmsr_safe(MSR_IA32_VMX_EPT_VPID_CAP, &low, &high) &&
+			(low & VMX_EPT_EXECUTE_ONLY_BIT));
 }
 
 /*
@@ -127,7 +147,7 @@ static u64 entry_change(const struct kes_arming *arming, u64 value, int level,
 		return value & KES_ENTRY_WRITE;
 	if (!(value & KES_ENTRY_READ))
 		return 0;
-	if (level > PG_LEVEL_4K && !entry_executable(rights, value))
+	if (level > PG_LEVEL_4K && !(execute_only && entry_executable(rights, value)))
 		return 0;
 	return (value & (KES_ENTRY_READ | KES_ENTRY_WRITE | rights->execute |
 			 rights->mmu_writable)) | (~value & rights->no_execute);

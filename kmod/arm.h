@@ -30,6 +30,7 @@ struct kes_arming {
 	bool flush;		/* something was armed */
 };
 
+void kes_arming_init(const struct kes_entry_format *format);
 const struct kes_entry_rights *kes_arming_rights(const struct kes_entry_format *format);
 int kes_arming_begin(struct kes_arming *arming);
 void kes_arming_end(struct kes_arming *arming);

@@ -10,6 +10,7 @@
 #include <linux/module.h>
 #include <asm/cpufeature.h>
 
+#include "arm.h"
 #include "session.h"
 #include "stats.h"
 #include "version.h"
@@ -29,6 +30,7 @@ static int __init kes_init(void)
 		pr_err("this CPU has neither VT-x nor SVM: there are no KVM guests to observe\n");
 		return -ENODEV;
 	}
+	kes_arming_init(&kes_format);
 	ret = kes_stats_init();
 	if (ret)
 		return ret;
