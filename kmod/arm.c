@@ -72,22 +72,20 @@ void __init kes_arming_init(const struct kes_entry_format *format)
 			(low & VMX_EPT_EXECUTE_ONLY_BIT));
 }
 
-/*
- * Holds the VM's slots and tables until kes_arming_end(). Keep it short: KVM
- * takes mmu_lock for write to unmap pages.
- */
-int kes_arming_begin(struct kes_arming *arming)
+static int arming_hold(struct kes_arming *arming, bool mmu_lock)
 {
 	struct kvm_memory_slot *slot;
 	struct rb_node *node;
 
+	arming->mmu_lock = mmu_lock;
 	arming->srcu_idx = srcu_read_lock(&arming->kvm->srcu);
 	arming->slots = __kvm_memslots(arming->kvm, 0);
 	arming->slot_pages = 0;
 	arming->flush = false;
 	for_each_user_slot(slot, node, arming->slots)
 		arming->slot_pages += slot->npages;
-	read_lock(&arming->kvm->mmu_lock);
+	if (mmu_lock)
+		read_lock(&arming->kvm->mmu_lock);
 	rcu_read_lock();
 	arming->roots = kes_vm_roots_for_sampling(arming->kvm, arming->root);
 	if (arming->roots < 0) {
@@ -97,12 +95,28 @@ int kes_arming_begin(struct kes_arming *arming)
 	return 0;
 }
 
+/* Holds the VM's slots and tables for drawing, until kes_arming_end(). */
+int kes_arming_look(struct kes_arming *arming)
+{
+	return arming_hold(arming, false);
+}
+
+/*
+ * Holds the VM's slots and tables for arming and restoring, until
+ * kes_arming_end(). Keep it short: KVM takes mmu_lock for write to unmap pages.
+ */
+int kes_arming_begin(struct kes_arming *arming)
+{
+	return arming_hold(arming, true);
+}
+
 void kes_arming_end(struct kes_arming *arming)
 {
 	if (arming->flush)
 		kes_flush_tlbs(arming->kvm);
 	rcu_read_unlock();
-	read_unlock(&arming->kvm->mmu_lock);
+	if (arming->mmu_lock)
+		read_unlock(&arming->kvm->mmu_lock);
 	srcu_read_unlock(&arming->kvm->srcu, arming->srcu_idx);
 }
 
@@ -153,48 +167,73 @@ static u64 entry_change(const struct kes_arming *arming, u64 value, int level,
 			 rights->mmu_writable)) | (~value & rights->no_execute);
 }
 
-/*
- * Draws a page, each of the guest's with the same chance, and describes in
- * @armed how to arm the entry that maps it. NULL when nothing maps it or it
- * can not be armed: draw again.
- */
-u64 *kes_arming_pick(struct kes_arming *arming, struct rnd_state *random,
-		     struct kes_armed *armed)
+/* The next of a sequence of random numbers (SplitMix64; Steele et al., 2014). */
+static u64 random_next(u64 *state)
 {
-	u64 draw = (u64)prandom_u32_state(random) << 32 | prandom_u32_state(random);
-	u64 page = mul_u64_u64_shr(draw, arming->slot_pages, 64), gfn = 0, value;
-	const struct kvm_memory_slot *found = NULL;
+	u64 mix = *state += 0x9e3779b97f4a7c15ULL;
+
+	mix = (mix ^ mix >> 30) * 0xbf58476d1ce4e5b9ULL;
+	mix = (mix ^ mix >> 27) * 0x94d049bb133111ebULL;
+	return mix ^ mix >> 31;
+}
+
+static const struct kes_root *draw_root(const struct kes_arming *arming,
+					const struct kes_draw *draw)
+{
+	return arming->roots ? &arming->root[draw->root % arming->roots] : NULL;
+}
+
+/*
+ * Draws a page, each of the guest's with the same chance, and a root. Whether
+ * that maps it: if not, draw again.
+ */
+bool kes_arming_draw(const struct kes_arming *arming, u64 *random, struct kes_draw *draw)
+{
+	u64 page = mul_u64_u64_shr(random_next(random), arming->slot_pages, 64);
 	const struct kes_root *root;
 	struct kvm_memory_slot *slot;
 	struct rb_node *node;
-	u64 *entry;
+	int level;
 
 	for_each_user_slot(slot, node, arming->slots) {
 		if (page < slot->npages) {
-			gfn = slot->base_gfn + page;
-			found = slot;
-			break;
+			draw->gfn = slot->base_gfn + page;
+			draw->root = arming->roots > 1 ? random_next(random) : 0;
+			root = draw_root(arming, draw);
+			return root && leaf_find(root, draw->gfn, &level);
 		}
 		page -= slot->npages;
 	}
-	if (!found || !arming->roots)
+	return false;
+}
+
+/*
+ * Describes in @armed how to arm the entry that maps what was drawn. NULL when
+ * nothing does now. With nothing to change in it the entry is armed, or not to
+ * be armed.
+ */
+u64 *kes_arming_find(const struct kes_arming *arming, const struct kes_draw *draw,
+		     struct kes_armed *armed)
+{
+	struct kvm_memory_slot *slot = search_memslots(arming->slots, draw->gfn, false);
+	const struct kes_root *root = draw_root(arming, draw);
+	u64 *entry, value;
+
+	if (!slot || slot->id >= KVM_USER_MEM_SLOTS || !root || root->guest_mode)
 		return NULL;
-	root = &arming->root[prandom_u32_state(random) % arming->roots];
-	if (root->guest_mode)
-		return NULL;
-	entry = leaf_find(root, gfn, &armed->level);
+	entry = leaf_find(root, draw->gfn, &armed->level);
 	if (!entry)
 		return NULL;
 	value = READ_ONCE(*entry);
 	if (!(value & KES_ENTRY_PRESENT))
 		return NULL;
-	armed->changed = entry_change(arming, value, armed->level, found);
+	armed->changed = entry_change(arming, value, armed->level, slot);
 	armed->value = value ^ armed->changed;
-	armed->gfn = ALIGN_DOWN(gfn, kes_entry_pages(armed->level));
-	return armed->changed ? entry : NULL;
+	armed->gfn = ALIGN_DOWN(draw->gfn, kes_entry_pages(armed->level));
+	return entry;
 }
 
-/* Arms an entry that kes_arming_pick() returned, unless it changed since. */
+/* Arms an entry that kes_arming_find() returned, unless it changed since. */
 bool kes_arming_revoke(struct kes_arming *arming, u64 *entry, const struct kes_armed *armed)
 {
 	u64 old = armed->value ^ armed->changed;

@@ -31,11 +31,13 @@
 #include "vm.h"
 
 #define RING_DEFAULT	(1U << 14)
-/* Entries looked at, and armed or released, in one hold of KVM's locks. */
-#define HOLD_TRIES	512
+/* Entries drawn, and armed or released, in one hold of KVM's locks. */
+#define HOLD_TRIES	256
 #define HOLD_LEAVES	64
-/* Draws for one entry to arm, at least: guests are sparsely mapped. */
-#define TRIES_PER_LEAF	64
+/* Draws for each entry to arm, at most: guests are sparsely mapped. */
+#define TRIES_PER_LEAF	2048
+/* Draws of entries that are armed already, before that is taken for all. */
+#define TAKEN_PER_LEAF	4
 /* How often to look whether a VM that can not be sampled now can be again. */
 #define IDLE_NS		(100 * NSEC_PER_MSEC)
 
@@ -89,12 +91,15 @@ static u8 fault_access(const struct kes_entry_format *format, u64 code, u8 *flag
 	return write ? KES_ACCESS_WRITE : fetch ? KES_ACCESS_EXEC : KES_ACCESS_READ;
 }
 
-/* Whether the fault was on an armed entry that is to be reported. */
+/*
+ * Records a fault on an armed entry. Whether the reader is to be woken: as a rule
+ * the worker does that, so that the guest need not pay for it.
+ */
 static bool sampler_fault(struct kes_sampler *sampler, u32 vcpu, u64 gfn, u64 code)
 {
 	struct kes_sample sample = { .gfn = gfn, .vcpu = vcpu };
 	struct kes_leaf *leaf = NULL;
-	bool reported = false;
+	bool wake = false;
 	int level;
 
 	sample.access = fault_access(sampler->format, code, &sample.flags);
@@ -106,19 +111,19 @@ static bool sampler_fault(struct kes_sampler *sampler, u32 vcpu, u64 gfn, u64 co
 		sample.time_ns = ktime_get_ns();
 		sample.level = leaf->armed.level;
 		leaf_free(sampler, leaf);
-		kes_rate_fault(&sampler->rate, sample.time_ns);
-		reported = sample.access & sampler->access;
-		if (!reported)
+		kes_rate_fault(&sampler->rate, leaf->armed_ns, sample.time_ns);
+		if (!(sample.access & sampler->access))
 			sampler->stats.unwanted++;
 		else if (gfn < sampler->gfn_end && kes_ring_push(&sampler->ring, &sample))
 			sampler->stats.samples++;
 		else
 			sampler->stats.dropped++;
+		wake = kes_ring_unread(&sampler->ring) == sampler->ring.size / 2;
 	}
 	spin_unlock(&sampler->lock);
 	if (leaf)
 		trace_kes_sample(sampler->kvm, &sample);
-	return reported;
+	return wake;
 }
 
 /*
@@ -225,62 +230,112 @@ static void leaves_release(struct kes_sampler *sampler, u64 before_ns)
 		cond_resched();
 }
 
-/* Arms the leaf of one page drawn at random; false when that page has none. */
-static bool leaf_arm(struct kes_sampler *sampler, struct kes_arming *arming)
+/* What came of a draw. */
+enum leaf_draw {
+	DRAW_GONE,
+	DRAW_TAKEN,	/* armed before, or not to be armed */
+	DRAW_ARMED,
+};
+
+/* Arms the leaf of a page that was drawn. */
+static enum leaf_draw leaf_arm(struct kes_sampler *sampler, struct kes_arming *arming,
+			       const struct kes_draw *draw, u64 now_ns)
 {
+	enum leaf_draw result = DRAW_TAKEN;
 	struct kes_armed armed;
 	struct kes_leaf *leaf;
-	u64 *entry = kes_arming_pick(arming, &sampler->random, &armed);
-	bool done = false;
+	u64 *entry = kes_arming_find(arming, draw, &armed);
 
 	if (!entry)
-		return false;
+		return DRAW_GONE;
+	if (!armed.changed)
+		return DRAW_TAKEN;
 	spin_lock(&sampler->lock);
 	leaf = list_first_entry_or_null(&sampler->free, struct kes_leaf, list);
 	if (leaf && !leaf_find(sampler, armed.gfn, armed.level) &&
 	    kes_arming_revoke(arming, entry, &armed)) {
 		leaf->armed = armed;
-		leaf->armed_ns = ktime_get_ns();
+		leaf->armed_ns = now_ns;
 		hlist_add_head(&leaf->hash, leaf_bucket(&sampler->leaves, armed.gfn, armed.level));
 		list_move_tail(&leaf->list, &sampler->armed);
 		sampler->armed_count++;
 		sampler->stats.armed++;
-		done = true;
+		result = DRAW_ARMED;
 	}
 	spin_unlock(&sampler->lock);
-	return done;
+	return result;
 }
 
-/* Arms up to @want leaves. */
-static void leaves_arm(struct kes_sampler *sampler, u32 want)
+/* Arms what was drawn, with one flush. Returns how many leaves. */
+static u32 leaves_arm_drawn(struct kes_sampler *sampler, const struct kes_draw *draw,
+			    u32 count, s64 *taken)
 {
-	u64 tries = (u64)want * TRIES_PER_LEAF + HOLD_TRIES;
+	struct kes_arming arming = sampler_arming(sampler);
+	u64 now_ns = ktime_get_ns();
+	u32 armed = 0, i;
 
-	while (want && tries) {
-		struct kes_arming arming = sampler_arming(sampler);
-		u32 hold_tries = min_t(u64, tries, HOLD_TRIES);
-		u32 hold_leaves = min_t(u32, want, HOLD_LEAVES);
+	if (kes_arming_begin(&arming))
+		return 0;
+	for (i = 0; i < count && *taken > 0; i++) {
+		enum leaf_draw result = leaf_arm(sampler, &arming, &draw[i], now_ns);
 
-		if (kes_arming_begin(&arming))
-			return;
-		for (; hold_tries && hold_leaves; hold_tries--, tries--) {
-			if (leaf_arm(sampler, &arming)) {
-				hold_leaves--;
-				want--;
-			}
+		armed += result == DRAW_ARMED;
+		*taken -= result == DRAW_TAKEN;
+	}
+	sampler->stats.flushes += arming.flush;
+	kes_arming_end(&arming);
+	return armed;
+}
+
+/* Draws up to @count mapped pages, in a few tries. Returns how many. */
+static u32 leaves_draw(struct kes_sampler *sampler, struct kes_draw *draw, u32 count,
+		       s64 *tries)
+{
+	struct kes_arming arming = sampler_arming(sampler);
+	u32 found = 0, i;
+
+	if (kes_arming_look(&arming)) {
+		*tries = 0;
+		return 0;
+	}
+	for (i = 0; i < HOLD_TRIES && found < count; i++)
+		found += kes_arming_draw(&arming, &sampler->random, &draw[found]);
+	kes_arming_end(&arming);
+	*tries -= i;
+	return found;
+}
+
+/*
+ * Arms up to @want leaves until @end_ns. Fewer, if that many are not found soon
+ * or nearly all are armed. Returns how many. They are drawn without mmu_lock,
+ * so that it is held only for what there is to arm.
+ */
+static u32 leaves_arm(struct kes_sampler *sampler, u32 want, u64 end_ns)
+{
+	s64 tries = (s64)want * TRIES_PER_LEAF + HOLD_TRIES;
+	s64 taken = (s64)want * TAKEN_PER_LEAF + HOLD_LEAVES;
+	struct kes_draw draw[HOLD_LEAVES];
+	u32 left = want;
+
+	while (left && tries > 0 && taken > 0 && ktime_get_ns() < end_ns) {
+		u32 count = min_t(u32, left, HOLD_LEAVES), found = 0;
+
+		while (found < count && tries > 0 && ktime_get_ns() < end_ns) {
+			found += leaves_draw(sampler, draw + found, count - found, &tries);
+			cond_resched();
 		}
-		sampler->stats.flushes += arming.flush;
-		kes_arming_end(&arming);
+		left -= leaves_arm_drawn(sampler, draw, found, &taken);
 		cond_resched();
 	}
+	return want - left;
 }
 
 /* One round of the worker. Returns for how long to sleep. */
 static u64 worker_round(struct kes_sampler *sampler)
 {
 	u64 armed = sampler->stats.armed, released = sampler->stats.released;
-	u64 now_ns = ktime_get_ns(), hold_ns;
-	u32 want;
+	u64 start_ns = ktime_get_ns(), hold_ns, period_ns;
+	u32 want, got;
 
 	if (kes_vm_check(sampler->kvm)) {
 		WRITE_ONCE(sampler->vm_gone, true);
@@ -290,17 +345,26 @@ static u64 worker_round(struct kes_sampler *sampler)
 	spin_lock(&sampler->lock);
 	hold_ns = sampler->rate.hold_ns;
 	spin_unlock(&sampler->lock);
-	leaves_release(sampler, now_ns - hold_ns);
+	leaves_release(sampler, start_ns - hold_ns);
 
 	spin_lock(&sampler->lock);
 	want = kes_rate_want(&sampler->rate, sampler->armed_count, ktime_get_ns());
+	period_ns = kes_rate_period_ns(&sampler->rate);
 	spin_unlock(&sampler->lock);
-	leaves_arm(sampler, want);
+	got = leaves_arm(sampler, want, start_ns + period_ns);
 	armed = sampler->stats.armed - armed;
 	released = sampler->stats.released - released;
 	if (armed || released)
 		trace_kes_arm_round(sampler->kvm, want, armed, released, hold_ns);
-	return kes_rate_period_ns(&sampler->rate);
+
+	spin_lock(&sampler->lock);
+	kes_rate_armed(&sampler->rate, want, got);
+	period_ns = kes_rate_period_ns(&sampler->rate);
+	spin_unlock(&sampler->lock);
+	if (kes_sampler_readable(sampler))
+		wake_up_interruptible(&sampler->wait);
+	/* At most half of a CPU. */
+	return max(period_ns, ktime_get_ns() - start_ns);
 }
 
 static int worker(void *data)
@@ -495,7 +559,7 @@ void kes_sampler_init(struct kes_sampler *sampler)
 	init_waitqueue_head(&sampler->wait);
 	INIT_LIST_HEAD(&sampler->armed);
 	INIT_LIST_HEAD(&sampler->free);
-	prandom_seed_state(&sampler->random, get_random_u64());
+	sampler->random = get_random_u64();
 }
 
 /* KES_SAMPLE_STATS. */

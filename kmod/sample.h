@@ -4,7 +4,6 @@
 
 #include <linux/kvm_host.h>
 #include <linux/list.h>
-#include <linux/prandom.h>
 #include <linux/spinlock.h>
 #include <linux/wait.h>
 
@@ -38,7 +37,7 @@ struct kes_sampler {
 	struct kvm *kvm;
 	const struct kes_entry_format *format;
 	struct task_struct *worker;
-	struct rnd_state random;
+	u64 random;		/* the worker's own */
 	struct wait_queue_head wait;
 	bool running;
 	bool vm_gone;

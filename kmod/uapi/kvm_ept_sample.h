@@ -302,8 +302,11 @@ struct kes_harvest {
  *             that are not recorded.
  * @freq_hz:   faults a second that the guest pays, at most KES_MAX_FREQ_HZ. In
  *             any 100 ms there are at most freq_hz / 5 of them (but two always
- *             may be), also after a pause. A guest that accesses few of its
- *             mapped pages pays less than that. 0 stops; then only @flags and
+ *             may be), also after a pause. An access that several vCPUs do at
+ *             the same time counts once, and each of them pays. A guest that
+ *             accesses few of its mapped pages, or rarely, pays less; so does
+ *             one with few pages mapped in large slots, if to find them would
+ *             take more than half of a CPU. 0 stops; then only @flags and
  *             @reserved, and the limits of the others, are looked at.
  * @ring_records: how many records can wait to be read, rounded up to a power
  *             of two, at most KES_MAX_RING_RECORDS. 0: 16384, or as it is.
@@ -329,9 +332,10 @@ struct kes_harvest {
  * SAMPLES
  *
  * read(2) returns as many whole records as there are and fit, one at least. It
- * waits for the first one, unless O_NONBLOCK is set. Records are in the order
- * of their times. When they are not read soon enough, new ones are lost and
- * counted: a guest never waits for a reader.
+ * waits for the first one, unless O_NONBLOCK is set, and up to 20 ms longer: the
+ * module wakes readers in batches, or when the ring is half full. Records are in
+ * the order of their times. When they are not read soon enough, new ones are lost
+ * and counted: a guest never waits for a reader.
  *
  *   EAGAIN      nothing to read now, and O_NONBLOCK is set
  *   EINVAL      the buffer is smaller than a record
