@@ -7,30 +7,50 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use clap::Args;
+use clap::builder::PossibleValuesParser;
 use serde::Deserialize;
 
 use crate::Lab;
+use crate::boots::{self, Boot};
 use crate::micro::MicroHosts;
 use crate::prepare::{self, Plan};
 use crate::verdict::{Tally, Verdict};
-use crate::{boots, demo, proc, product};
+use crate::{demo, native, proc, product};
 
 /// 512 MiB of entries: the tables of 256 GiB of guest memory.
 const ENTRIES_MIB: &str = "512";
 const GATHER_TIMEOUT: Duration = Duration::from_secs(300);
 
+/// What to run: without any option all benches.
+#[derive(Args)]
+pub struct Options {
+    /// Only these boots of the Intel host.
+    #[arg(long, value_name = "NAME", num_args = 1.., value_parser = PossibleValuesParser::new(boots::BENCHES.iter().map(|boot| boot.name)))]
+    boot: Vec<String>,
+}
+
 /// Runs all benches; whether they came to their ends.
-pub fn run(lab: &Lab) -> Result<bool> {
+pub fn run(lab: &Lab, options: &Options) -> Result<bool> {
+    if !options.boot.is_empty() {
+        return intel(lab, |boot| options.boot.iter().any(|name| name == boot.name));
+    }
     gather(lab)?;
     println!("\nWays to learn about a QEMU guest, on the emulated AMD host:\n");
     let amd = demo::run(lab, "bench")?;
-    println!("\nInstructions of a harvest, on the emulated Intel host:\n");
-    prepare::packages(lab, &Plan { libvirt: false, boots: boots::BENCHES.iter().collect() })?;
+    println!("\nInstructions of the module, on the emulated Intel host:\n");
+    Ok(intel(lab, |_| true)? && amd)
+}
+
+/// Measurements that count instructions.
+fn intel(lab: &Lab, chosen: impl Fn(&Boot) -> bool) -> Result<bool> {
+    let chosen: Vec<&Boot> = boots::BENCHES.iter().filter(|boot| chosen(boot)).collect();
+    prepare::packages(lab, &Plan { libvirt: false, boots: chosen.clone() })?;
     let agent = product::build_agent(lab)?;
     let hosts = MicroHosts::new(lab, &agent);
     let tally = Tally::new(&lab.progress);
-    boots::BENCHES.iter().try_for_each(|boot| hosts.run(boot, &[], &tally))?;
-    Ok(amd && tally.count(Verdict::Fail) == 0)
+    chosen.into_iter().try_for_each(|boot| hosts.run(boot, &[], &tally))?;
+    Ok(tally.count(Verdict::Fail) == 0)
 }
 
 /// A line of what `kmod/bench/gather.c` prints.
@@ -46,16 +66,7 @@ struct Gather {
 
 /// The module's inner loop, built for this machine.
 fn gather(lab: &Lab) -> Result<()> {
-    let folder = lab.root.join("kmod/bench");
-    let program = product::target_dir(lab).join("gather");
-    proc::run(
-        Command::new("cc")
-            .args(["-O2", "-Wall", "-Wextra", "-Werror", "-Ishim", "-I..", "gather.c", "-o"])
-            .arg(&program)
-            .current_dir(&folder),
-        &lab.log("gather-cc"),
-        GATHER_TIMEOUT,
-    )?;
+    let program = native::build(lab, "gather", &["gather.c"])?;
     let log = lab.log("gather");
     proc::run(Command::new(program).arg(ENTRIES_MIB), &log, GATHER_TIMEOUT)?;
     println!("The harvest's inner loop over {ENTRIES_MIB} MiB of entries, on this machine, ns per entry:\n");

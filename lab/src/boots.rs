@@ -15,10 +15,12 @@ pub struct Boot {
     pub kernel: Line,
     /// What it boots on.
     pub host: Host,
-    /// How many CPUs: 1, or 2. On Intel the second is then kept free of the
+    /// How many CPUs. On Intel those after the first are kept free of the
     /// kernel's own work and timer ticks, so that a guest can spin there
     /// without any VM exit.
     pub cpus: u32,
+    /// Millions of instructions in an emulated second, for fast boots on Intel.
+    pub mips: u32,
     /// Kernel, modules and command line as Debian has them, or what boots fast.
     pub flavour: Flavour,
     /// The host's memory; on Intel 3 GiB take 4 s longer to boot than 512 MiB.
@@ -68,6 +70,10 @@ pub enum Tests {
     Only(&'static [&'static str]),
 }
 
+/// The emulators do about as many, so that emulated seconds are about as long
+/// as real ones.
+pub const MIPS: u32 = 50;
+
 /// What counts samples in time, which only a host that counts instructions tells
 /// apart from a slow machine.
 const SAMPLING: Tests = Tests::Only(&[
@@ -88,6 +94,7 @@ const fn amd(name: &'static str, kernel: Line) -> Boot {
         // With two emulated in parallel, QEMU 7.2 now and then runs code that
         // the other one has patched, and the kernel dies of an int3.
         cpus: 1,
+        mips: MIPS,
         flavour: Flavour::Stock,
         // Three whole GiB above the fourth, of which a kernel at a random
         // address leaves one free for a page of that size.
@@ -104,6 +111,7 @@ const fn intel(name: &'static str, kernel: Line, tests: Tests) -> Boot {
         kernel,
         host: Host::Intel(Cpu::SkylakeX),
         cpus: 2,
+        mips: MIPS,
         flavour: Flavour::Fast,
         // Enough for the kernel to use transparent huge pages.
         memory_mib: 1024,
@@ -185,7 +193,25 @@ pub const BENCHES: &[Boot] = &[
         ..intel("intel-bench", Line::V6_12, Tests::Only(&["harvest-cost"]))
     },
     intel("intel-bench-sampling", Line::V6_12, Tests::Only(&["sample-rate", "sample-cold"])),
+    intel("intel-bench-sample", Line::V6_12, Tests::Only(&["sample-cost"])),
+    // A CPU for each vCPU, and one for the host.
+    Boot { cpus: 5, ..intel("intel-bench-flush", Line::V6_12, Tests::Only(&["flush-cost"])) },
+    Boot { cpus: 3, ..intel("intel-bench-slow", Line::V6_12, Tests::Only(&["sample-settle-slow"])) },
+    // What is to be sampled 50000 times in a second takes a faster CPU.
+    Boot {
+        cpus: 2,
+        mips: FAST_MIPS,
+        ..intel("intel-bench-fast", Line::V6_12, Tests::Only(&["sample-settle-fast"]))
+    },
+    Boot {
+        cpus: 2,
+        mips: FAST_MIPS,
+        ..intel("intel-bench-whole", Line::V6_12, Tests::Only(&["guest-slowdown"]))
+    },
 ];
+
+/// One instruction in a nanosecond.
+const FAST_MIPS: u32 = 1000;
 
 /// Those of [`TESTS`] and [`DEBUG`] with these names.
 pub fn named(names: &[String]) -> Vec<&'static Boot> {

@@ -20,6 +20,7 @@ mod micro_image;
 mod micro_intel;
 mod modinfo;
 mod modules;
+mod native;
 mod once;
 mod prepare;
 mod proc;
@@ -55,7 +56,7 @@ enum Command {
     /// Run all tests; ends with "N passed, N failed, N skipped".
     Test(test::Options),
     /// Compare what things cost with their alternatives, in the same run.
-    Bench,
+    Bench(bench::Options),
     /// Open a shell on an emulated AMD host, with the product installed.
     Lab {
         #[command(subcommand)]
@@ -138,7 +139,7 @@ fn run(cli: Cli) -> Result<bool> {
     let lab = Lab::new()?;
     match cli.command {
         Command::Demo => demo::run(&lab, "demo"),
-        Command::Bench => bench::run(&lab),
+        Command::Bench(options) => bench::run(&lab, &options),
         Command::Test(options) => test::run(&lab, &options),
         Command::Lab { what: None } => shell::run(&lab).map(|()| true),
         Command::Lab { what: Some(LabCommand::BuildDebugKernel) } => {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use crate::Lab;
-use crate::boots::{Boot, Host};
+use crate::boots::{self, Boot, Host};
 use crate::intel_bochs::{self, Bochs};
 use crate::kernel::{Kernel, Line};
 use crate::once::Once;
@@ -19,6 +19,8 @@ use crate::{kmod, micro_amd, micro_image, micro_intel, proc};
 
 /// Boot and tests take 10 to 150 s, on a loaded machine several times that.
 const TIMEOUT: Duration = Duration::from_secs(600);
+/// Measurements on hosts with faster CPUs or more of them.
+const LONG_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// A kernel and our module for it.
 pub struct Target {
@@ -108,7 +110,9 @@ impl<'a> MicroHosts<'a> {
             // Bochs writes the wire to its standard output.
             Some((bochs, cpu)) => {
                 let command = micro_intel::command(lab, bochs, boot, cpu, &machine)?;
-                (command, &machine.wire, TIMEOUT * bochs.slowness())
+                let long = boot.mips > boots::MIPS || boot.cpus > 2;
+                let timeout = if long { LONG_TIMEOUT } else { TIMEOUT };
+                (command, &machine.wire, timeout * bochs.slowness())
             }
         };
         let mut child = proc::spawn(&mut command, output)?;

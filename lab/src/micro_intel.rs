@@ -36,9 +36,6 @@ pub const NEEDS: &[Need] = &[
     need("zstd", "unpacks the kernel of the Intel host"),
 ];
 
-/// Instructions per emulated second. The fast boot tells the kernel, which
-/// would otherwise measure for a second.
-const INSTRUCTIONS_PER_SECOND: u32 = 50_000_000;
 /// How much of the emulated memory Bochs keeps in real memory; the rest goes to
 /// a file once it is touched.
 const RESIDENT_MIB: u32 = 2048;
@@ -49,20 +46,21 @@ pub fn words(boot: &Boot) -> String {
     // Bochs do not suit QEMU's guests.
     let mut words = vec!["reboot=triple kvm_intel.enable_apicv=0".to_owned()];
     if boot.flavour == Flavour::Fast {
-        words.push(fast_boot());
+        words.push(fast_boot(boot.mips));
     }
     if boot.cpus > 1 {
         // Bochs loses wake-ups from MWAIT: MONITOR invalidates the other
         // CPUs' translations of the page by its physical address in place
         // of the linear one, so a store of theirs can go by unseen. HLT
         // waits for an interrupt instead.
-        words.push("numa=fake=2 nohz_full=1 idle=halt".to_owned());
+        words.push(format!("numa=fake=2 nohz_full=1-{} idle=halt", boot.cpus - 1));
     }
     words.join(" ")
 }
 
-/// Kernel parameters that leave out what takes an emulated processor long.
-fn fast_boot() -> String {
+/// Kernel parameters that leave out what takes an emulated processor long. How
+/// fast it is the kernel would otherwise measure for a second.
+fn fast_boot(mips: u32) -> String {
     /// Boot-time work that these tests do without.
     const SKIPPED_INITCALLS: [&str; 8] = [
         "jent_mod_init",
@@ -74,10 +72,10 @@ fn fast_boot() -> String {
         "ftrace_check_for_weak_functions",
         "ftrace_check_sync",
     ];
-    let khz = INSTRUCTIONS_PER_SECOND / 1000;
+    let (khz, loops) = (mips * 1000, mips * 20_000);
     format!(
         "loglevel=5 mitigations=off random.trust_cpu=1 cryptomgr.notests \
-         tsc=reliable tsc_early_khz={khz} lpj=1000000 no_timer_check initcall_blacklist={}",
+         tsc=reliable tsc_early_khz={khz} lpj={loops} no_timer_check initcall_blacklist={}",
         SKIPPED_INITCALLS.join(",")
     )
 }
@@ -129,7 +127,7 @@ fn describe(bochs: &Bochs, boot: &Boot, cpu: Cpu, machine: &Machine, cd: &Path) 
              romimage: file=/usr/share/bochs/BIOS-bochs-latest\n\
              vgaromimage: file=/usr/share/vgabios/vgabios.bin\n\
              memory: guest={memory}, host={resident}\n\
-             cpu: model={model}, count={cpus}, ips={INSTRUCTIONS_PER_SECOND}, reset_on_triple_fault=0, \
+             cpu: model={model}, count={cpus}, ips={ips}, reset_on_triple_fault=0, \
              ignore_bad_msrs=1\n\
              clock: sync=none, time0=local\n\
              ata0-master: type=cdrom, path={cd}, status=inserted\n\
@@ -146,6 +144,7 @@ fn describe(bochs: &Bochs, boot: &Boot, cpu: Cpu, machine: &Machine, cd: &Path) 
         resident = boot.memory_mib.min(RESIDENT_MIB),
         model = model(cpu),
         cpus = boot.cpus,
+        ips = boot.mips * 1_000_000,
         cd = cd.display(),
         console = machine.console.display(),
         log = machine.log.display(),

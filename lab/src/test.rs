@@ -2,12 +2,14 @@
 //! `cargo xtask test`: everything that must hold.
 
 use std::collections::VecDeque;
+use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::sync::Mutex;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
 use clap::builder::PossibleValuesParser;
 
@@ -18,9 +20,9 @@ use crate::kernel::Line;
 use crate::micro::{MicroHosts, Target};
 use crate::once::Once;
 use crate::prepare::{self, Plan};
-use crate::proc;
 use crate::product::{self, Installation};
 use crate::verdict::{self, Tally, Verdict};
+use crate::{native, proc};
 
 const CARGO_TIMEOUT: Duration = Duration::from_secs(20 * 60);
 
@@ -117,6 +119,13 @@ fn sources(lab: &Lab, tally: &Tally) {
             Ok(String::new())
         });
     }
+    tally.check("rate-controller", || {
+        let log = lab.log("rate-controller");
+        let program = native::build(lab, "rate-controller", &["rate.c", "../rate.c"])?;
+        proc::run(&mut Command::new(program), &log, CARGO_TIMEOUT)?;
+        let text = fs::read_to_string(&log).with_context(|| format!("reading {}", log.display()))?;
+        Ok(text.trim().to_owned())
+    });
 }
 
 /// Something to run that needs the machine for itself no more than others do.
