@@ -79,6 +79,7 @@ pub const MIPS: u32 = 50;
 const SAMPLING: Tests = Tests::Only(&[
     "sample-chosen",
     "sample-huge",
+    "sample-fair",
     "sample-harvest",
     "sample-read",
     "sample-overflow",
@@ -193,7 +194,7 @@ pub const BENCHES: &[Boot] = &[
         ..intel("intel-bench", Line::V6_12, Tests::Only(&["harvest-cost"]))
     },
     intel("intel-bench-sampling", Line::V6_12, Tests::Only(&["sample-rate", "sample-cold"])),
-    intel("intel-bench-sample", Line::V6_12, Tests::Only(&["sample-cost"])),
+    Boot { cpus: 1, ..intel("intel-bench-sample", Line::V6_12, Tests::Only(&["sample-cost"])) },
     // A CPU for each vCPU, and one for the host.
     Boot { cpus: 5, ..intel("intel-bench-flush", Line::V6_12, Tests::Only(&["flush-cost"])) },
     Boot { cpus: 3, ..intel("intel-bench-slow", Line::V6_12, Tests::Only(&["sample-settle-slow"])) },

@@ -21,9 +21,13 @@ mod notifier;
 mod place;
 mod sampling;
 mod sampling_calls;
+mod sampling_cost;
+mod sampling_fair;
 mod sampling_rate;
+mod sampling_settle;
 mod sampling_writes;
 mod several;
+mod spin;
 
 use anyhow::{Result, bail};
 
@@ -79,6 +83,12 @@ const BY_NAME: &[Test] = &[
     ("sample-churn", sampling_writes::churn),
     ("sample-cold", sampling_rate::cold_pages),
     ("sample-rate", sampling_rate::settles),
+    ("sample-fair", sampling_fair::each_page_alike),
+    ("sample-cost", sampling_cost::of_a_sample),
+    ("flush-cost", sampling_cost::of_a_flush),
+    ("guest-slowdown", sampling_cost::of_the_whole),
+    ("sample-settle-fast", sampling_settle::fast),
+    ("sample-settle-slow", sampling_settle::slow),
     ("sample-harvest", sampling::beside_harvest),
     ("sample-huge", sampling::huge),
     ("sample-chosen", sampling::chosen_types),

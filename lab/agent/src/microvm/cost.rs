@@ -97,7 +97,8 @@ fn measure(session: &File, bitmaps: &[&str], young: u64) -> Result<u64> {
     Ok(after - before)
 }
 
-fn ticks() -> u64 {
+/// The time-stamp counter.
+pub fn ticks() -> u64 {
     // SAFETY: reading the counter has no effect on memory; every x86-64 CPU has
     // it, and Linux lets user space read it.
     unsafe { std::arch::x86_64::_rdtsc() }

@@ -183,7 +183,7 @@ pub fn program(pages: Pages, touch: Touch, tail: &[u8]) -> Vec<u8> {
 }
 
 /// Displacement of a short jump whose next instruction is at `from`.
-fn jump(from: usize, to: usize) -> u8 {
+pub fn jump(from: usize, to: usize) -> u8 {
     (to as isize - from as isize) as i8 as u8
 }
 
@@ -258,29 +258,10 @@ impl Machine {
         unsafe { self.vm.set_user_memory_region(region) }.context("KVM_SET_USER_MEMORY_REGION")
     }
 
-    /// Puts the vCPU before `code`, in protected mode without paging, so that
-    /// the guest touches no page tables.
+    /// Puts the vCPU before `code`; see [`begin_at`].
     pub fn load(&mut self, code: &[u8]) -> Result<()> {
         self.memory.write(CODE_GFN as usize * PAGE, code);
-        let mut sregs = self.vcpu.get_sregs().context("KVM_GET_SREGS")?;
-        let flat = kvm_segment {
-            limit: u32::MAX,
-            selector: 0x10,
-            type_: 3,
-            present: 1,
-            db: 1,
-            s: 1,
-            g: 1,
-            ..Default::default()
-        };
-        sregs.cs = kvm_segment { selector: 8, type_: 11, ..flat };
-        for segment in [&mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs, &mut sregs.ss] {
-            *segment = flat;
-        }
-        sregs.cr0 |= 1;
-        self.vcpu.set_sregs(&sregs).context("KVM_SET_SREGS")?;
-        let regs = kvm_regs { rip: CODE_GFN * PAGE as u64, rflags: 0x202, ..Default::default() };
-        self.vcpu.set_regs(&regs).context("KVM_SET_REGS")
+        begin_at(&self.vcpu, CODE_GFN)
     }
 
     /// Runs until the program of [`round_program`] ends a round.
@@ -307,6 +288,30 @@ impl Machine {
         // SAFETY: the VM's descriptor stays open while `self` is borrowed.
         unsafe { BorrowedFd::borrow_raw(self.vm.as_raw_fd()) }
     }
+}
+
+/// Puts a vCPU at the start of page `gfn`, in protected mode without paging, so
+/// that it touches no page tables.
+pub fn begin_at(vcpu: &VcpuFd, gfn: u64) -> Result<()> {
+    let mut sregs = vcpu.get_sregs().context("KVM_GET_SREGS")?;
+    let flat = kvm_segment {
+        limit: u32::MAX,
+        selector: 0x10,
+        type_: 3,
+        present: 1,
+        db: 1,
+        s: 1,
+        g: 1,
+        ..Default::default()
+    };
+    sregs.cs = kvm_segment { selector: 8, type_: 11, ..flat };
+    for segment in [&mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs, &mut sregs.ss] {
+        *segment = flat;
+    }
+    sregs.cr0 |= 1;
+    vcpu.set_sregs(&sregs).context("KVM_SET_SREGS")?;
+    let regs = kvm_regs { rip: gfn * PAGE as u64, rflags: 0x202, ..Default::default() };
+    vcpu.set_regs(&regs).context("KVM_SET_REGS")
 }
 
 /// One of KVM's own counts of a VM's events, from debugfs.

@@ -19,7 +19,7 @@ const SETTLE: Duration = Duration::from_secs(2);
 const MEASURE: Duration = Duration::from_secs(4);
 
 /// The most samples in any window, over all windows that begin with a sample.
-fn most_in_window(samples: &[Sample]) -> usize {
+pub fn most_in_window(samples: &[Sample]) -> usize {
     let mut end = 0;
     let mut most = 0;
     for (start, first) in samples.iter().enumerate() {
@@ -32,12 +32,12 @@ fn most_in_window(samples: &[Sample]) -> usize {
 }
 
 /// The header's limit.
-fn cap(freq_hz: u32) -> usize {
+pub fn cap(freq_hz: u32) -> usize {
     (freq_hz as usize / 5).max(2)
 }
 
 /// Collects all samples for `how_long`, so that none is lost.
-fn collect(sampling: &mut Sampling, how_long: Duration, samples: &mut Vec<Sample>) -> Result<()> {
+pub fn collect(sampling: &mut Sampling, how_long: Duration, samples: &mut Vec<Sample>) -> Result<()> {
     let start = Instant::now();
     while start.elapsed() < how_long {
         ensure!(sampling.read(samples, Duration::from_millis(50))?, "sampling ended by itself");
@@ -45,7 +45,7 @@ fn collect(sampling: &mut Sampling, how_long: Duration, samples: &mut Vec<Sample
     Ok(())
 }
 
-fn now() -> Result<Duration> {
+pub fn now() -> Result<Duration> {
     let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?;
     Ok(Duration::new(time.tv_sec() as u64, time.tv_nsec() as u32))
 }
