@@ -23,6 +23,7 @@ mod sampling;
 mod sampling_calls;
 mod sampling_cost;
 mod sampling_fair;
+mod sampling_nx;
 mod sampling_rate;
 mod sampling_settle;
 mod sampling_writes;
@@ -59,6 +60,7 @@ const TESTS: &[Test] = &[
     ("sample-types", sampling::types),
     ("sample-dirty-log", sampling_writes::dirty_log),
     ("sample-end", sampling_writes::end),
+    ("sample-nx", sampling_nx::switched),
     ("sample-refusals", sampling_calls::refusals),
     ("sample-vm-exit", sampling_calls::vm_exit),
     ("abi-2019", abi_2019::life),
