@@ -255,7 +255,7 @@ pub fn tracepoints() -> Result<Outcome> {
     tracing.expect("kes_flush", &pid)?;
     let mut sampling = Sampling::start(machine.observe()?, AccessSet::WRITE, OFTEN_HZ, 0)?;
     tracing.expect("kes_sample_set", &format!("{pid} access=0x2 hz={OFTEN_HZ} result=0"))?;
-    while_running(&mut machine, || sampling.read(&mut Vec::new(), Duration::from_secs(10)))?;
+    while_running(&mut machine, || Ok(sampling.read(&mut Vec::new(), Duration::from_secs(10))?))?;
     let samples = sampling.stats()?.samples;
     let traced = tracing.expect("kes_sample", &format!("{pid} vcpu=0 access=write level=1"))?;
     ensure!(samples > 0 && traced as u64 == samples, "{traced} samples traced of {samples}");
