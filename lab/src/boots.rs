@@ -195,19 +195,12 @@ pub const BENCHES: &[Boot] = &[
     },
     intel("intel-bench-sampling", Line::V6_12, Tests::Only(&["sample-rate", "sample-cold"])),
     Boot { cpus: 1, ..intel("intel-bench-sample", Line::V6_12, Tests::Only(&["sample-cost"])) },
-    // A CPU for each vCPU, and one for the host.
-    Boot { cpus: 5, ..intel("intel-bench-flush", Line::V6_12, Tests::Only(&["flush-cost"])) },
     Boot { cpus: 3, ..intel("intel-bench-slow", Line::V6_12, Tests::Only(&["sample-settle-slow"])) },
     // What is to be sampled 50000 times in a second takes a faster CPU.
     Boot {
         cpus: 2,
         mips: FAST_MIPS,
         ..intel("intel-bench-fast", Line::V6_12, Tests::Only(&["sample-settle-fast"]))
-    },
-    Boot {
-        cpus: 2,
-        mips: FAST_MIPS,
-        ..intel("intel-bench-whole", Line::V6_12, Tests::Only(&["guest-slowdown"]))
     },
 ];
 
