@@ -249,7 +249,7 @@ static long session_call_2019(struct kes_session *session, const struct file *fi
 		return -ENOTCONN;
 	if (cmd == KES_2019_DEINIT)
 		return session_detach(session);
-	ret = session_vm_check(session);
+	ret = session_tables_check(session);
 	if (ret)
 		return ret;
 	switch (cmd) {
