@@ -43,6 +43,7 @@
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
+#include <linux/ktime.h>
 #include <linux/math64.h>
 #include <asm/msr.h>
 #include <asm/vmx.h>
@@ -50,6 +51,7 @@
 #include "compat.h"
 #include "arm.h"
 #include "flush.h"
+#include "hold.h"
 
 static const struct kes_entry_rights rights_ept = KES_ENTRY_RIGHTS_EPT;
 static const struct kes_entry_rights rights_npt = KES_ENTRY_RIGHTS_NPT;
@@ -87,6 +89,7 @@ static int arming_hold(struct kes_arming *arming, bool mmu_lock)
 	if (mmu_lock)
 		read_lock(&arming->kvm->mmu_lock);
 	rcu_read_lock();
+	arming->begin_ns = ktime_get_ns();
 	arming->roots = kes_vm_roots_for_sampling(arming->kvm, arming->root);
 	if (arming->roots < 0) {
 		kes_arming_end(arming);
@@ -114,6 +117,7 @@ void kes_arming_end(struct kes_arming *arming)
 {
 	if (arming->flush)
 		kes_flush_tlbs(arming->kvm);
+	kes_hold_count(KES_HOLD_SAMPLE, arming->begin_ns);
 	rcu_read_unlock();
 	if (arming->mmu_lock)
 		read_unlock(&arming->kvm->mmu_lock);

@@ -34,6 +34,7 @@ struct kes_arming {
 	struct kvm_memslots *slots;
 	u64 slot_pages;		/* of all slots together */
 	bool flush;		/* something was armed */
+	u64 begin_ns;
 };
 
 void kes_arming_init(const struct kes_entry_format *format);

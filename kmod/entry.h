@@ -95,6 +95,23 @@ static inline unsigned long kes_entry_pfn(u64 entry)
 	return (entry & kes_entry_frame_mask()) >> PAGE_SHIFT;
 }
 
+/*
+ * An entry in memory, looked at through a window of four bytes from byte @window
+ * on: what is seen there compares with an address that is shifted by as many
+ * bytes, as the bits above an address are not seen and those below it do not
+ * matter. Window 1 shows addresses below 1 TiB; 2 shows 256 TiB, by 64 KiB.
+ */
+static __always_inline const u32 *kes_entry_window(const u64 *entry, unsigned int window)
+{
+	return (const u32 *)((const u8 *)entry + window);
+}
+
+/* The address above all that are seen. */
+static inline u64 kes_entry_window_end(unsigned int window)
+{
+	return 1ULL << (32 + 8 * window);
+}
+
 static inline u64 *kes_entry_table(u64 entry)
 {
 	return __va(entry & kes_entry_frame_mask());

@@ -5,20 +5,22 @@
 #include <linux/nodemask.h>
 #include <linux/types.h>
 
-/* A few nodes: more, or nodes that lie in between each other, go page by page. */
-#define KES_MAX_RANGES	8
+/* More, or nodes that lie in between each other, go page by page. */
+#define KES_MAX_BOUNDARIES	8
 
-struct kes_range {
-	u64 start;		/* physical address */
-	u64 bytes;
-};
-
-/* A set of NUMA nodes, as ranges of physical memory where that is exact. */
+/*
+ * A set of NUMA nodes, where that is exact as boundaries in physical memory: at
+ * each one, membership changes. So a frame is in the set when it lies below an
+ * odd number of them, or the other way round (@others). The usual host, with
+ * its slow memory above its DRAM, has one boundary; a set of all nodes has none.
+ */
 struct kes_nodes {
 	nodemask_t mask;
-	unsigned int ranges;	/* number of @range in use, unless @by_page */
 	bool by_page;		/* ask each frame's struct page */
-	struct kes_range range[KES_MAX_RANGES];
+	bool others;
+	unsigned int boundaries;
+	unsigned int window;	/* see kes_entry_window() */
+	u32 boundary[KES_MAX_BOUNDARIES];	/* as seen through it, ascending */
 };
 
 void kes_nodes_init(struct kes_nodes *nodes);

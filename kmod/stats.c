@@ -12,6 +12,7 @@
 #include <linux/seq_file.h>
 #include <linux/string.h>
 
+#include "hold.h"
 #include "selfcheck.h"
 #include "session.h"
 #include "stats.h"
@@ -252,6 +253,7 @@ static int stats_show(struct seq_file *file, void *unused)
 	show_samples(file);
 	show_each_session(file);
 	mutex_unlock(&accounts_lock);
+	kes_holds_show(file);
 	return 0;
 }
 

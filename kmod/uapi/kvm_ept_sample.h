@@ -209,7 +209,8 @@ struct kes_memslots {
  *             that is resident in the VMM but that the guest did not touch
  *             since KVM last unmapped it reads as zero.
  * @on_nodes:  bitmap pointer or 0: mapped, and the frame lies on a NUMA node of
- *             @nodes.
+ *             @nodes. Says nothing of a frame that is no memory: a device's
+ *             registers, mapped for the guest.
  * @levels:    pointer or 0: one byte (KES_LEVEL_*) for each 2 MiB of guest
  *             physical space that the range touches, that is for each value of
  *             gfn >> 9 from gfn_start >> 9 on: the largest mapping found in it.
@@ -267,7 +268,7 @@ struct kes_harvest_stats {
 	__u64 time_ns;		/* spent walking and flushing */
 	__u32 roots;		/* root tables walked, the most in one chunk */
 	__u32 flushes;		/* TLB flushes of the whole VM */
-	__u32 chunks;		/* RCU read sections used */
+	__u32 chunks;		/* RCU read sections used, several a chunk */
 	__u32 sources;		/* KES_SOURCE_*: who served this call; since 1.2 */
 };
 

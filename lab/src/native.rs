@@ -17,7 +17,7 @@ pub fn build(lab: &Lab, name: &str, sources: &[&str]) -> Result<PathBuf> {
     let program = product::target_dir(lab).join(name);
     proc::run(
         Command::new("cc")
-            .args(["-O2", "-Wall", "-Wextra", "-Werror", "-Ishim", "-I.."])
+            .args(["-O2", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror", "-Ishim", "-I.."])
             .args(sources)
             .arg("-o")
             .arg(&program)

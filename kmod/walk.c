@@ -1,0 +1,529 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The walk: what the second-level tables say of a chunk of guest memory.
+ *
+ * Locking. The walk runs under RCU alone, for a section of at most about a
+ * millisecond: KVM frees tables a grace period after it unlinked them. An entry
+ * is changed only by compare and swap from a value that was seen present, so an
+ * entry that KVM changes or freezes at the same time is left alone. KVM's own
+ * plain stores can at most bring an accessed bit back; that page is reported
+ * once more. Clearing dirty bits takes mmu_lock for read, for a quarter of a
+ * table at a time.
+ */
+#include <linux/bitops.h>
+#include <linux/ktime.h>
+#include <linux/mm.h>
+#include <linux/sched.h>
+
+#include "compat.h"
+#include "hold.h"
+#include "trace.h"
+#include "vm.h"
+#include "walk.h"
+
+static const struct kes_entry_format format_tracked = KES_ENTRY_FORMAT_TRACKED;
+static const struct kes_entry_format format_blind = KES_ENTRY_FORMAT_BLIND;
+
+/*
+ * What an RCU read section may take, in instructions: a millisecond of a CPU that
+ * does 50 million of them in a second, less what an interrupt can add. The
+ * estimates are from the bench that counts them.
+ */
+#define SECTION_WORK		30000
+#define READ_WORK		7
+#define READ_WORK_DIRTY		3
+#define READ_WORK_BOUNDARY	3
+#define READ_WORK_NODE		30
+#define CLEAR_WORK		16
+#define CLEAR_WORK_DIRTY	115
+#define HUGE_WORK		100
+#define STEP_WORK		20
+
+/*
+ * Another writer got in between, and left @old: it is taken as it is, a few
+ * times at most. Giving up leaves the bits for the next harvest.
+ */
+static noinline bool entry_clear_again(u64 *entry, u64 old, u64 seen)
+{
+	int tries;
+
+	for (tries = 0; tries < 4; tries++) {
+		if (!(old & KES_ENTRY_PRESENT) || !(old & seen))
+			return false;
+		if (try_cmpxchg64(entry, &old, old & ~seen))
+			return true;
+	}
+	return false;
+}
+
+/*
+ * Clears the bits @seen in an entry. Only bits that were reported: one that
+ * appeared since stays for the next harvest.
+ */
+static __always_inline bool entry_clear(u64 *entry, u64 seen)
+{
+	u64 old = READ_ONCE(*entry);
+
+	if (likely(old & KES_ENTRY_PRESENT) &&
+	    likely(try_cmpxchg64(entry, &old, old & ~seen)))
+		return true;
+	return entry_clear_again(entry, old, seen);
+}
+
+static noinline void entries_clear_accessed(struct kes_walk *walk, u64 *entry, u64 todo)
+{
+	const u64 seen = BIT_ULL(walk->gather.format->accessed_nr);
+
+	walk->stats->entries_cleared += hweight64(todo);
+	for (; todo; todo &= todo - 1)
+		if (unlikely(!entry_clear(&entry[__ffs64(todo)], seen)))
+			walk->stats->entries_cleared--;
+}
+
+/*
+ * Clears the dirty bits of @todo, and the accessed bits of those of them in
+ * @accessed. The caller holds mmu_lock for read, which keeps each frame the
+ * guest's.
+ */
+static noinline void entries_clear_dirty(struct kes_walk *walk, u64 *entry, u64 todo, u64 accessed)
+{
+	const struct kes_entry_format *format = walk->gather.format;
+
+	for (; todo; todo &= todo - 1) {
+		unsigned int i = __ffs64(todo);
+		u64 seen = BIT_ULL(format->dirty_nr);
+		u64 value = READ_ONCE(entry[i]);
+
+		if (!(value & KES_ENTRY_PRESENT))
+			continue;
+		if (accessed >> i & 1)
+			seen |= BIT_ULL(format->accessed_nr);
+		/* First the word to the host, then the clearing: no gap. */
+		kes_compat_set_pfn_dirty(kes_entry_pfn(value));
+		walk->stats->entries_cleared += entry_clear(&entry[i], seen);
+	}
+}
+
+/*
+ * Which entries lie on the nodes asked for, where there is not just the one
+ * boundary that was gathered.
+ */
+static noinline u64 entries_on_nodes(const struct kes_walk *walk, const u64 *entry,
+				     unsigned int count, const struct kes_bits *bits)
+{
+	const struct kes_nodes *nodes = &walk->nodes;
+	u64 on_nodes = bits->on_nodes, mapped;
+	unsigned int i;
+
+	if (nodes->by_page) {
+		for (mapped = bits->mapped; mapped; mapped &= mapped - 1) {
+			i = __ffs64(mapped);
+			if (kes_nodes_has_pfn(nodes, kes_entry_pfn(READ_ONCE(entry[i]))))
+				on_nodes |= BIT_ULL(i);
+		}
+		return on_nodes;
+	}
+	/* A set of all nodes, or of none. */
+	if (!nodes->boundaries)
+		return nodes->others ? bits->mapped : 0;
+	for (i = 1; i < nodes->boundaries; i++)
+		on_nodes ^= gather_boundary(entry, count, nodes->window, nodes->boundary[i]);
+	on_nodes &= bits->mapped;
+	return nodes->others ? bits->mapped & ~on_nodes : on_nodes;
+}
+
+/* Several roots may map the same page: it counts once. */
+static __always_inline void word_add(u64 *word, u64 bits, u64 *pages)
+{
+	if (!bits)
+		return;
+	*pages += hweight64(bits & ~*word);
+	*word |= bits;
+}
+
+/* Adds what was gathered from GFN @gfn on to the chunk's bitmaps. */
+static __always_inline void chunk_add(struct kes_walk *walk, u64 gfn,
+				      const struct kes_bits *bits, u64 *mapped_stat)
+{
+	unsigned int offset = gfn - walk->gfn_start;
+	unsigned int word = offset / 64, shift = offset % 64;
+	struct kes_harvest_stats *stats = walk->stats;
+	struct kes_chunk *chunk = walk->chunk;
+
+	if (walk->keep_mapped)
+		word_add(&chunk->mapped[word], bits->mapped << shift, mapped_stat);
+	else
+		*mapped_stat += hweight64(bits->mapped);
+	word_add(&chunk->accessed[word], bits->accessed << shift, &stats->accessed);
+	word_add(&chunk->dirty[word], bits->dirty << shift, &stats->dirty);
+	word_add(&chunk->on_nodes[word], bits->on_nodes << shift, &stats->on_nodes);
+}
+
+/* How many pages from @gfn on share its word of the bitmaps, up to @end. */
+static unsigned int word_pages(const struct kes_walk *walk, u64 gfn, u64 end)
+{
+	return min_t(u64, end - gfn, 64 - (gfn - walk->gfn_start) % 64);
+}
+
+static void chunk_set_level(struct kes_walk *walk, u64 gfn, u8 level)
+{
+	u8 *slot = &walk->chunk->levels[(gfn >> KES_ENTRIES_SHIFT) -
+					(walk->gfn_start >> KES_ENTRIES_SHIFT)];
+
+	*slot = max(*slot, level);
+}
+
+/*
+ * Clears, as asked, what was gathered from the entries from @entry on. With
+ * clear_dirty the caller holds mmu_lock for read.
+ */
+static __always_inline void entries_clear(struct kes_walk *walk, u64 *entry, const struct kes_bits *bits)
+{
+	u64 accessed = walk->clear_accessed ? bits->accessed : 0;
+	u64 dirty = walk->clear_dirty ? bits->dirty : 0;
+
+	if (dirty)
+		entries_clear_dirty(walk, entry, dirty, accessed);
+	if (accessed & ~dirty)
+		entries_clear_accessed(walk, entry, accessed & ~dirty);
+}
+
+/* Leaves it to KVM to clear @accessed, the bits of entries from GFN @gfn on. */
+static void chunk_clear_later(struct kes_walk *walk, u64 gfn, u64 accessed)
+{
+	unsigned int offset = gfn - walk->gfn_start;
+
+	walk->old[offset / 64] |= accessed << offset % 64;
+}
+
+/* The entries of a last-level table for GFNs [gfn, end). */
+static noinline void table_harvest(struct kes_walk *walk, u64 *table, u64 gfn, u64 end)
+{
+	struct kes_harvest_stats *stats = walk->stats;
+	u64 mapped = stats->mapped_4k, cleared = stats->entries_cleared;
+	u64 *entry = &table[kes_entry_index(gfn, PG_LEVEL_4K)];
+
+	stats->entries_read += end - gfn;
+	walk->work += (end - gfn) * walk->read_work;
+	if (walk->clear_dirty)
+		read_lock(&walk->kvm->mmu_lock);
+	while (gfn < end) {
+		unsigned int count = word_pages(walk, gfn, end);
+		struct kes_bits bits = gather_entries(entry, count, &walk->gather);
+
+		if (bits.mapped) {
+			entries_clear(walk, entry, &bits);
+			if (unlikely(walk->ask_nodes))
+				bits.on_nodes = entries_on_nodes(walk, entry, count, &bits);
+			chunk_add(walk, gfn, &bits, &stats->mapped_4k);
+		}
+		if (unlikely(walk->clear_later))
+			chunk_clear_later(walk, gfn, bits.accessed);
+		entry += count;
+		gfn += count;
+	}
+	if (walk->clear_dirty)
+		read_unlock(&walk->kvm->mmu_lock);
+	walk->work += (stats->entries_cleared - cleared) * walk->clear_work;
+	if (stats->mapped_4k != mapped)
+		chunk_set_level(walk, end - 1, KES_LEVEL_4K);
+}
+
+/*
+ * A huge entry that maps GFNs [gfn, end) and perhaps more: its one accessed and
+ * one dirty bit stand for all of them. They are cleared with the last page: an
+ * entry of 1 GiB spans several chunks, and the later ones must see them too.
+ */
+static noinline void huge_harvest(struct kes_walk *walk, u64 *entry, int level, u64 gfn, u64 end)
+{
+	bool huge_2m = level == PG_LEVEL_2M;
+	struct kes_bits one;
+
+	walk->work += HUGE_WORK + walk->clear_work;
+	if (walk->clear_dirty)
+		read_lock(&walk->kvm->mmu_lock);
+	one = gather_one(entry, &walk->gather);
+	if (IS_ALIGNED(end, kes_entry_pages(level)))
+		entries_clear(walk, entry, &one);
+	if (walk->clear_dirty)
+		read_unlock(&walk->kvm->mmu_lock);
+	if (!one.mapped)
+		return;
+	if (walk->clear_later && IS_ALIGNED(end, kes_entry_pages(level)))
+		chunk_clear_later(walk, end - 1, one.accessed);
+	if (walk->ask_nodes)
+		one.on_nodes = entries_on_nodes(walk, entry, 1, &one);
+	while (gfn < end) {
+		unsigned int count = word_pages(walk, gfn, end);
+		u64 all = ~0ULL >> (64 - count);
+		struct kes_bits bits = {
+			.mapped = all,
+			.accessed = one.accessed ? all : 0,
+			.dirty = one.dirty ? all : 0,
+			.on_nodes = one.on_nodes ? all : 0,
+		};
+
+		chunk_add(walk, gfn, &bits,
+			  huge_2m ? &walk->stats->mapped_2m : &walk->stats->mapped_1g);
+		chunk_set_level(walk, gfn, huge_2m ? KES_LEVEL_2M : KES_LEVEL_1G);
+		gfn += count;
+	}
+}
+
+/* Whether an entry of a table of 2 MiB entries maps a huge page. */
+static bool entry_is_huge(const u64 *entry)
+{
+	const u64 huge = KES_ENTRY_PRESENT | KES_ENTRY_HUGE;
+
+	return (READ_ONCE(*entry) & huge) == huge;
+}
+
+/* Each of @count bits in @bits stands for the 8 words of 2 MiB. */
+static void words_fill(u64 *words, u64 bits, unsigned int count, u64 *pages)
+{
+	*pages += hweight64(bits) * KES_ENTRIES;
+	if (bits == ~0ULL >> (64 - count)) {
+		memset(words, 0xff, count * (KES_ENTRIES / 8));
+		return;
+	}
+	for (; bits; bits &= bits - 1) {
+		u64 *word = &words[__ffs64(bits) * (KES_ENTRIES / 64)];
+		int i;
+
+		#pragma GCC unroll 8
+		for (i = 0; i < KES_ENTRIES / 64; i++)
+			word[i] = ~0ULL;
+	}
+}
+
+/*
+ * As huge_harvest(), for a row of 2 MiB entries from GFN @gfn on, up to 64 of
+ * them. Returns how many there were. Only where they are the only ones that map
+ * these pages, whole, and begin at a word of the bitmaps.
+ */
+static noinline unsigned int huge_row_harvest(struct kes_walk *walk, u64 *entry, u64 gfn, u64 end)
+{
+	unsigned int most = (end - gfn) >> KES_ENTRIES_SHIFT, count = 0, offset, word;
+	struct kes_harvest_stats *stats = walk->stats;
+	struct kes_chunk *chunk = walk->chunk;
+	struct kes_bits bits;
+	u64 mapped;
+	u8 *level;
+
+	offset = gfn - walk->gfn_start;
+	if (walk->several_roots || walk->clear_later || gfn % KES_ENTRIES || offset % 64)
+		return 0;
+	while (count < most && count < 64 && entry_is_huge(&entry[count]))
+		count++;
+	if (!count)
+		return 0;
+	word = offset / 64;
+	walk->work += count * (HUGE_WORK + walk->clear_work);
+	stats->entries_read += count;
+	if (walk->clear_dirty)
+		read_lock(&walk->kvm->mmu_lock);
+	bits = gather_entries(entry, count, &walk->gather);
+	entries_clear(walk, entry, &bits);
+	if (walk->clear_dirty)
+		read_unlock(&walk->kvm->mmu_lock);
+	if (walk->ask_nodes)
+		bits.on_nodes = entries_on_nodes(walk, entry, count, &bits);
+	if (walk->keep_mapped)
+		words_fill(&chunk->mapped[word], bits.mapped, count, &stats->mapped_2m);
+	else
+		stats->mapped_2m += hweight64(bits.mapped) * KES_ENTRIES;
+	words_fill(&chunk->accessed[word], bits.accessed, count, &stats->accessed);
+	words_fill(&chunk->dirty[word], bits.dirty, count, &stats->dirty);
+	words_fill(&chunk->on_nodes[word], bits.on_nodes, count, &stats->on_nodes);
+	level = &chunk->levels[(gfn >> KES_ENTRIES_SHIFT) - (walk->gfn_start >> KES_ENTRIES_SHIFT)];
+	for (mapped = bits.mapped; mapped; mapped &= mapped - 1)
+		level[__ffs64(mapped)] = KES_LEVEL_2M;
+	return count;
+}
+
+/* Whether the next step may make the section longer than it should be. */
+static bool section_is_full(const struct kes_walk *walk)
+{
+	return walk->work && walk->work + walk->table_step * (walk->read_work +
+		walk->clear_work) > SECTION_WORK;
+}
+
+/* What entries of 2 MiB of one table link or map for GFNs from @gfn on. */
+static u64 table_2m_walk(struct kes_walk *walk, u64 *table, u64 gfn, u64 end)
+{
+	end = min(end, ALIGN_DOWN(gfn, kes_entry_pages(PG_LEVEL_1G)) +
+		       kes_entry_pages(PG_LEVEL_1G));
+	do {
+		u64 *entry = &table[kes_entry_index(gfn, PG_LEVEL_2M)];
+		unsigned int row = huge_row_harvest(walk, entry, gfn, end);
+		u64 value, next;
+
+		if (row) {
+			gfn += row * KES_ENTRIES;
+			continue;
+		}
+		value = READ_ONCE(*entry);
+		next = min(end, ALIGN_DOWN(gfn, KES_ENTRIES) + KES_ENTRIES);
+		walk->stats->entries_read++;
+		walk->work += STEP_WORK;
+		if ((value & KES_ENTRY_PRESENT) && (value & KES_ENTRY_HUGE)) {
+			huge_harvest(walk, entry, PG_LEVEL_2M, gfn, next);
+		} else if (value & KES_ENTRY_PRESENT) {
+			next = min(next, ALIGN_DOWN(gfn, walk->table_step) + walk->table_step);
+			table_harvest(walk, kes_entry_table(value), gfn, next);
+		}
+		gfn = next;
+	} while (gfn < end && !section_is_full(walk));
+	return gfn;
+}
+
+/*
+ * Walks one root from @gfn on, through one table of 2 MiB entries at most, and
+ * returns the GFN before which it stopped. It starts at the root each time: no
+ * table is remembered for longer.
+ */
+static u64 root_walk(struct kes_walk *walk, const struct kes_root *root, u64 gfn, u64 end)
+{
+	u64 *table = root->table;
+	int level;
+
+	if (gfn >= kes_entry_pages(root->level + 1))
+		return end;
+	for (level = root->level; level > PG_LEVEL_2M; level--) {
+		u64 *entry = &table[kes_entry_index(gfn, level)];
+		u64 value = READ_ONCE(*entry);
+
+		walk->stats->entries_read++;
+		walk->work += STEP_WORK;
+		if (!(value & KES_ENTRY_PRESENT) || (value & KES_ENTRY_HUGE)) {
+			end = min(end, ALIGN_DOWN(gfn, kes_entry_pages(level)) +
+				       kes_entry_pages(level));
+			if (value & KES_ENTRY_PRESENT)
+				huge_harvest(walk, entry, level, gfn, end);
+			return end;
+		}
+		table = kes_entry_table(value);
+	}
+	return table_2m_walk(walk, table, gfn, end);
+}
+
+/*
+ * Who did not ask for mapped pages gets them counted right by the bitmap all the
+ * same, when there is more than one root.
+ */
+static void mapped_begin(struct kes_walk *walk)
+{
+	memset(walk->chunk->mapped, 0, sizeof(walk->chunk->mapped));
+	walk->keep_mapped = true;
+}
+
+/* How many roots are tracked; -EOPNOTSUPP if they can not tell what is asked. */
+static int roots_check(const struct kes_walk *walk, const struct kes_root *roots, int n)
+{
+	int i, tracked = 0;
+
+	for (i = 0; i < n; i++)
+		tracked += roots[i].tracked;
+	if (walk->gather.want_dirty && (tracked || !kes_vm_has_tables(walk->kvm)))
+		return -EOPNOTSUPP;
+	return tracked;
+}
+
+/* What the bits of @root mean, and who clears them. */
+static void root_select(struct kes_walk *walk, const struct kes_root *root)
+{
+	bool blind = KES_COMPAT_NESTED_EPT_BLIND && root->guest_mode && !root->tracked &&
+		     walk->format->id == KES_FORMAT_EPT;
+
+	walk->gather.format = root->tracked ? &format_tracked :
+			      blind ? &format_blind : walk->format;
+	walk->clear_accessed = walk->clear_asked && !root->tracked && !blind;
+	walk->clear_later = walk->clear_asked && root->tracked;
+	walk->clear_dirty = walk->clear_dirty_asked && !blind;
+}
+
+static u64 roots_walk(struct kes_walk *walk, const struct kes_root *roots, int n, u64 gfn)
+{
+	u64 next = walk->gfn_end;
+	int i;
+
+	/* Several go together in steps of 2 MiB. */
+	if (walk->several_roots)
+		next = min(next, ALIGN_DOWN(gfn, KES_ENTRIES) + KES_ENTRIES);
+	for (i = 0; i < n; i++) {
+		root_select(walk, &roots[i]);
+		next = root_walk(walk, &roots[i], gfn, next);
+	}
+	return next;
+}
+
+/*
+ * Walks all roots from GFN *@gfn on within one RCU read section, and sets *@gfn
+ * to where it stopped. Returns how many of them are tracked.
+ */
+static int section_walk(struct kes_walk *walk, u64 *gfn)
+{
+	u64 begin_ns = trace_kes_chunk_enabled() ? ktime_get_ns() : 0, begin = *gfn;
+	struct kes_root roots[KES_MAX_ROOTS];
+	int n, tracked;
+
+	rcu_read_lock();
+	n = kes_vm_roots(walk->kvm, roots);
+	tracked = n < 0 ? n : roots_check(walk, roots, n);
+	walk->several_roots = n > 1;
+	if (walk->several_roots && !walk->keep_mapped)
+		mapped_begin(walk);
+	walk->work = 0;
+	while (tracked >= 0 && *gfn < walk->gfn_end && !section_is_full(walk))
+		*gfn = roots_walk(walk, roots, n, *gfn);
+	rcu_read_unlock();
+	if (begin_ns)
+		trace_kes_chunk(walk->kvm, begin, *gfn, ktime_get_ns() - begin_ns);
+	if (tracked < 0)
+		return tracked;
+	walk->stats->roots = max_t(u32, walk->stats->roots, n);
+	walk->stats->chunks++;
+	if (n)
+		walk->stats->sources |= KES_SOURCE_TABLES;
+	return tracked;
+}
+
+/* Fills in what the estimates are, from what is asked for. */
+void kes_walk_init(struct kes_walk *walk)
+{
+	walk->gather.want_nodes = walk->nodes.boundaries;
+	walk->gather.others = walk->nodes.boundaries == 1 && walk->nodes.others ? ~0ULL : 0;
+	walk->gather.window = walk->nodes.window;
+	walk->gather.boundary = walk->nodes.boundary[0];
+	walk->ask_nodes = walk->keep_on_nodes && walk->nodes.boundaries != 1;
+	walk->read_work = READ_WORK + walk->gather.want_dirty * READ_WORK_DIRTY +
+			  walk->nodes.boundaries * READ_WORK_BOUNDARY +
+			  walk->nodes.by_page * READ_WORK_NODE;
+	walk->clear_work = walk->clear_dirty_asked ? CLEAR_WORK_DIRTY : CLEAR_WORK;
+	/* Telling the host that pages are dirty takes long. */
+	walk->table_step = walk->clear_dirty_asked || walk->nodes.by_page ? KES_ENTRIES / 4 :
+								      KES_ENTRIES;
+}
+
+/*
+ * Walks all roots over [walk->gfn_start, walk->gfn_end). Sleeps between sections,
+ * not after the last one. Returns how many roots are tracked, the most in one
+ * section.
+ */
+int kes_walk_chunk(struct kes_walk *walk)
+{
+	u64 gfn = walk->gfn_start;
+	int ret, tracked = 0;
+
+	for (;;) {
+		walk->hold_ns = ktime_get_ns();
+		ret = section_walk(walk, &gfn);
+		if (ret < 0)
+			return ret;
+		tracked = max(tracked, ret);
+		if (gfn == walk->gfn_end)
+			return tracked;
+		kes_hold_count(KES_HOLD_HARVEST, walk->hold_ns);
+		cond_resched();
+	}
+}
