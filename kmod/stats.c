@@ -251,9 +251,9 @@ static int stats_show(struct seq_file *file, void *unused)
 	show_sessions(file);
 	show_harvests(file);
 	show_samples(file);
+	kes_holds_show(file);
 	show_each_session(file);
 	mutex_unlock(&accounts_lock);
-	kes_holds_show(file);
 	return 0;
 }
 

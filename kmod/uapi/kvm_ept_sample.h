@@ -58,6 +58,12 @@
  *   sample_armed_now        entries that are armed, now
  *   sample_faults           samples, also dropped and unwanted ones
  *
+ *   harvest_holds_below_16_us and so on, harvest_holds_longer,
+ *   harvest_holds_longest_us, the same of sample_holds
+ *                           how often, and for how long, a CPU was held before
+ *                           others could run, each in the first line that fits;
+ *                           the longest in microseconds
+ *
  * Then a line for each attached session: "session pid=P harvests=N sample_hz=F",
  * where P is the VMM's process as the reader's PID namespace numbers it, or 0 if
  * it is not there.

@@ -59,9 +59,9 @@ struct Gather {
     young_percent: u32,
     read_ns: f64,
     gather_ns: f64,
+    dirty_ns: f64,
+    nodes_ns: f64,
     one_by_one_ns: f64,
-    gather_to_read: f64,
-    one_by_one_to_read: f64,
 }
 
 /// The module's inner loop, built for this machine.
@@ -70,18 +70,22 @@ fn gather(lab: &Lab) -> Result<()> {
     let log = lab.log("gather");
     proc::run(Command::new(program).arg(ENTRIES_MIB), &log, GATHER_TIMEOUT)?;
     println!("The harvest's inner loop over {ENTRIES_MIB} MiB of entries, on this machine, ns per entry:\n");
-    println!("{:>7} {:>12} {:>22} {:>22}", "young", "plain read", "gathered by 64", "one by one");
+    println!(
+        "{:>7} {:>10} {:>18} {:>18} {:>18} {:>18}",
+        "young", "plain read", "gathered by 64", "and dirty", "and on which node", "one by one"
+    );
     let text = std::fs::read_to_string(&log).with_context(|| format!("reading {}", log.display()))?;
     for line in text.lines() {
         let row: Gather = serde_json::from_str(line).with_context(|| format!("reading {line:?}"))?;
+        let beside = |ns: f64| format!("{ns:.2} ({:.2} x)", ns / row.read_ns);
         println!(
-            "{:>5} % {:>12.2} {:>12.2} ({:>5.2} x) {:>12.2} ({:>5.2} x)",
+            "{:>5} % {:>10.2} {:>18} {:>18} {:>18} {:>18}",
             row.young_percent,
             row.read_ns,
-            row.gather_ns,
-            row.gather_to_read,
-            row.one_by_one_ns,
-            row.one_by_one_to_read
+            beside(row.gather_ns),
+            beside(row.dirty_ns),
+            beside(row.nodes_ns),
+            beside(row.one_by_one_ns)
         );
     }
     Ok(())

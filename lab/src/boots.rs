@@ -25,8 +25,10 @@ pub struct Boot {
     pub flavour: Flavour,
     /// The host's memory; on Intel 3 GiB take 4 s longer to boot than 512 MiB.
     pub memory_mib: u32,
-    /// Parameters of KVM's modules, on the kernel command line.
+    /// Parameters of KVM's modules, and other words of the kernel command line.
     pub kvm: &'static str,
+    /// Whether the module is there that the benches compare with.
+    pub bench_module: bool,
     /// What to run.
     pub tests: Tests,
 }
@@ -101,6 +103,7 @@ const fn amd(name: &'static str, kernel: Line) -> Boot {
         // address leaves one free for a page of that size.
         memory_mib: 6144,
         kvm: "",
+        bench_module: false,
         tests: Tests::AllBut(&[]),
     }
 }
@@ -117,6 +120,7 @@ const fn intel(name: &'static str, kernel: Line, tests: Tests) -> Boot {
         // Enough for the kernel to use transparent huge pages.
         memory_mib: 1024,
         kvm: "",
+        bench_module: false,
         tests,
     }
 }
@@ -132,6 +136,16 @@ const fn stock(name: &'static str, kernel: Line) -> Boot {
     Boot { kernel, flavour: Flavour::Stock, ..small(name, Cpu::SkylakeX, tests) }
 }
 
+/// What a harvest costs. Alone, as then a tick is one instruction of one CPU, and
+/// with several NUMA nodes to tell apart; 512 MiB of the memory are the guest's.
+const COST: Boot = Boot {
+    cpus: 1,
+    memory_mib: 1536,
+    kvm: "numa=fake=4",
+    bench_module: true,
+    ..intel("intel-cost", Line::V6_12, Tests::Only(&["on-nodes", "harvest-cost", "harvest-cost-2m", "holds"]))
+};
+
 /// The boots that the tests need.
 pub const TESTS: &[Boot] = &[
     amd("amd-6.1", Line::V6_1),
@@ -142,6 +156,7 @@ pub const TESTS: &[Boot] = &[
     intel("intel-6.1", Line::V6_1, Tests::AllBut(&["levels-1g"])),
     intel("intel-7.3", Line::V7_3, Tests::AllBut(&["levels-1g"])),
     intel("intel-sampling", Line::V6_12, SAMPLING),
+    COST,
     intel("intel-sampling-6.1", Line::V6_1, SAMPLING),
     intel("intel-sampling-7.3", Line::V7_3, SAMPLING),
     stock("intel-stock", Line::V6_12),
@@ -187,13 +202,8 @@ pub const DEBUG: &[Boot] = &[
 
 /// The boots that the benches need.
 pub const BENCHES: &[Boot] = &[
-    Boot {
-        // Alone: a tick is one instruction, of one CPU.
-        cpus: 1,
-        // 256 MiB of the memory are the guest's.
-        ..intel("intel-bench", Line::V6_12, Tests::Only(&["harvest-cost"]))
-    },
-    intel("intel-bench-sampling", Line::V6_12, Tests::Only(&["sample-rate", "sample-cold"])),
+    COST,
+    intel("intel-bench-sampling", Line::V6_12, Tests::Only(&["sample-rate", "sample-cold", "holds"])),
     Boot { cpus: 1, ..intel("intel-bench-sample", Line::V6_12, Tests::Only(&["sample-cost"])) },
     Boot { cpus: 3, ..intel("intel-bench-slow", Line::V6_12, Tests::Only(&["sample-settle-slow"])) },
     // What is to be sampled 50000 times in a second takes a faster CPU.

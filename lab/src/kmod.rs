@@ -15,6 +15,8 @@ use crate::{modinfo, proc};
 
 /// The module's file, as its Makefile names it.
 pub const NAME: &str = "kvm_ept_sample.ko";
+/// The file of the module that the benches compare with.
+pub const BENCH_NAME: &str = "clear_young.ko";
 const BUILD_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// A kernel version that the module does not know, as the headers would say it.
@@ -81,6 +83,20 @@ fn build_in(
     modinfo::check(&work.join(NAME))?;
     fs::copy(work.join(NAME), ko).context("fetching the built module")?;
     Ok(())
+}
+
+/// Builds the module that the benches compare with, from kmod/bench.
+pub fn build_bench(lab: &Lab, kernel: &Kernel) -> Result<PathBuf> {
+    let sources = lab.root.join("kmod/bench");
+    let key = Key::new("kmod bench 1").item(&kernel.root).text(&kernel.release).tree(&sources, &is_source)?;
+    lab.cache.get_or_build(&format!("kmod-bench-{}", kernel.line), &key, |ko| {
+        let folder = format!("bench-{}", std::process::id());
+        let work = kernel.root.join(&folder);
+        copy_sources(&sources, &work)?;
+        proc::run(&mut make(kernel, &folder), &lab.log("kmod-bench"), BUILD_TIMEOUT)?;
+        fs::copy(work.join(BENCH_NAME), ko).context("fetching the built module")?;
+        fs::remove_dir_all(&work).with_context(|| format!("removing {}", work.display()))
+    })
 }
 
 /// The build of the sources in `folder` of the kernel's tree.

@@ -58,6 +58,11 @@ pub fn initramfs(lab: &Lab, boot: &Boot, target: &Target, agent: &Path, work: &P
     load += &format!("{}\n", kmod::NAME);
     archive.directory("modules/unknown-kernel")?;
     archive.file(&format!("modules/unknown-kernel/{}", kmod::NAME), &target.unknown)?;
+    if boot.bench_module {
+        // Its test loads it.
+        let module = kmod::build_bench(lab, &target.kernel)?;
+        archive.file(&format!("modules/{}", kmod::BENCH_NAME), &module)?;
+    }
     archive.content("modules/load", load.as_bytes())?;
     let initramfs = work.join("initramfs");
     fs::write(&initramfs, archive.finish()?).with_context(|| format!("writing {}", initramfs.display()))?;

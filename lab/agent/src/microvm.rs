@@ -80,6 +80,8 @@ const TESTS: &[Test] = &[
 /// from a slow machine.
 const BY_NAME: &[Test] = &[
     ("harvest-cost", cost::harvest_cost),
+    ("holds", cost::holds),
+    ("harvest-cost-2m", cost::harvest_cost_2m),
     ("sample-overflow", sampling_calls::overflow),
     ("sample-read", sampling_calls::reads),
     ("sample-churn", sampling_writes::churn),

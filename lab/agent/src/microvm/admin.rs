@@ -249,9 +249,9 @@ pub fn tracepoints() -> Result<Outcome> {
     let cleared = harvest(&mut session, ALL_CLEAR)?.stats.entries_cleared;
     let pid = format!("pid={}", std::process::id());
     tracing.expect("kes_attach", &format!("{pid} result=0"))?;
-    let words = format!("{pid} pages={PAGES} accessed=201 mapped=201 cleared={cleared} chunks=1 result=0");
+    let words =
+        format!("{pid} pages={PAGES} accessed=201 mapped=201 cleared={cleared} chunks={sections} result=0");
     tracing.expect("kes_harvest", &words)?;
-    tracing.expect("kes_chunk", &format!("{pid} gfn=0x0 end={PAGES:#x}"))?;
     tracing.expect("kes_flush", &pid)?;
     let mut sampling = Sampling::start(machine.observe()?, AccessSet::WRITE, OFTEN_HZ, 0)?;
     tracing.expect("kes_sample_set", &format!("{pid} access=0x2 hz={OFTEN_HZ} result=0"))?;

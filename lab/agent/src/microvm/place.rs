@@ -14,18 +14,22 @@ use super::machine::{ALL, Machine, Memory, PAGE, PAGES, SPREAD, Touch, expect_sa
 
 const BY_PAGE: &str = "/sys/module/kvm_ept_sample/parameters/nodes_by_page";
 
-/// Backs every second touched page by node 1 and asks for node 1, 0 and both.
+/// Sets of nodes to ask for; those of more than two nodes have more boundaries.
+const SETS: [&str; 9] = ["0", "1", "0-1", "7", "2", "1,3", "0,2", "1-2", "0-3"];
+
+/// Spreads the touched pages over the host's nodes and asks for sets of them.
 pub fn on_nodes() -> Result<Outcome> {
-    if !Path::new("/sys/devices/system/node/node1").exists() {
+    let nodes = (0..4).take_while(|node| Path::new(&format!("/sys/devices/system/node/node{node}")).exists());
+    let nodes = nodes.count() as u64;
+    if nodes < 2 {
         return Ok(Outcome::Skip("this host has one NUMA node".into()));
     }
     let memory = Memory::small_pages(PAGES)?;
-    let far: BTreeSet<u64> = SPREAD.gfns().into_iter().step_by(2).collect();
-    for gfn in &far {
-        bind(&memory, *gfn as usize * PAGE, 1)?;
-    }
-    for gfn in SPREAD.gfns_and_code().difference(&far) {
-        bind(&memory, *gfn as usize * PAGE, 0)?;
+    let mut placed: Vec<BTreeSet<u64>> = vec![BTreeSet::new(); nodes as usize];
+    for (index, gfn) in SPREAD.gfns_and_code().into_iter().enumerate() {
+        let node = index as u64 % nodes;
+        bind(&memory, gfn as usize * PAGE, node as u32)?;
+        placed[node as usize].insert(gfn);
     }
     memory.populate();
     let mut machine = Machine::new(memory)?;
@@ -33,24 +37,31 @@ pub fn on_nodes() -> Result<Outcome> {
     machine.load(&round_program(SPREAD, Touch::Write))?;
     machine.run_round()?;
 
-    compare(&mut sampler, &far, "by range")?;
+    compare(&mut sampler, &placed, "by range")?;
     // Hosts whose nodes interleave look up each frame; here that is asked for.
     fs::write(BY_PAGE, "Y").with_context(|| format!("cannot write {BY_PAGE}"))?;
-    let by_page = compare(&mut sampler, &far, "by page");
+    let by_page = compare(&mut sampler, &placed, "by page");
     fs::write(BY_PAGE, "N").with_context(|| format!("cannot write {BY_PAGE}"))?;
     by_page?;
-    Ok(Outcome::Pass(format!("{} pages on node 1 and the others on node 0, by range and by page", far.len())))
+    Ok(Outcome::Pass(format!(
+        "201 pages on {nodes} nodes, {} sets of them, by range and by page",
+        SETS.len()
+    )))
 }
 
-/// Asks about several sets of nodes; `far` is what lies on node 1.
-fn compare(sampler: &mut KernelSampler, far: &BTreeSet<u64>, how: &str) -> Result<()> {
-    let all = SPREAD.gfns_and_code();
-    let near: BTreeSet<u64> = all.difference(far).copied().collect();
+/// Asks about several sets of nodes; `placed` is what lies on each node.
+fn compare(sampler: &mut KernelSampler, placed: &[BTreeSet<u64>], how: &str) -> Result<()> {
     let mut seen = Harvest::default();
-    for (nodes, want) in [("1", far), ("0", &near), ("0-1", &all), ("7", &BTreeSet::new())] {
+    for nodes in SETS {
         let set: NodeSet = nodes.parse()?;
+        let want: BTreeSet<u64> = placed
+            .iter()
+            .enumerate()
+            .filter(|(node, _)| set.words().first().is_some_and(|word| word >> node & 1 == 1))
+            .flat_map(|(_, gfns)| gfns.iter().copied())
+            .collect();
         sampler.harvest(&ALL, &set, &mut seen)?;
-        expect_same(&format!("on nodes {nodes}, {how}"), &gfns(&seen.on_slow, 0), want)?;
+        expect_same(&format!("on nodes {nodes}, {how}"), &gfns(&seen.on_slow, 0), &want)?;
         ensure!(seen.stats.on_slow == want.len() as u64, "the statistics differ: {:?}", seen.stats);
     }
     Ok(())
