@@ -249,6 +249,7 @@ pub fn tracepoints() -> Result<Outcome> {
     let cleared = harvest(&mut session, ALL_CLEAR)?.stats.entries_cleared;
     let pid = format!("pid={}", std::process::id());
     tracing.expect("kes_attach", &format!("{pid} result=0"))?;
+    let sections = tracing.expect("kes_chunk", &pid)?;
     let words =
         format!("{pid} pages={PAGES} accessed=201 mapped=201 cleared={cleared} chunks={sections} result=0");
     tracing.expect("kes_harvest", &words)?;
