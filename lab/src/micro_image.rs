@@ -19,6 +19,9 @@ use crate::{intel_kernel, kmod, modules, proc};
 
 const TOOL_TIMEOUT: Duration = Duration::from_secs(120);
 
+/// Modules that tests load themselves when they need them: RAM disks.
+const ON_DEMAND: &[&str] = &["brd"];
+
 /// The kernel's boot image in this flavour.
 pub fn kernel(lab: &Lab, kernel: &Kernel, flavour: Flavour) -> Result<PathBuf> {
     if flavour == Flavour::Stock {
@@ -39,6 +42,11 @@ pub fn initramfs(lab: &Lab, boot: &Boot, target: &Target, agent: &Path, work: &P
     archive.file("init", agent)?;
     archive.directory("modules")?;
     let mut load = String::new();
+    // Not there in kernels that were built for the lab alone.
+    for packed in modules::load_order(&target.kernel.modules, ON_DEMAND).unwrap_or_default() {
+        let name = format!("modules/{}.ko", modules::stem(&packed));
+        archive.content(&name, &modules::unpack(&packed)?)?;
+    }
     let kvm = match boot.host {
         Host::Amd => "kvm_amd",
         Host::Intel(_) => "kvm_intel",

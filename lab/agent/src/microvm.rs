@@ -29,6 +29,7 @@ mod sampling_settle;
 mod sampling_writes;
 mod several;
 mod spin;
+mod writeback;
 
 use anyhow::{Result, bail};
 
@@ -42,6 +43,7 @@ const TESTS: &[Test] = &[
     ("harvest-peek", exact::peek),
     ("harvest-unaligned", exact::unaligned_ranges),
     ("dirty-exact", exact::dirty),
+    ("dirty-writeback", writeback::dirty_writeback),
     ("levels-2m", huge::levels_2m),
     ("levels-1g", huge::levels_1g),
     ("on-nodes", place::on_nodes),

@@ -68,6 +68,33 @@ impl Memory {
         Ok(memory)
     }
 
+    /// Maps the first `bytes` of `file`, shared: what is written is the file's.
+    pub fn shared(file: &fs::File, bytes: usize) -> Result<Memory> {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice; it keeps the file.
+        let start = unsafe {
+            libc::mmap(std::ptr::null_mut(), bytes, protection, libc::MAP_SHARED, file.as_raw_fd(), 0)
+        };
+        if start == libc::MAP_FAILED {
+            return Err(std::io::Error::last_os_error())
+                .with_context(|| format!("cannot map {bytes} bytes of a file"));
+        }
+        let start = NonNull::new(start.cast()).context("mapped at zero")?;
+        Ok(Memory { start, bytes })
+    }
+
+    /// How many pages of a range are in memory.
+    pub fn resident(&self, offset: usize, bytes: usize) -> Result<usize> {
+        ensure!(offset + bytes <= self.bytes, "outside the mapping");
+        let mut pages = vec![0_u8; bytes.div_ceil(PAGE)];
+        // SAFETY: the range lies within this value's own mapping, and there is a
+        // byte for each of its pages.
+        let result =
+            unsafe { libc::mincore(self.start.as_ptr().add(offset).cast(), bytes, pages.as_mut_ptr()) };
+        ensure!(result == 0, "mincore: {}", std::io::Error::last_os_error());
+        Ok(pages.iter().filter(|page| *page & 1 == 1).count())
+    }
+
     pub fn address(&self) -> u64 {
         self.start.as_ptr() as u64
     }
