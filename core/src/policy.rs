@@ -3,7 +3,11 @@
 //! of its XML. The grammar is `xml-schemas/placement.rng`; this module obeys it
 //! and says more when something is wrong.
 
+mod config;
+mod layer;
 mod parse;
+mod settings;
+mod words;
 
 use std::fmt;
 use std::time::Duration;
@@ -12,7 +16,10 @@ use crate::heat::HeatParams;
 use crate::topology::NodeSet;
 use crate::units::{Bytes, BytesPerSecond, Share, format_duration};
 
+pub use config::{Config, ConfigError};
+pub use layer::{Exclusion, Layer};
 pub use parse::{NAMESPACE, PolicyError};
+pub use settings::{Access, Kind, SETTINGS, Setting, Value};
 
 /// What is done with a domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,46 +32,68 @@ pub enum Mode {
     Place,
 }
 
-/// A domain's policy with all defaults filled in.
+/// A domain's policy with all defaults filled in. [`SETTINGS`] has the defaults
+/// and what each setting means.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Policy {
-    /// Default: observe.
+    /// What is done at all.
     pub mode: Mode,
     /// Refuse the domain's start when the policy is invalid or can not be
-    /// served. Default: no. Nothing enforces it so far: the description says so.
+    /// served.
     pub required: bool,
     /// How the domain is observed.
     pub sampling: Sampling,
-    /// Time after which an access weighs half. Default: 30 s.
+    /// Time after which an access weighs half.
     pub half_life: Duration,
-    /// NUMA nodes of the fast tier. Default: what the host says.
+    /// How much sampled accesses count.
+    pub weights: Weights,
+    /// NUMA nodes of the fast tier; `None`: what the host says.
     pub fast_nodes: Option<NodeSet>,
-    /// NUMA nodes of the slow tier. Default: what the host says.
+    /// NUMA nodes of the slow tier; `None`: what the host says.
     pub slow_nodes: Option<NodeSet>,
     /// How much of the domain may be on the fast tier.
     pub dram: Dram,
     /// How pages are moved.
     pub migration: Migration,
+    /// What is never moved.
+    pub exclude: Vec<Exclusion>,
 }
 
 /// How a domain is observed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sampling {
-    /// Time between harvests. Default: 1 s.
-    pub interval: Duration,
+    /// Time between harvests; `None`: ept-virt chooses.
+    pub interval: Option<Duration>,
     /// One TLB flush at each harvest, so that cached translations hide no
-    /// access. Default: yes.
+    /// access.
     pub flush: bool,
+    /// Kinds of access that sampling records.
+    pub access: Access,
+    /// Accesses sampled in a second; 0: none.
+    pub rate_hz: u32,
+}
+
+/// How much a sampled access of each kind counts, against a harvested bit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Weights {
+    /// Reads.
+    pub read: u32,
+    /// Writes.
+    pub write: u32,
+    /// Fetches.
+    pub execute: u32,
 }
 
 /// How much of a domain may be on the fast tier.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Dram {
-    /// Of the guest's current memory. Default: all of it.
-    pub share: Option<Share>,
-    /// Never less than this. Default: nothing.
-    pub min: Option<Bytes>,
-    /// Never more than this; wins over `min`. Default: no limit.
+    /// Of the guest's current memory.
+    pub share: Share,
+    /// Part in the host's DRAM beside other domains.
+    pub weight: u32,
+    /// Never less than this.
+    pub min: Bytes,
+    /// Never more than this; wins over `min`.
     pub max: Option<Bytes>,
 }
 
@@ -72,45 +101,163 @@ pub struct Dram {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Migration {
     /// How much hotter, as a share of the scale of temperature, a page must be
-    /// than the page that it drives out of DRAM. Default: 10%.
+    /// than the page that it drives out of DRAM.
     pub tolerance: Share,
     /// A page is demoted only when it was not accessed for this long.
-    /// Default: 5 s.
     pub delay: Duration,
-    /// At most this much is moved, both directions together. Default: 64 MiB/s.
+    /// Time between two plans; `None`: after each harvest.
+    pub interval: Option<Duration>,
+    /// At most this much is moved, both directions together.
     pub bandwidth: BytesPerSecond,
 }
 
-impl Default for Policy {
-    fn default() -> Self {
-        Policy {
-            mode: Mode::Observe,
-            required: false,
-            sampling: Sampling { interval: Duration::from_secs(1), flush: true },
-            half_life: Duration::from_secs(30),
-            fast_nodes: None,
-            slow_nodes: None,
-            dram: Dram::default(),
-            migration: Migration {
-                tolerance: Share::from_percent(10),
-                delay: Duration::from_secs(5),
-                bandwidth: BytesPerSecond(64 << 20),
-            },
+/// Where a setting's effective value comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// The domain's XML.
+    Domain,
+    /// This profile of the configuration.
+    Profile(String),
+    /// The configuration's defaults for all domains.
+    Host,
+    /// Nobody said anything.
+    BuiltIn,
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Origin::Domain => f.pad("domain XML"),
+            Origin::Profile(name) => f.pad(&format!("profile {name}")),
+            Origin::Host => f.pad("host defaults"),
+            Origin::BuiltIn => f.pad("built in"),
         }
     }
 }
 
-impl Policy {
-    /// Reads the policy in the `<metadata>` of a domain's XML; `None` when there
-    /// is none.
-    pub fn from_domain_xml(xml: &str) -> Result<Option<Self>, PolicyError> {
-        parse::domain(xml)
+/// A policy, and where each of its settings comes from.
+#[derive(Clone, Debug)]
+pub struct Effective {
+    /// The policy.
+    pub policy: Policy,
+    /// All layers as one.
+    pub layer: Layer,
+    /// Uppermost first.
+    origins: Vec<(Origin, Layer)>,
+}
+
+impl Effective {
+    /// What holds for a domain whose XML says `domain`, on a host with this
+    /// configuration. Fails when the profile is not there, or when layers that
+    /// are right for themselves contradict each other.
+    pub fn new(config: &Config, domain: Option<&Layer>) -> Result<Self, String> {
+        let mut origins = vec![(Origin::Domain, domain.cloned().unwrap_or_default())];
+        let named = origins.iter().map(|(_, layer)| layer).chain([&config.defaults]);
+        let profile = named.filter_map(|layer| layer.get("profile")).next().map(Value::to_string);
+        if let Some(name) = profile {
+            let layer = config.profile(&name)?.clone();
+            origins.push((Origin::Profile(name), layer));
+        }
+        origins.push((Origin::Host, config.defaults.clone()));
+        origins.push((Origin::BuiltIn, Layer::built_in()));
+        let mut layer = Layer::default();
+        for (_, lower) in origins.iter().rev() {
+            layer.overlay(lower);
+        }
+        let effective = Self { policy: Policy::from_layer(&layer), layer, origins };
+        match effective.layer.contradiction() {
+            Some((element, problem)) => {
+                Err(format!("<{element}>: {problem}, as {}", effective.sources(element)))
+            }
+            None => Ok(effective),
+        }
     }
 
-    /// Reads a `<placement>` element that stands alone, as `virsh metadata`
-    /// prints it.
+    /// Where the value at `path` comes from.
+    pub fn origin(&self, path: &str) -> &Origin {
+        let found = self.origins.iter().find(|(_, layer)| layer.get(path).is_some());
+        found.map_or(&Origin::BuiltIn, |(origin, _)| origin)
+    }
+
+    /// Where the exclusions come from.
+    pub fn origin_of_exclusions(&self) -> &Origin {
+        let found = self.origins.iter().find(|(_, layer)| layer.exclude.is_some());
+        found.map_or(&Origin::BuiltIn, |(origin, _)| origin)
+    }
+
+    /// Who says what about an element, in words.
+    fn sources(&self, element: &str) -> String {
+        let said = self.layer.values().filter(|(setting, _)| setting.element == element);
+        let words = said.map(|(setting, value)| (setting, value, self.origin(&setting.path())));
+        let words = words.filter(|(.., origin)| **origin != Origin::BuiltIn);
+        let words: Vec<_> = words.map(|(s, v, origin)| format!("{} {v} ({origin})", s.name)).collect();
+        words.join(", ")
+    }
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Policy::from_layer(&Layer::built_in())
+    }
+}
+
+impl Policy {
+    /// The policy of a domain on a host without configuration.
+    pub fn of(domain: &Layer) -> Self {
+        let mut layer = Layer::built_in();
+        layer.overlay(domain);
+        Policy::from_layer(&layer)
+    }
+
+    /// Reads a `<placement>` element that stands alone, on a host without
+    /// configuration.
     pub fn from_element_xml(xml: &str) -> Result<Self, PolicyError> {
-        parse::element(xml)
+        Layer::from_element_xml(xml).map(|layer| Policy::of(&layer))
+    }
+
+    /// Takes the values of a layer that says everything.
+    fn from_layer(layer: &Layer) -> Self {
+        Policy {
+            mode: match layer.get("mode") {
+                Some(Value::Word(word)) if word == "off" => Mode::Off,
+                Some(Value::Word(word)) if word == "place" => Mode::Place,
+                _ => Mode::Observe,
+            },
+            required: layer.flag("required"),
+            sampling: Sampling {
+                interval: layer.time("sampling.interval"),
+                flush: layer.flag("sampling.flush"),
+                access: match layer.get("sampling.access") {
+                    Some(Value::Access(access)) => *access,
+                    _ => Access::default(),
+                },
+                rate_hz: layer.number("sampling.rate"),
+            },
+            half_life: layer.time("temperature.half-life").unwrap_or_default(),
+            weights: Weights {
+                read: layer.number("temperature.read"),
+                write: layer.number("temperature.write"),
+                execute: layer.number("temperature.execute"),
+            },
+            fast_nodes: layer.nodes("tiers.fast"),
+            slow_nodes: layer.nodes("tiers.slow"),
+            dram: Dram {
+                share: layer.share("dram.share"),
+                weight: layer.number("dram.weight"),
+                min: layer.size("dram.min").unwrap_or_default(),
+                max: layer.size("dram.max"),
+            },
+            migration: Migration {
+                tolerance: layer.share("migration.tolerance"),
+                delay: layer.time("migration.delay").unwrap_or_default(),
+                interval: layer.time("migration.interval"),
+                bandwidth: match layer.get("migration.bandwidth") {
+                    Some(Value::Rate(rate)) => *rate,
+                    _ => BytesPerSecond::default(),
+                },
+            },
+            exclude: layer.exclude.clone().unwrap_or_default(),
+        }
     }
 
     /// The parameters of the heat map.
@@ -121,8 +268,7 @@ impl Policy {
     /// What a domain of `memory` may have on the fast tier; `None` when that is
     /// all of it.
     pub fn dram_target(&self, memory: Bytes) -> Option<Bytes> {
-        let share = self.dram.share.unwrap_or(Share::WHOLE).of(memory.0);
-        let floored = share.max(self.dram.min.map_or(0, |min| min.0));
+        let floored = self.dram.share.of(memory.0).max(self.dram.min.0);
         let target = floored.min(self.dram.max.map_or(u64::MAX, |max| max.0));
         (target < memory.0).then_some(Bytes(target))
     }
@@ -130,8 +276,10 @@ impl Policy {
     /// The effective policy in one line of plain words.
     pub fn describe(&self) -> String {
         let observed = format!(
-            "harvest every {}{}, half-life {}",
-            format_duration(self.sampling.interval),
+            "harvest {}{}, half-life {}",
+            self.sampling
+                .interval
+                .map_or("at its own pace".into(), |time| format!("every {}", format_duration(time))),
             if self.sampling.flush { "" } else { " without TLB flush" },
             format_duration(self.half_life),
         );
@@ -165,13 +313,13 @@ impl Policy {
 
 impl fmt::Display for Dram {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.share {
-            Some(share) => write!(f, "{share} of guest memory")?,
-            None if self.min.is_none() && self.max.is_none() => return f.write_str("without limit"),
-            None => f.write_str("all of guest memory")?,
+        match (self.share, self.min, self.max) {
+            (Share::WHOLE, Bytes(0), None) => return f.write_str("without limit"),
+            (Share::WHOLE, ..) => f.write_str("all of guest memory")?,
+            (share, ..) => write!(f, "{share} of guest memory")?,
         }
-        if let Some(min) = self.min {
-            write!(f, ", at least {min}")?;
+        if self.min.0 > 0 {
+            write!(f, ", at least {}", self.min)?;
         }
         if let Some(max) = self.max {
             write!(f, ", at most {max}")?;

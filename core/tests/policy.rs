@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use ept_virt_core::policy::{Mode, NAMESPACE, Policy};
+use ept_virt_core::policy::{Config, Effective, Exclusion, Layer, Mode, NAMESPACE, Policy, SETTINGS};
 use ept_virt_core::units::{Bytes, BytesPerSecond, Share};
 use proptest::prelude::*;
 
@@ -55,11 +55,11 @@ fn bad_examples_get_the_message_beside_them() {
 fn the_policy_is_found_beside_other_programs_metadata() {
     for (path, xml, message) in examples("domain") {
         let name = path.file_stem().unwrap().to_str().unwrap();
-        match (Policy::from_domain_xml(&xml), message) {
+        match (Layer::from_domain_xml(&xml).map(|found| found.map(|layer| Policy::of(&layer))), message) {
             (Ok(None), None) => assert_eq!(name, "none"),
             (Ok(Some(policy)), None) => {
                 let mut expected = Policy { mode: Mode::Place, ..Policy::default() };
-                expected.dram.share = Some(Share::from_percent(40));
+                expected.dram.share = Share::from_percent(40);
                 assert_eq!(policy, expected, "{name}");
             }
             (Err(error), Some(message)) => assert_eq!(error.to_string(), message, "{name}"),
@@ -94,15 +94,101 @@ fn every_value_arrives() {
     let path = schemas().join("examples/good/everything.xml");
     let policy = Policy::from_element_xml(&fs::read_to_string(path).unwrap()).unwrap();
     assert_eq!((policy.mode, policy.required), (Mode::Place, true));
-    assert_eq!((policy.sampling.interval, policy.sampling.flush), (Duration::from_millis(500), false));
+    assert_eq!((policy.sampling.interval, policy.sampling.flush), (Some(Duration::from_millis(500)), false));
     assert_eq!(policy.half_life, Duration::from_secs(300));
     assert_eq!(policy.fast_nodes.unwrap().to_string(), "0");
     assert_eq!(policy.slow_nodes.unwrap().to_string(), "1,4-5");
-    assert_eq!(policy.dram.share.unwrap().to_string(), "12.5%");
-    assert_eq!((policy.dram.min, policy.dram.max), (Some(Bytes(64 << 20)), Some(Bytes(4 << 30))));
+    assert_eq!(policy.dram.share.to_string(), "12.5%");
+    assert_eq!((policy.dram.min, policy.dram.max), (Bytes(64 << 20), Some(Bytes(4 << 30))));
     assert_eq!(policy.migration.tolerance, Share::from_percent(5));
     assert_eq!(policy.migration.delay, Duration::from_secs(2));
     assert_eq!(policy.migration.bandwidth, BytesPerSecond(256 << 20));
+}
+
+#[test]
+fn every_value_of_version_0_2_arrives() {
+    let path = schemas().join("examples/good/sampling-and-exclusions.xml");
+    let policy = Policy::from_element_xml(&fs::read_to_string(path).unwrap()).unwrap();
+    assert_eq!((policy.sampling.interval, policy.migration.interval), (None, Some(Duration::from_secs(10))));
+    assert_eq!((policy.sampling.access.to_string().as_str(), policy.sampling.rate_hz), ("wx", 500));
+    assert_eq!((policy.weights.read, policy.weights.write, policy.weights.execute), (0, 4, 2));
+    assert_eq!((policy.fast_nodes, policy.dram.weight), (None, 250));
+    let range = Exclusion::Range { start: 0x1_0000_0000, end: 0x1_4000_0000 };
+    assert_eq!(policy.exclude, [range, Exclusion::Device("dimm0".into())]);
+}
+
+#[test]
+fn what_is_written_is_read_again() {
+    let read = |xml: &str| Layer::from_element_xml(xml).unwrap_or_else(|error| panic!("{error}\n{xml}"));
+    for (path, xml, _) in examples("good") {
+        let layer = read(&xml);
+        assert_eq!(read(&layer.to_xml()), layer, "{}", path.display());
+    }
+    // Everything at once, as the defaults have it.
+    let all = Layer::built_in();
+    assert_eq!(read(&all.to_xml()), all);
+    assert_eq!(Policy::of(&Layer::default()), Policy::default());
+}
+
+#[test]
+fn layers_lie_upon_each_other() {
+    let config = Config::parse(
+        "[defaults]\nmode = \"place\"\nmigration.delay = \"9 s\"\n\
+         [profiles.gold.dram]\nshare = \"60%\"\nmin = \"1 GiB\"",
+    )
+    .unwrap();
+    let domain = |settings: &[(&str, &str)]| {
+        let mut layer = Layer::default();
+        settings.iter().for_each(|(path, text)| layer.assign(path, text).unwrap());
+        layer
+    };
+    let gold = Effective::new(&config, Some(&domain(&[("profile", "gold"), ("dram.share", "50%")]))).unwrap();
+    let says = |path: &str| (gold.layer.get(path).unwrap().to_string(), gold.origin(path).to_string());
+    assert_eq!(says("dram.share"), ("50%".into(), "domain XML".into()));
+    assert_eq!(says("dram.min"), ("1 GiB".into(), "profile gold".into()));
+    assert_eq!(says("migration.delay"), ("9 s".into(), "host defaults".into()));
+    assert_eq!(says("migration.tolerance"), ("10%".into(), "built in".into()));
+    assert_eq!((gold.policy.mode, gold.policy.dram.min), (Mode::Place, Bytes(1 << 30)));
+    // Nobody but the host says anything.
+    assert_eq!(Effective::new(&config, None).unwrap().policy.mode, Mode::Place);
+    assert_eq!(
+        Effective::new(&config, Some(&domain(&[("profile", "gold"), ("dram.max", "512 MiB")]))).unwrap_err(),
+        "<dram>: min is 1 GiB, which is more than max, 512 MiB, as share 60% (profile gold), \
+         min 1 GiB (profile gold), max 512 MiB (domain XML)"
+    );
+    assert_eq!(
+        Effective::new(&config, Some(&domain(&[("profile", "silver")]))).unwrap_err(),
+        "there is no profile \"silver\"; known here: gold"
+    );
+}
+
+/// Each setting, with its default in words, is documented in the grammar.
+#[test]
+fn the_grammar_knows_every_setting() {
+    let grammar = fs::read_to_string(schemas().join("placement.rng")).unwrap();
+    let grammar = roxmltree::Document::parse(&grammar).unwrap();
+    let elements: Vec<_> = grammar.descendants().filter(|node| node.has_attribute("name")).collect();
+    for setting in SETTINGS {
+        let kind = if setting.is_element { "element" } else { "attribute" };
+        let inside = if setting.element.is_empty() { "placement" } else { setting.element };
+        let defined = elements.iter().any(|node| {
+            let owner = node.ancestors().skip(1).find(|node| node.has_tag_name_local("element"));
+            node.has_tag_name_local(kind)
+                && node.attribute("name") == Some(setting.name)
+                && owner.and_then(|owner| owner.attribute("name")) == Some(inside)
+        });
+        assert!(defined, "{}", setting.path());
+    }
+}
+
+trait LocalName {
+    fn has_tag_name_local(&self, name: &str) -> bool;
+}
+
+impl LocalName for roxmltree::Node<'_, '_> {
+    fn has_tag_name_local(&self, name: &str) -> bool {
+        self.is_element() && self.tag_name().name() == name
+    }
 }
 
 #[test]
@@ -149,17 +235,17 @@ fn what_is_no_domain_is_an_error_with_a_line() {
         ("", "line 1: the XML is not well-formed: the document does not have a root node"),
         ("<network/>", "line 1, <network>: a domain's XML begins with <domain>"),
     ] {
-        assert_eq!(Policy::from_domain_xml(xml).unwrap_err().to_string(), message);
+        assert_eq!(Layer::from_domain_xml(xml).unwrap_err().to_string(), message);
     }
     // An entity bomb is refused before it unfolds.
     let bomb = "<!DOCTYPE d [<!ENTITY a \"aaaa\"><!ENTITY b \"&a;&a;\">]><domain>&b;</domain>";
-    assert!(Policy::from_domain_xml(bomb).unwrap_err().to_string().contains("DTD"));
+    assert!(Layer::from_domain_xml(bomb).unwrap_err().to_string().contains("DTD"));
 }
 
 proptest! {
     #[test]
     fn any_text_is_read_without_panic(xml in ".{0,200}") {
-        let _ = Policy::from_domain_xml(&xml);
+        let _ = Layer::from_domain_xml(&xml);
     }
 
     #[test]

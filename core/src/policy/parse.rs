@@ -3,14 +3,14 @@
 //! that is silently ignored would look like a limit that does not work.
 
 use std::fmt;
-use std::time::Duration;
 
 use roxmltree::{Document, Node};
 
-use crate::topology::NodeSet;
-use crate::units::{self, Bytes, BytesPerSecond, Share, UnitError};
+use crate::units;
 
-use super::{Dram, Migration, Mode, Policy, Sampling};
+use super::layer::{Exclusion, Layer};
+use super::settings::{Kind, SETTINGS, Setting, Value};
+use super::words::{nearest, shortened, suggestion};
 
 /// Namespace of the policy element, with the grammar's version.
 pub const NAMESPACE: &str = "https://ept-virt.org/xmlns/placement/1.0";
@@ -19,7 +19,13 @@ pub const NAMESPACE: &str = "https://ept-virt.org/xmlns/placement/1.0";
 const NAMESPACE_FAMILY: &str = "https://ept-virt.org/xmlns/placement/";
 
 /// The element's name.
-const ROOT: &str = "placement";
+pub(super) const ROOT: &str = "placement";
+
+/// The elements in it.
+const GROUPS: [&str; 6] = ["sampling", "temperature", "tiers", "dram", "migration", EXCLUDE];
+
+/// The one that is a list.
+pub(super) const EXCLUDE: &str = "exclude";
 
 /// What is wrong with a policy, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,8 +51,8 @@ impl fmt::Display for PolicyError {
 
 type Result<T> = std::result::Result<T, PolicyError>;
 
-/// See [`Policy::from_domain_xml`].
-pub(super) fn domain(xml: &str) -> Result<Option<Policy>> {
+/// See [`Layer::from_domain_xml`].
+pub(super) fn domain(xml: &str) -> Result<Option<Layer>> {
     let document = read(xml)?;
     let root = document.root_element();
     if root.tag_name().name() != "domain" {
@@ -71,8 +77,8 @@ pub(super) fn domain(xml: &str) -> Result<Option<Policy>> {
     found.map(placement).transpose()
 }
 
-/// See [`Policy::from_element_xml`].
-pub(super) fn element(xml: &str) -> Result<Policy> {
+/// See [`Layer::from_element_xml`].
+pub(super) fn element(xml: &str) -> Result<Layer> {
     placement(read(xml)?.root_element())
 }
 
@@ -84,7 +90,7 @@ fn read(xml: &str) -> Result<Document<'_>> {
     })
 }
 
-fn placement(node: Node) -> Result<Policy> {
+fn placement(node: Node) -> Result<Layer> {
     let namespace = node.tag_name().namespace().unwrap_or_default();
     if namespace != NAMESPACE {
         return Err(error(
@@ -98,135 +104,109 @@ fn placement(node: Node) -> Result<Policy> {
             format!("unknown element; the policy's element is <{}>", beside(node, ROOT)),
         ));
     }
-    check(node, &["mode", "required"], &["sampling", "temperature", "tiers", "dram", "migration"])?;
-    let default = Policy::default();
-    let mode = [("off", Mode::Off), ("observe", Mode::Observe), ("place", Mode::Place)];
-    let (fast_nodes, slow_nodes) = child(node, "tiers").map(tiers).transpose()?.unwrap_or_default();
-    Ok(Policy {
-        mode: choice(node, "mode", &mode)?.unwrap_or(default.mode),
-        required: yes_no(node, "required")?.unwrap_or(default.required),
-        sampling: child(node, "sampling").map_or(Ok(default.sampling), sampling)?,
-        half_life: child(node, "temperature").map_or(Ok(default.half_life), half_life)?,
-        fast_nodes,
-        slow_nodes,
-        dram: child(node, "dram").map_or(Ok(default.dram), dram)?,
-        migration: child(node, "migration").map_or(Ok(default.migration), migration)?,
-    })
-}
-
-fn sampling(node: Node) -> Result<Sampling> {
-    check(node, &["flush"], &["interval"])?;
-    let default = Policy::default().sampling;
-    let range = Duration::from_millis(100)..=Duration::from_secs(3600);
-    Ok(Sampling {
-        interval: time(node, "interval", range)?.unwrap_or(default.interval),
-        flush: yes_no(node, "flush")?.unwrap_or(default.flush),
-    })
-}
-
-fn half_life(node: Node) -> Result<Duration> {
-    check(node, &[], &["half-life"])?;
-    let range = Duration::from_millis(100)..=Duration::from_secs(24 * 3600);
-    Ok(time(node, "half-life", range)?.unwrap_or(Policy::default().half_life))
-}
-
-fn tiers(node: Node) -> Result<(Option<NodeSet>, Option<NodeSet>)> {
-    check(node, &["fast", "slow"], &[])?;
-    let set = |name| {
-        let Some(text) = node.attribute(name) else { return Ok(None) };
-        let set: NodeSet = text.parse().map_err(|cause| error(node, format!("{name}: {cause}")))?;
-        match set.is_empty() {
-            true => {
-                Err(error(node, format!("{name}: name at least one NUMA node, or leave the attribute out")))
-            }
-            false => Ok(Some(set)),
+    let mut layer = Layer::default();
+    settings_of(node, "", &mut layer)?;
+    for group in node.children().filter(Node::is_element) {
+        match group.tag_name().name() {
+            EXCLUDE => layer.exclude = Some(exclusions(group)?),
+            name => settings_of(group, name, &mut layer)?,
         }
+    }
+    match layer.contradiction() {
+        Some((element, problem)) => Err(error(child(node, element).unwrap_or(node), problem)),
+        None => Ok(layer),
+    }
+}
+
+/// Reads the settings that stand in `node`, the element `element` of the policy.
+fn settings_of(node: Node, element: &str, layer: &mut Layer) -> Result<()> {
+    let known = || SETTINGS.iter().filter(|setting| setting.element == element);
+    let names = |is_element| -> Vec<&str> {
+        known().filter(|setting| setting.is_element == is_element).map(|setting| setting.name).collect()
     };
-    let (fast, slow) = (set("fast")?, set("slow")?);
-    if let (Some(fast), Some(slow)) = (&fast, &slow) {
-        let both = fast.intersection(slow);
-        if !both.is_empty() {
-            return Err(error(node, format!("NUMA nodes {both} can not be both fast and slow")));
+    let mut children = names(true);
+    if element.is_empty() {
+        children = GROUPS.to_vec();
+    }
+    check(node, &names(false), &children)?;
+    for setting in known() {
+        let value = match setting.is_element {
+            true => child(node, setting.name).map(|node| quantity(node, setting)).transpose()?,
+            false => node.attribute(setting.name).map(|text| attribute(node, text, setting)).transpose()?,
+        };
+        if let Some(value) = value {
+            layer.set(setting, value);
         }
     }
-    Ok((fast, slow))
+    Ok(())
 }
 
-fn dram(node: Node) -> Result<Dram> {
-    check(node, &["share"], &["min", "max"])?;
-    let size = |name| quantity(node, name, "KiB", Bytes::parse);
-    let dram = Dram { share: share(node, "share")?, min: size("min")?, max: size("max")? };
-    match (dram.min, dram.max) {
-        (Some(min), Some(max)) if min > max => {
-            Err(error(node, format!("min is {min}, which is more than max, {max}")))
-        }
-        _ => Ok(dram),
-    }
-}
-
-fn migration(node: Node) -> Result<Migration> {
-    check(node, &["tolerance"], &["delay", "bandwidth"])?;
-    let default = Policy::default().migration;
-    let bandwidth = quantity(node, "bandwidth", "MiB/s", BytesPerSecond::parse)?;
-    if let Some(too_slow) = bandwidth.filter(|rate| rate.0 < 1 << 20) {
-        let problem = format!(
-            "{too_slow} is too slow to move huge pages: give 1 MiB/s or more, or mode=\"observe\" to move nothing"
-        );
-        return Err(error(child(node, "bandwidth").unwrap_or(node), problem));
-    }
-    Ok(Migration {
-        tolerance: share(node, "tolerance")?.unwrap_or(default.tolerance),
-        delay: time(node, "delay", Duration::ZERO..=Duration::from_secs(24 * 3600))?.unwrap_or(default.delay),
-        bandwidth: bandwidth.unwrap_or(default.bandwidth),
+fn attribute(node: Node, text: &str, setting: &Setting) -> Result<Value> {
+    setting.parse(text, None).map_err(|problem| {
+        // One of a few words reads best as it stands there.
+        let problem = match setting.kind {
+            Kind::Choice(_) | Kind::YesNo => format!("{}={problem}", setting.name),
+            _ => format!("{}: {problem}", setting.name),
+        };
+        error(node, problem)
     })
 }
 
-/// The text of the child `name` as a quantity; `default_unit` is what libvirt
-/// takes when there is no unit.
-fn quantity<T>(
-    node: Node,
-    name: &str,
-    default_unit: &str,
-    parse: impl Fn(&str, &str) -> std::result::Result<T, UnitError>,
-) -> Result<Option<T>> {
-    let Some(node) = child(node, name) else { return Ok(None) };
+/// The text of a child element, with its unit.
+fn quantity(node: Node, setting: &Setting) -> Result<Value> {
     check_attributes(node, &["unit"], &[])?;
     if let Some(inner) = node.children().find(Node::is_element) {
         return Err(error(inner, format!("no element can stand in <{}>, only a number", name_of(node))));
     }
-    let unit = node.attribute("unit").unwrap_or(default_unit);
     // A comment splits the text.
     let text: String = node.children().filter(Node::is_text).filter_map(|text| text.text()).collect();
-    parse(text.trim(), unit).map(Some).map_err(|cause| error(node, cause.to_string()))
+    setting.parse(text.trim(), node.attribute("unit")).map_err(|problem| error(node, problem))
 }
 
-fn time(node: Node, name: &str, range: std::ops::RangeInclusive<Duration>) -> Result<Option<Duration>> {
-    let Some(time) = quantity(node, name, "s", units::parse_duration)? else { return Ok(None) };
-    if range.contains(&time) {
-        return Ok(Some(time));
+fn exclusions(node: Node) -> Result<Vec<Exclusion>> {
+    const NAMES: [&str; 2] = ["range", "memory"];
+    check_attributes(node, &[], &[])?;
+    check_children(node, &[], &NAMES, Repeat::Allowed)?;
+    node.children().filter(Node::is_element).map(exclusion).collect()
+}
+
+fn exclusion(node: Node) -> Result<Exclusion> {
+    let needed = |name: &str| {
+        let missing = || error(node, format!("the attribute {name}= is missing"));
+        node.attribute(name).map(str::to_owned).ok_or_else(missing)
+    };
+    let address = |name: &str| {
+        let text = needed(name)?;
+        hexadecimal(&text).ok_or_else(|| {
+            error(node, format!("{name}: \"{text}\" is not a guest physical address, as 0x100000000"))
+        })
+    };
+    if node.tag_name().name() == "memory" {
+        check(node, &["alias"], &[])?;
+        let alias = needed("alias")?;
+        return match alias.is_empty() {
+            true => Err(error(node, "alias: name the memory device, as dimm0".into())),
+            false => Ok(Exclusion::Device(alias)),
+        };
     }
-    let [given, low, high] = [time, *range.start(), *range.end()].map(units::format_duration);
-    let problem = format!("{given} is out of range: give {low} to {high}");
-    Err(error(child(node, name).unwrap_or(node), problem))
+    check(node, &["start", "end"], &[])?;
+    let (start, end) = (address("start")?, address("end")?);
+    match start < end {
+        true => Ok(Exclusion::Range { start, end }),
+        false => Err(error(
+            node,
+            format!("end {end:#x} is not above start {start:#x}: end is the first address behind the range"),
+        )),
+    }
 }
 
-fn share(node: Node, name: &str) -> Result<Option<Share>> {
-    let Some(text) = node.attribute(name) else { return Ok(None) };
-    Share::parse(text).map(Some).map_err(|cause| error(node, format!("{name}: {cause}")))
-}
-
-fn yes_no(node: Node, name: &str) -> Result<Option<bool>> {
-    choice(node, name, &[("yes", true), ("no", false)])
-}
-
-fn choice<T: Copy>(node: Node, name: &str, choices: &[(&str, T)]) -> Result<Option<T>> {
-    let Some(text) = node.attribute(name) else { return Ok(None) };
-    match choices.iter().find(|(word, _)| *word == text) {
-        Some((_, value)) => Ok(Some(*value)),
-        None => {
-            let words: Vec<&str> = choices.iter().map(|(word, _)| *word).collect();
-            Err(error(node, format!("{name}=\"{text}\" is unknown{}", suggestion(text, &words))))
-        }
+fn hexadecimal(text: &str) -> Option<u64> {
+    let digits = text.strip_prefix("0x").unwrap_or(text);
+    let is_hex = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+    match text.starts_with("0x") {
+        true if is_hex => u64::from_str_radix(digits, 16).ok(),
+        true => None,
+        false => units::digits(text),
     }
 }
 
@@ -234,6 +214,17 @@ fn choice<T: Copy>(node: Node, name: &str, choices: &[(&str, T)]) -> Result<Opti
 /// once at most, and no text.
 fn check(node: Node, attributes: &[&str], children: &[&str]) -> Result<()> {
     check_attributes(node, attributes, children)?;
+    check_children(node, attributes, children, Repeat::Refused)
+}
+
+/// Whether a child element may stand more than once.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Repeat {
+    Refused,
+    Allowed,
+}
+
+fn check_children(node: Node, attributes: &[&str], children: &[&str], repeat: Repeat) -> Result<()> {
     let mut seen: Vec<&str> = Vec::new();
     for inner in node.children() {
         if inner.text().is_some_and(|text| inner.is_text() && !text.trim().is_empty()) {
@@ -259,7 +250,7 @@ fn check(node: Node, attributes: &[&str], children: &[&str]) -> Result<()> {
             };
             return Err(error(inner, format!("unknown element in <{inside}>{meant}")));
         }
-        if seen.contains(&name) {
+        if repeat == Repeat::Refused && seen.contains(&name) {
             return Err(error(inner, format!("stands twice in <{}>; keep one", name_of(node))));
         }
         seen.push(name);
@@ -311,46 +302,5 @@ fn prefixed(prefix: Option<&str>, name: &str) -> String {
     match prefix {
         Some(prefix) if !prefix.is_empty() => format!("{prefix}:{name}"),
         _ => name.into(),
-    }
-}
-
-/// The end of a message about `word`: what was meant, or else what there is.
-fn suggestion(word: &str, known: &[&str]) -> String {
-    match (nearest(word, known), known) {
-        (Some(right), _) => format!("; did you mean \"{right}\"?"),
-        (None, []) => "; there is none here".into(),
-        (None, _) => format!("; known here: {}", known.join(", ")),
-    }
-}
-
-/// The word of `known` that differs from `word` by a third of its letters at
-/// most.
-fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
-    let (distance, right) = known.iter().map(|right| (edit_distance(word, right), *right)).min()?;
-    (distance <= right.chars().count().div_ceil(3)).then_some(right)
-}
-
-/// Letters to insert, delete or replace to make `b` of `a`; case does not count.
-fn edit_distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.to_lowercase().chars().collect();
-    // row[j]: distance of the part of `a` read so far to the first j letters of `b`.
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, from) in shortened(a).to_lowercase().chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, to) in b.iter().enumerate() {
-            let replace = diagonal + usize::from(from != *to);
-            diagonal = row[j + 1];
-            row[j + 1] = replace.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
-}
-
-/// At most 40 letters: what a stranger wrote should not fill a log.
-fn shortened(text: &str) -> String {
-    match text.char_indices().nth(40) {
-        Some((end, _)) => format!("{}...", &text[..end]),
-        None => text.into(),
     }
 }
