@@ -9,6 +9,7 @@ mod failure;
 mod golden;
 mod list;
 mod map;
+mod policy;
 mod status;
 mod strip;
 mod style;
@@ -66,6 +67,8 @@ enum Command {
         #[command(flatten)]
         output: Output,
     },
+    /// Show, change and check policies.
+    Policy(policy::PolicyArgs),
     /// Observe the running domains and place their memory.
     Daemon(daemon::DaemonArgs),
 }
@@ -109,12 +112,12 @@ fn run(cli: Cli) -> Result<(), Failure> {
             let map = client::map(&cli.socket, &domain)?;
             print(output, &map, || map::render(&map, &style))
         }
+        Command::Policy(args) => policy::run(&args, &style),
         Command::Daemon(args) => daemon::run(args),
     }
 }
 
-/// Prints `value` as JSON or as text. A reader that closes the pipe early, as
-/// `head` does, has what it wanted.
+/// Prints `value` as JSON or as text.
 fn print<T: Serialize>(output: Output, value: &T, text: impl FnOnce() -> String) -> Result<(), Failure> {
     let text = match output.json {
         true => {
@@ -124,6 +127,11 @@ fn print<T: Serialize>(output: Output, value: &T, text: impl FnOnce() -> String)
         }
         false => text(),
     };
+    write_text(&text)
+}
+
+/// A reader that closes the pipe early, as `head` does, has what it wanted.
+fn write_text(text: &str) -> Result<(), Failure> {
     let mut stdout = io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {

@@ -4,6 +4,8 @@
 //! The only module that calls libvirt. libvirtd may restart at any time: a
 //! broken connection is opened anew, and running guests are not touched by it.
 
+mod metadata;
+
 use std::fs;
 use std::io;
 use std::path::PathBuf;
@@ -13,6 +15,8 @@ use log::{debug, info};
 use virt::connect::Connect;
 use virt::error::ErrorNumber;
 use virt::sys;
+
+pub use metadata::{DefinedDomain, Description};
 
 /// Where libvirt's system daemons keep the pid files of their QEMU processes.
 const QEMU_RUN_DIR: &str = "/run/libvirt/qemu";
@@ -27,6 +31,14 @@ pub enum LibvirtError {
         uri: String,
         /// libvirt's own words.
         message: String,
+    },
+    /// No domain has this name, id or UUID.
+    #[error("libvirt at {uri} has no domain \"{wanted}\", neither running nor defined")]
+    NoDomain {
+        /// The connection URI.
+        uri: String,
+        /// What was looked for.
+        wanted: String,
     },
     /// A call failed on a good connection.
     #[error("libvirt at {uri} cannot {operation}: {message}")]
@@ -86,9 +98,7 @@ pub struct Libvirt {
 impl Libvirt {
     /// Names the connection; the first call opens it.
     pub fn new(uri: impl Into<String>) -> Self {
-        static SILENCE: Once = Once::new();
-        // libvirt prints each error on stderr by itself; ours say more.
-        SILENCE.call_once(virt::error::clear_error_callback);
+        silence();
         Self { uri: uri.into(), connection: None }
     }
 
@@ -133,19 +143,27 @@ impl Libvirt {
     }
 
     fn connect(&self) -> Result<Connect, LibvirtError> {
-        // The crate would panic on a NUL.
-        if self.uri.contains('\0') {
-            let message = "the URI holds a NUL character".to_owned();
-            return Err(LibvirtError::Connect { uri: self.uri.clone(), message });
-        }
         // The daemon changes nothing in libvirt, so it does not ask for the right.
-        let connection = Connect::open_read_only(Some(&self.uri)).map_err(|error| LibvirtError::Connect {
-            uri: self.uri.clone(),
-            message: error.message().to_owned(),
-        })?;
+        let connection = open(&self.uri, true)?;
         info!("connected to libvirt at {}", self.uri);
         Ok(connection)
     }
+}
+
+/// libvirt prints each error on stderr by itself; ours say more.
+fn silence() {
+    static SILENCE: Once = Once::new();
+    SILENCE.call_once(virt::error::clear_error_callback);
+}
+
+fn open(uri: &str, read_only: bool) -> Result<Connect, LibvirtError> {
+    // The crate would panic on a NUL.
+    if uri.contains('\0') {
+        let message = "the URI holds a NUL character".to_owned();
+        return Err(LibvirtError::Connect { uri: uri.to_owned(), message });
+    }
+    let opened = if read_only { Connect::open_read_only(Some(uri)) } else { Connect::open(Some(uri)) };
+    opened.map_err(|error| LibvirtError::Connect { uri: uri.to_owned(), message: error.message().to_owned() })
 }
 
 fn describe(domain: &virt::domain::Domain) -> Result<RunningDomain, virt::error::Error> {

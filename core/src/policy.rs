@@ -16,7 +16,7 @@ use crate::heat::HeatParams;
 use crate::topology::NodeSet;
 use crate::units::{Bytes, BytesPerSecond, Share, format_duration};
 
-pub use config::{Config, ConfigError};
+pub use config::{Config, ConfigError, DEFAULT_CONFIG};
 pub use layer::{Exclusion, Layer};
 pub use parse::{NAMESPACE, PolicyError};
 pub use settings::{Access, Kind, SETTINGS, Setting, Value};

@@ -152,7 +152,7 @@ fn orders(mode: Mode) -> Orders {
     let policy = Policy {
         mode,
         half_life: Duration::from_secs(1),
-        dram: Dram { share: Some(Share::from_percent(50)), ..Dram::default() },
+        dram: Dram { share: Share::from_percent(50), ..Policy::default().dram },
         migration: Migration {
             delay: Duration::from_secs(2),
             bandwidth: BytesPerSecond(1 << 30),

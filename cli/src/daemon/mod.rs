@@ -13,7 +13,7 @@ mod state;
 mod worker;
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
@@ -21,6 +21,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use ept_virt_core::policy::{Config, DEFAULT_CONFIG};
 use ept_virt_core::wire::DEFAULT_SOCKET;
 use log::{error, info};
 use nix::sys::signal::{SigSet, Signal};
@@ -46,6 +47,9 @@ pub struct DaemonArgs {
     /// libvirt to follow.
     #[arg(short, long, value_name = "URI", default_value = "qemu:///system")]
     connect: String,
+    /// The host's configuration; SIGHUP reads it again.
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_CONFIG)]
+    config_file: PathBuf,
     /// Seconds between looks at libvirt when nothing nudges.
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
     reconcile_interval: u64,
@@ -56,6 +60,8 @@ pub struct DaemonArgs {
 pub enum Event {
     /// Something may have changed.
     Look,
+    /// Read the configuration again.
+    Reload,
     /// End.
     Stop,
 }
@@ -70,6 +76,9 @@ pub fn run(args: DaemonArgs) -> Result<(), Failure> {
         .format_timestamp(None)
         .format_target(false)
         .init();
+    let config = Config::read(&args.config_file).map_err(|error| {
+        Failure::unreachable(error.to_string()).hint("mend it; `ept-virt policy validate` checks it too")
+    })?;
     let (sender, receiver) = mpsc::channel();
     let failed = |what: &'static str| move |error| Failure::refused(format!("cannot {what}: {error}"));
     // Before any other thread, so that all threads leave signals to one.
@@ -77,16 +86,17 @@ pub fn run(args: DaemonArgs) -> Result<(), Failure> {
     let shared = Arc::new(Shared::new(&args.connect));
     let server = Server::bind(&args.socket)?;
     server.start(Arc::clone(&shared), sender).map_err(failed("start a thread"))?;
-    let mut reconciler = Reconciler::new(&args.connect, shared);
+    let mut reconciler = Reconciler::new(&args.connect, shared, config);
     info!("ept-virt {} follows {}", env!("CARGO_PKG_VERSION"), args.connect);
-    follow(&mut reconciler, &receiver, Duration::from_secs(args.reconcile_interval));
+    follow(&mut reconciler, &receiver, &args);
     info!("stopping");
     reconciler.stop();
     Ok(())
 }
 
 /// Looks again and again until it is told to stop.
-fn follow(reconciler: &mut Reconciler, events: &Receiver<Event>, interval: Duration) {
+fn follow(reconciler: &mut Reconciler, events: &Receiver<Event>, args: &DaemonArgs) {
+    let interval = Duration::from_secs(args.reconcile_interval);
     let mut second_look = None;
     loop {
         reconciler.reconcile();
@@ -96,14 +106,27 @@ fn follow(reconciler: &mut Reconciler, events: &Receiver<Event>, interval: Durat
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) | Ok(Event::Stop) => return,
             Ok(Event::Look) => second_look = Some(Instant::now() + SECOND_LOOK),
+            Ok(Event::Reload) => reload(reconciler, &args.config_file),
         }
         // One look serves all that waited.
         while let Ok(event) = events.try_recv() {
             match event {
                 Event::Stop => return,
                 Event::Look => {}
+                Event::Reload => reload(reconciler, &args.config_file),
             }
         }
+    }
+}
+
+/// A configuration that can not be read changes nothing.
+fn reload(reconciler: &mut Reconciler, path: &Path) {
+    match Config::read(path) {
+        Ok(config) => {
+            info!("read {}", path.display());
+            reconciler.configure(config);
+        }
+        Err(error) => error!("going on with the configuration as it was: {error}"),
     }
 }
 
@@ -118,7 +141,7 @@ fn watch_signals(events: Sender<Event>) -> io::Result<()> {
         loop {
             match signals.wait() {
                 Ok(Signal::SIGHUP) => {
-                    let _ = events.send(Event::Look);
+                    let _ = events.send(Event::Reload);
                 }
                 Ok(_) => break,
                 Err(errno) => {

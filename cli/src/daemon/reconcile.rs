@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ept_virt_core::domain::{Libvirt, RunningDomain};
-use ept_virt_core::policy::{Mode, Policy};
+use ept_virt_core::policy::{Config, Effective, Layer, Mode, Policy};
 use ept_virt_core::sampler::{EntryFormat, KernelSampler, ModuleInfo, Sampler};
 use ept_virt_core::topology::{NumaBalancing, Tiers, numa_balancing};
 use ept_virt_core::wire::{DomainState, ModuleStatus};
@@ -21,8 +21,10 @@ use super::worker::{self, Unattached, Worker};
 /// A domain that libvirt says is running.
 struct Entry {
     cell: Arc<Cell>,
-    /// The XML that the policy was read from.
+    /// The XML that was read last.
     xml: Option<String>,
+    /// What it says about placement, or why that can not be read.
+    said: Result<Option<Layer>, String>,
     policy: Policy,
     /// What the worker was told last.
     orders: Option<Orders>,
@@ -35,12 +37,22 @@ pub struct Reconciler {
     shared: Arc<Shared>,
     entries: BTreeMap<String, Entry>,
     tiers: Tiers,
+    config: Config,
 }
 
 impl Reconciler {
     /// Nothing is observed yet.
-    pub fn new(uri: &str, shared: Arc<Shared>) -> Self {
-        Self { libvirt: Libvirt::new(uri), shared, entries: BTreeMap::new(), tiers: Tiers::default() }
+    pub fn new(uri: &str, shared: Arc<Shared>, config: Config) -> Self {
+        let (entries, tiers) = (BTreeMap::new(), Tiers::default());
+        Self { libvirt: Libvirt::new(uri), shared, entries, tiers, config }
+    }
+
+    /// Goes on with another configuration, from the next look on.
+    pub fn configure(&mut self, config: Config) {
+        for entry in self.entries.values_mut() {
+            entry.judge(&config);
+        }
+        self.config = config;
     }
 
     /// Looks at host and libvirt, and starts and stops workers accordingly.
@@ -84,11 +96,11 @@ impl Reconciler {
         for domain in domains {
             let entry = self.entries.entry(domain.uuid.clone()).or_insert_with(|| {
                 info!("domain {:?} ({}) runs", domain.name, domain.uuid);
-                let entry = Entry::new(domain);
+                let entry = Entry::new(domain, &self.config);
                 self.shared.insert(&domain.uuid, Arc::clone(&entry.cell));
                 entry
             });
-            entry.follow(domain, &self.tiers);
+            entry.follow(domain, &self.tiers, &self.config);
         }
     }
 
@@ -144,21 +156,22 @@ fn module_status(info: ModuleInfo) -> ModuleStatus {
 }
 
 impl Entry {
-    fn new(domain: &RunningDomain) -> Self {
+    fn new(domain: &RunningDomain, config: &Config) -> Self {
         let cell = Arc::new(Cell::new(&domain.name, &domain.uuid));
         let policy = Policy::default();
-        let mut entry = Self { cell, xml: None, policy, orders: None, worker: None };
-        entry.judge(Ok(None));
+        let mut entry = Self { cell, xml: None, said: Ok(None), policy, orders: None, worker: None };
+        entry.judge(config);
         entry
     }
 
     /// Brings the worker in line with the domain as it is now.
-    fn follow(&mut self, domain: &RunningDomain, host: &Tiers) {
+    fn follow(&mut self, domain: &RunningDomain, host: &Tiers, config: &Config) {
         self.cell.update(|status| status.name.clone_from(&domain.name));
         match &domain.xml {
             Ok(xml) if self.xml.as_ref() == Some(xml) => {}
             Ok(xml) => {
-                self.judge(Policy::from_domain_xml(xml).map_err(|error| error.to_string()));
+                self.said = Layer::from_domain_xml(xml).map_err(|error| error.to_string());
+                self.judge(config);
                 self.xml = Some(xml.clone());
             }
             // The policy that was read before holds.
@@ -175,11 +188,12 @@ impl Entry {
         self.orders = Some(orders);
     }
 
-    /// Takes in what was found in the XML.
-    fn judge(&mut self, found: Result<Option<Policy>, String>) {
+    /// Finds out what holds, by what the XML and the configuration say.
+    fn judge(&mut self, config: &Config) {
+        let said = self.said.as_ref().map_err(String::clone);
+        let found = said.and_then(|layer| Effective::new(config, layer.as_ref()));
         let (policy, from, error) = match found {
-            Ok(Some(policy)) => (policy, "domain XML", None),
-            Ok(None) => (Policy::default(), "default", None),
+            Ok(effective) => (effective.policy, from(&self.said, config), None),
             // Nobody can tell what was meant: observe, and move nothing.
             Err(error) => (Policy::default(), "default", Some(error)),
         };
@@ -221,6 +235,15 @@ impl Entry {
                 self.cell.clear(DomainState::Unobserved, Some(reason));
             }
         }
+    }
+}
+
+/// Who speaks about a domain, in a word.
+fn from(said: &Result<Option<Layer>, String>, config: &Config) -> &'static str {
+    match said {
+        Ok(Some(_)) => "domain XML",
+        _ if config.defaults.is_empty() => "default",
+        _ => "host defaults",
     }
 }
 

@@ -29,6 +29,9 @@ const SURVEY_DIVISOR: u32 = 64;
 /// Shortest time between the starts of two rounds, whatever a policy says.
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(10);
 
+/// Time between rounds for those who leave it to us.
+const AUTO_INTERVAL: Duration = Duration::from_secs(1);
+
 /// What a worker needs to begin.
 pub struct Attachment {
     process: Arc<Process>,
@@ -236,7 +239,8 @@ impl Run {
             return Err(End::Gone);
         }
         self.round = Some(self.guest.round(self.now())?);
-        let interval = self.guest.orders().policy.sampling.interval.max(SHORTEST_INTERVAL);
+        let asked = self.guest.orders().policy.sampling.interval;
+        let interval = asked.unwrap_or(AUTO_INTERVAL).max(SHORTEST_INTERVAL);
         // Rounds that could not be held in time are left out, not caught up with.
         *next = (*next + interval).max(begun);
         let divisor = if self.guest.surveyed() { SURVEY_DIVISOR } else { FIRST_SURVEY_DIVISOR };
@@ -353,7 +357,7 @@ mod tests {
 
     fn orders(interval: Duration) -> Orders {
         let mut policy = Policy::default();
-        policy.sampling.interval = interval;
+        policy.sampling.interval = Some(interval);
         Orders { policy, tiers: Tiers::default(), obstacle: None }
     }
 

@@ -21,6 +21,9 @@ use toml::{Table, Value as Toml};
 use super::layer::Layer;
 use super::words::suggestion;
 
+/// Where the configuration stands unless told otherwise.
+pub const DEFAULT_CONFIG: &str = "/etc/ept-virt/ept-virt.toml";
+
 /// What the configuration says about policies.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Config {

@@ -71,13 +71,20 @@ impl Layer {
 
     /// Sets the setting at `path`, as `dram.share`, to what `text` says.
     pub fn assign(&mut self, path: &str, text: &str) -> Result<(), String> {
-        let setting = find(path).ok_or_else(|| {
-            let paths: Vec<String> = SETTINGS.iter().map(Setting::path).collect();
-            let known: Vec<&str> = paths.iter().map(String::as_str).collect();
-            format!("there is no setting \"{path}\"{}", suggestion(path, &known))
-        })?;
+        let setting = known(path)?;
         let value = setting.parse_plain(text).map_err(|problem| format!("{path}: {problem}"))?;
         self.set(setting, value);
+        Ok(())
+    }
+
+    /// Says nothing at `path` any more.
+    pub fn unset(&mut self, path: &str) -> Result<(), String> {
+        if path == EXCLUDE {
+            self.exclude = None;
+            return Ok(());
+        }
+        let setting = known(path)?;
+        self.values.retain(|(other, _)| *other != setting);
         Ok(())
     }
 
@@ -174,7 +181,16 @@ impl Layer {
     /// The policy's element, one line for each element in it, ready to stand in a
     /// domain's metadata. Reading it gives this layer again.
     pub fn to_xml(&self) -> String {
-        let mut xml = format!("<{ROOT} xmlns=\"{NAMESPACE}\"");
+        self.write(&format!("<{ROOT} xmlns=\"{NAMESPACE}\""))
+    }
+
+    /// The element without its namespace, which libvirt adds.
+    pub fn to_metadata(&self) -> String {
+        self.write(&format!("<{ROOT}"))
+    }
+
+    fn write(&self, begin: &str) -> String {
+        let mut xml = begin.to_owned();
         self.write_attributes(&mut xml, "");
         let mut body = String::new();
         let mut last = "";
@@ -213,6 +229,14 @@ impl Layer {
             false => format!(">\n{children}  </{element}>\n"),
         };
     }
+}
+
+fn known(path: &str) -> Result<&'static Setting, String> {
+    find(path).ok_or_else(|| {
+        let paths: Vec<String> = SETTINGS.iter().map(Setting::path).collect();
+        let known: Vec<&str> = paths.iter().map(String::as_str).collect();
+        format!("there is no setting \"{path}\"{}", suggestion(path, &known))
+    })
 }
 
 fn write_exclusions(xml: &mut String, exclude: &[Exclusion]) {
