@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! libvirt: which domains run, what their XML says, and which process each is.
 //!
-//! The only module that calls libvirt. libvirtd may restart at any time: a
+//! The only module that calls libvirt, with the two below it. libvirtd may restart at any time: a
 //! broken connection is opened anew, and running guests are not touched by it.
 
+mod events;
 mod metadata;
 
 use std::fs;
@@ -16,6 +17,7 @@ use virt::connect::Connect;
 use virt::error::ErrorNumber;
 use virt::sys;
 
+pub use events::watch;
 pub use metadata::{DefinedDomain, Description};
 
 /// Where libvirt's system daemons keep the pid files of their QEMU processes.
@@ -181,6 +183,14 @@ fn call_error(uri: &str, operation: &'static str, error: &virt::error::Error) ->
     LibvirtError::Call { uri: uri.to_owned(), operation, message: error.message().to_owned() }
 }
 
+/// Tests of the domain of libvirt's test driver run one by one: all
+/// connections of a process share it.
+#[cfg(test)]
+fn alone() -> std::sync::MutexGuard<'static, ()> {
+    static WRITER: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    WRITER.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -188,6 +198,7 @@ mod tests {
     /// libvirt's own test driver: it needs no daemon, and has one running domain.
     #[test]
     fn lists_the_running_domains() {
+        let _alone = alone();
         let mut libvirt = Libvirt::new("test:///default");
         let domains = libvirt.running().unwrap();
         let [domain] = domains.as_slice() else { panic!("{domains:?}") };

@@ -21,6 +21,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use ept_virt_core::domain;
 use ept_virt_core::policy::{Config, DEFAULT_CONFIG};
 use ept_virt_core::wire::DEFAULT_SOCKET;
 use log::{error, info};
@@ -85,6 +86,11 @@ pub fn run(args: DaemonArgs) -> Result<(), Failure> {
     watch_signals(sender.clone()).map_err(failed("watch for signals"))?;
     let shared = Arc::new(Shared::new(&args.connect));
     let server = Server::bind(&args.socket)?;
+    let look = sender.clone();
+    let watching = domain::watch(&args.connect, move || {
+        let _ = look.send(Event::Look);
+    });
+    watching.map_err(failed("start a thread"))?;
     server.start(Arc::clone(&shared), sender).map_err(failed("start a thread"))?;
     let mut reconciler = Reconciler::new(&args.connect, shared, config);
     info!("ept-virt {} follows {}", env!("CARGO_PKG_VERSION"), args.connect);

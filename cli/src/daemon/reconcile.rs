@@ -306,8 +306,8 @@ mod tests {
             name: "vm1".into(),
             xml: Ok(xml.into()),
         };
-        let mut entry = Entry::new(&domain(xml));
-        entry.follow(&domain(xml), &host());
+        let mut entry = Entry::new(&domain(xml), &Config::default());
+        entry.follow(&domain(xml), &host(), &Config::default());
         let status = entry.cell.status();
         assert_eq!(status.policy_from, "default");
         assert!(status.policy_error.unwrap().contains("place"));
@@ -316,7 +316,7 @@ mod tests {
         assert!(!entry.orders.as_ref().unwrap().place());
 
         let off = xml.replace("plaice", "off");
-        entry.follow(&domain(&off), &host());
+        entry.follow(&domain(&off), &host(), &Config::default());
         let status = entry.cell.status();
         assert_eq!((status.state, status.reason), (DomainState::Off, None));
         assert_eq!((status.policy_from.as_str(), status.policy_error), ("domain XML", None));
@@ -326,7 +326,7 @@ mod tests {
     #[test]
     fn shows_what_libvirt_says_is_running() {
         let shared = Arc::new(Shared::new("test:///default"));
-        let mut reconciler = Reconciler::new("test:///default", Arc::clone(&shared));
+        let mut reconciler = Reconciler::new("test:///default", Arc::clone(&shared), Config::default());
         reconciler.reconcile();
         let status = shared.status(None);
         assert_eq!(status.daemon.libvirt, "connected");
@@ -342,7 +342,7 @@ mod tests {
     fn libvirt_away_is_told() {
         let uri = "qemu+unix:///system?socket=/nonexistent/libvirt-sock";
         let shared = Arc::new(Shared::new(uri));
-        Reconciler::new(uri, Arc::clone(&shared)).reconcile();
+        Reconciler::new(uri, Arc::clone(&shared), Config::default()).reconcile();
         assert!(shared.status(None).daemon.libvirt.contains("Is libvirtd or virtqemud running?"));
     }
 }

@@ -105,7 +105,7 @@ mod tests {
     use super::*;
     use crate::policy::Layer;
 
-    /// libvirt's own test driver; each connection starts with a fresh domain.
+    /// libvirt's own test driver.
     const URI: &str = "test:///default";
 
     #[test]
@@ -122,6 +122,7 @@ mod tests {
 
     #[test]
     fn writes_what_it_reads() {
+        let _alone = crate::domain::alone();
         let domain = DefinedDomain::find(URI, "test", false).unwrap();
         let mut layer = Layer::default();
         layer.assign("mode", "place").unwrap();
@@ -136,5 +137,6 @@ mod tests {
         assert_eq!(Layer::from_domain_xml(&domain.xml(Description::Live).unwrap()).unwrap(), None);
         let config = Layer::from_domain_xml(&domain.xml(Description::Config).unwrap()).unwrap();
         assert_eq!(config, Some(layer));
+        domain.set_policy(None, Description::Config).unwrap();
     }
 }
