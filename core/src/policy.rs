@@ -6,6 +6,7 @@
 mod config;
 mod layer;
 mod parse;
+mod serve;
 mod settings;
 mod words;
 
@@ -19,6 +20,7 @@ use crate::units::{Bytes, BytesPerSecond, Share, format_duration};
 pub use config::{Config, ConfigError, DEFAULT_CONFIG};
 pub use layer::{Exclusion, Layer};
 pub use parse::{NAMESPACE, PolicyError};
+pub use serve::{Host, refusal};
 pub use settings::{Access, Kind, SETTINGS, Setting, Value};
 
 /// What is done with a domain.
@@ -283,7 +285,7 @@ impl Policy {
             if self.sampling.flush { "" } else { " without TLB flush" },
             format_duration(self.half_life),
         );
-        let mut text = match self.mode {
+        match self.mode {
             Mode::Off => "off: neither observed nor moved".into(),
             Mode::Observe => format!("observe: {observed}; nothing is moved"),
             Mode::Place => format!(
@@ -294,11 +296,7 @@ impl Policy {
                 self.migration.tolerance,
                 self.migration.bandwidth,
             ),
-        };
-        if self.required {
-            text += "; required=\"yes\" is not enforced by this version: the domain starts in any case";
         }
-        text
     }
 
     fn describe_nodes(&self) -> String {

@@ -208,8 +208,7 @@ fn a_policy_describes_itself_in_one_line() {
         describe("everything.xml"),
         "place: harvest every 500 ms without TLB flush, half-life 5 min; DRAM 12.5% of guest memory, \
          at least 64 MiB, at most 4 GiB on NUMA nodes 0, the rest on 1,4-5; \
-         demote after 2 s without access, exchange pages 5% of the heat scale apart, move at most 256 MiB/s; \
-         required=\"yes\" is not enforced by this version: the domain starts in any case"
+         demote after 2 s without access, exchange pages 5% of the heat scale apart, move at most 256 MiB/s"
     );
 }
 

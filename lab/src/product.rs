@@ -77,28 +77,33 @@ pub fn build(lab: &Lab) -> Result<Product> {
     let step = lab.progress.step("building ept-virt");
     let mut command = cargo(lab);
     command.args(["build", PROFILE, "--package=ept-virt"]);
-    command.arg("--package=ept-virt-hook");
     proc::run(&mut command, &lab.log("cargo-product"), BUILD_TIMEOUT)?;
     step.done("");
-    let out = target_dir(lab).join("lab");
-    Ok(Product { cli: out.join("ept-virt"), hook: out.join("ept-virt-hook") })
+    let cli = target_dir(lab).join("lab/ept-virt");
+    // libvirt waits for its hooks: this one loads no libraries.
+    Ok(Product { cli, hook: build_static(lab, "ept-virt-hook")? })
 }
 
 /// Builds the static program that runs inside hosts and guests.
 pub fn build_agent(lab: &Lab) -> Result<PathBuf> {
-    let step = lab.progress.step("building the lab's agent");
+    build_static(lab, "ept-virt-lab-agent")
+}
+
+/// Builds a program that loads no libraries.
+fn build_static(lab: &Lab, package: &str) -> Result<PathBuf> {
+    let step = lab.progress.step(format!("building {package}"));
     // A folder of its own: other flags would rebuild everything each time.
     let target_dir = target_dir(lab).join("static");
     let mut command = cargo(lab);
     command
         .env("RUSTFLAGS", "-C target-feature=+crt-static")
-        .args(["build", PROFILE, "--package=ept-virt-lab-agent"])
+        .args(["build", PROFILE, "--package", package])
         .args(["--target", TARGET])
         .arg("--target-dir")
         .arg(&target_dir);
-    proc::run(&mut command, &lab.log("cargo-agent"), BUILD_TIMEOUT)?;
+    proc::run(&mut command, &lab.log(&format!("cargo-{package}")), BUILD_TIMEOUT)?;
     step.done("");
-    Ok(target_dir.join(TARGET).join("lab/ept-virt-lab-agent"))
+    Ok(target_dir.join(TARGET).join("lab").join(package))
 }
 
 /// Cargo in the project's root. The variables that our own `cargo run` set for

@@ -41,7 +41,7 @@ fn line(domain: &OsStr, operation: &OsStr) -> Vec<u8> {
 
 /// Connects, or fails at the deadline: a daemon that hangs has a full backlog,
 /// and connecting would wait for it for ever.
-fn connect_until(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
+pub fn connect_until(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
     let address = UnixAddr::new(path)?;
     let socket: OwnedFd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     // The send timeout of a UNIX socket bounds its connect too (socket(7)).

@@ -58,6 +58,23 @@ fn run(socket: &Path, arguments: &[&OsStr], xml: &[u8]) -> Output {
     output
 }
 
+/// Runs the hook before a start, on the host below `root`; its exit code and stderr.
+fn prepare(root: &Path, socket: &Path, xml: &str) -> (Option<i32>, String) {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_ept-virt-hook"))
+        .args(["vm1", "prepare", "begin", "-"])
+        .env("EPT_VIRT_SOCKET", socket)
+        .env("EPT_VIRT_ROOT", root)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let _ = child.stdin.take().unwrap().write_all(xml.as_bytes());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.stdout, b"");
+    (output.status.code(), String::from_utf8(output.stderr).unwrap())
+}
+
 fn started(domain: &OsStr) -> [&OsStr; 4] {
     [domain, OsStr::new("started"), OsStr::new("begin"), OsStr::new("-")]
 }
@@ -156,4 +173,49 @@ fn other_operations_and_wrong_calls_send_nothing() {
         run(&scratch.socket(), &arguments, b"<domain><name>vm1</name></domain>");
         assert!(listener.accept().is_err(), "{arguments:?}");
     }
+}
+
+#[test]
+fn only_a_required_policy_keeps_a_domain_from_starting() {
+    let domain = |attributes: &str| {
+        format!(
+            "<domain type='kvm'><name>vm1</name><metadata><placement \
+             xmlns='https://ept-virt.org/xmlns/placement/1.0' {attributes}/></metadata></domain>"
+        )
+    };
+    let scratch = Scratch::new();
+    let (root, socket) = (&scratch.0, scratch.socket());
+    for harmless in [domain("mode='observe'"), domain("mode='plase'"), "<domain/>".into(), "<domain".into()] {
+        assert_eq!(prepare(root, &socket, &harmless), (Some(0), String::new()), "{harmless}");
+    }
+    let refused = |attributes: &str, why: &str| {
+        let (code, said) = prepare(root, &socket, &domain(attributes));
+        assert_eq!(code, Some(1), "{attributes}: {said}");
+        assert!(said.contains("is required, and can not be served") && said.contains(why), "{said}");
+    };
+    refused("required='yes' mode='plase'", "did you mean \"place\"?");
+    refused("required='yes'", "modprobe kvm_ept_sample");
+    fs::create_dir(root.join("proc")).unwrap();
+    fs::write(root.join("proc/kvm_ept_sample"), "").unwrap();
+    refused("required='yes'", "systemctl start ept-virt");
+    let _daemon = UnixListener::bind(&socket).unwrap();
+    assert_eq!(prepare(root, &socket, &domain("required='yes'")), (Some(0), String::new()));
+    refused("required='yes' mode='place'", "the host's memory is not known");
+    fs::create_dir_all(root.join("etc/ept-virt")).unwrap();
+    fs::write(root.join("etc/ept-virt/ept-virt.toml"), "nonsense").unwrap();
+    refused("required='yes'", "ept-virt.toml");
+    // A broken configuration is no domain's fault.
+    assert_eq!(prepare(root, &socket, &domain("mode='place'")), (Some(0), String::new()));
+}
+
+/// The largest XML that is still read, and one that is not.
+#[test]
+fn a_doubt_is_no_veto() {
+    let scratch = Scratch::new();
+    let head =
+        "<domain><metadata><placement xmlns='https://ept-virt.org/xmlns/placement/1.0' required='yes'/>";
+    let huge = format!("{head}</metadata><!--{}--></domain>", "x".repeat(17 << 20));
+    let (code, said) = prepare(&scratch.0, &scratch.socket(), &huge);
+    assert_eq!(code, Some(0));
+    assert!(said.contains("could not be read in time"), "{said}");
 }

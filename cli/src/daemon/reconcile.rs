@@ -249,20 +249,8 @@ fn from(said: &Result<Option<Layer>, String>, config: &Config) -> &'static str {
 
 /// What a worker does under this policy on this host.
 fn orders(policy: &Policy, host: &Tiers) -> Orders {
-    let tiers = host.with_policy(policy.fast_nodes.as_ref(), policy.slow_nodes.as_ref());
-    let unknown = tiers.unknown_nodes(host);
-    let both = tiers.fast.intersection(&tiers.slow);
-    let obstacle = if policy.mode != Mode::Place {
-        None
-    } else if !unknown.is_empty() {
-        Some(format!("nothing is moved: the policy's NUMA nodes {unknown} have no memory on this host"))
-    } else if !both.is_empty() {
-        Some(format!("nothing is moved: NUMA nodes {both} are in both tiers of the policy"))
-    } else if tiers.slow.is_empty() || tiers.fast.is_empty() {
-        Some(format!("nothing is moved: {}", tiers.from))
-    } else {
-        None
-    };
+    let (tiers, obstacle) = policy.tiers(host);
+    let obstacle = obstacle.map(|obstacle| format!("nothing is moved: {obstacle}"));
     Orders { policy: policy.clone(), tiers, obstacle }
 }
 

@@ -77,6 +77,16 @@ pub(super) fn domain(xml: &str) -> Result<Option<Layer>> {
     found.map(placement).transpose()
 }
 
+/// Whether the domain's policy, right or wrong in all else, is required.
+pub(super) fn says_required(xml: &str) -> bool {
+    let Ok(document) = read(xml) else { return false };
+    let metadata = document.root_element().children().filter(|child| child.has_tag_name("metadata"));
+    metadata.flat_map(|metadata| metadata.children()).any(|element| {
+        let namespace = element.tag_name().namespace().unwrap_or_default();
+        namespace.starts_with(NAMESPACE_FAMILY) && element.attribute("required") == Some("yes")
+    })
+}
+
 /// See [`Layer::from_element_xml`].
 pub(super) fn element(xml: &str) -> Result<Layer> {
     placement(read(xml)?.root_element())
