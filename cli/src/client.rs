@@ -40,6 +40,14 @@ pub fn map(path: &Path, domain: &str) -> Result<MemoryMap, Failure> {
     }
 }
 
+/// Tells the daemon to change what it does with a domain.
+pub fn change(path: &Path, command: Command) -> Result<(), Failure> {
+    match ask(path, command)? {
+        Reply::Done => Ok(()),
+        other => Err(misfit(&other)),
+    }
+}
+
 fn ask(path: &Path, command: Command) -> Result<Reply, Failure> {
     ask_within(path, command, ANSWER_TIMEOUT)
 }

@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use ept_virt_core::wire::DEFAULT_SOCKET;
+use ept_virt_core::wire::{self, DEFAULT_SOCKET};
 use serde::Serialize;
 
 use failure::Failure;
@@ -67,10 +67,25 @@ enum Command {
         #[command(flatten)]
         output: Output,
     },
+    /// Observe a domain again that was stopped.
+    Start(Domain),
+    /// Neither observe nor move a running domain, until `start` or until it ends.
+    Stop(Domain),
+    /// Go on observing a domain, but move nothing, until `resume` or until it ends.
+    Pause(Domain),
+    /// Move a domain's memory again that was paused.
+    Resume(Domain),
     /// Show, change and check policies.
     Policy(policy::PolicyArgs),
     /// Observe the running domains and place their memory.
     Daemon(daemon::DaemonArgs),
+}
+
+/// Which domain.
+#[derive(Clone, Debug, Args)]
+struct Domain {
+    /// Name or UUID.
+    domain: String,
 }
 
 /// How the answer is printed.
@@ -112,6 +127,10 @@ fn run(cli: Cli) -> Result<(), Failure> {
             let map = client::map(&cli.socket, &domain)?;
             print(output, &map, || map::render(&map, &style))
         }
+        Command::Start(Domain { domain }) => client::change(&cli.socket, wire::Command::Start { domain }),
+        Command::Stop(Domain { domain }) => client::change(&cli.socket, wire::Command::Stop { domain }),
+        Command::Pause(Domain { domain }) => client::change(&cli.socket, wire::Command::Pause { domain }),
+        Command::Resume(Domain { domain }) => client::change(&cli.socket, wire::Command::Resume { domain }),
         Command::Policy(args) => policy::run(&args, &style),
         Command::Daemon(args) => daemon::run(args),
     }

@@ -43,6 +43,31 @@ pub enum Command {
         /// Name or UUID.
         domain: String,
     },
+    /// Observe the domain again after [`Command::Stop`]; answered with
+    /// [`Reply::Done`]. This and the next three change what is done, and only
+    /// root may ask for them.
+    Start {
+        /// Name or UUID.
+        domain: String,
+    },
+    /// Neither observe nor move the domain until it ends, or until
+    /// [`Command::Start`]; answered with [`Reply::Done`].
+    Stop {
+        /// Name or UUID.
+        domain: String,
+    },
+    /// Move nothing of the domain until it ends, or until [`Command::Resume`];
+    /// answered with [`Reply::Done`].
+    Pause {
+        /// Name or UUID.
+        domain: String,
+    },
+    /// Move its memory again after [`Command::Pause`]; answered with
+    /// [`Reply::Done`].
+    Resume {
+        /// Name or UUID.
+        domain: String,
+    },
     /// The hook's word that something happened; answered with [`Reply::Done`]
     /// at once. The daemon then looks at libvirt itself.
     Nudge {
@@ -99,6 +124,8 @@ pub enum ErrorKind {
     NoDomain,
     /// The domain is known but not observed; the message says why.
     NotObserved,
+    /// Only root may ask for this.
+    NotPermitted,
     /// Something failed in the daemon.
     Internal,
 }

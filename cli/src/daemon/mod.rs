@@ -85,7 +85,7 @@ pub fn run(args: DaemonArgs) -> Result<(), Failure> {
     // Before any other thread, so that all threads leave signals to one.
     watch_signals(sender.clone()).map_err(failed("watch for signals"))?;
     let shared = Arc::new(Shared::new(&args.connect));
-    let server = Server::bind(&args.socket)?;
+    let server = Server::bind(&args.socket, config.group.as_deref())?;
     let look = sender.clone();
     let watching = domain::watch(&args.connect, move || {
         let _ = look.send(Event::Look);

@@ -15,7 +15,7 @@ use ept_virt_core::wire::{DomainState, ModuleStatus};
 use log::{info, warn};
 
 use super::guest::Orders;
-use super::state::{Cell, Shared};
+use super::state::{Cell, Hold, Shared};
 use super::worker::{self, Unattached, Worker};
 
 /// A domain that libvirt says is running.
@@ -178,9 +178,19 @@ impl Entry {
             Err(error) => warn!("the XML of domain {:?} can not be read: {error}", domain.name),
         }
         self.reap();
-        let orders = orders(&self.policy, host);
+        let mut orders = orders(&self.policy, host);
+        match self.cell.hold() {
+            Hold::Paused if self.policy.mode == Mode::Place => {
+                orders.obstacle = Some("nothing is moved: paused; `ept-virt resume` goes on".into());
+            }
+            Hold::Stopped => {
+                self.switch_off(Some("stopped; `ept-virt start` goes on".into()));
+                return;
+            }
+            _ => {}
+        }
         match &self.worker {
-            _ if self.policy.mode == Mode::Off => self.switch_off(),
+            _ if self.policy.mode == Mode::Off => self.switch_off(None),
             Some(worker) if self.orders.as_ref() != Some(&orders) => worker.order(orders.clone()),
             Some(_) => {}
             None => self.start(domain, &orders),
@@ -214,9 +224,9 @@ impl Entry {
         self.cell.clear(DomainState::Unobserved, Some(worker.finish().reason()));
     }
 
-    fn switch_off(&mut self) {
+    fn switch_off(&mut self, reason: Option<String>) {
         self.worker = None;
-        self.cell.clear(DomainState::Off, None);
+        self.cell.clear(DomainState::Off, reason);
     }
 
     fn start(&mut self, domain: &RunningDomain, orders: &Orders) {
@@ -308,6 +318,25 @@ mod tests {
         let status = entry.cell.status();
         assert_eq!((status.state, status.reason), (DomainState::Off, None));
         assert_eq!((status.policy_from.as_str(), status.policy_error), ("domain XML", None));
+    }
+
+    #[test]
+    fn what_a_person_asked_for_goes_before_the_policy() {
+        let xml = "<domain type='qemu'><metadata>\
+            <p:placement xmlns:p='https://ept-virt.org/xmlns/placement/1.0' mode='place'/></metadata></domain>";
+        let (uuid, name) = ("6695eb01-f6a4-8304-79aa-97f2502e193f".into(), "vm1".into());
+        let domain = RunningDomain { uuid, name, xml: Ok(xml.into()) };
+        let mut entry = Entry::new(&domain, &Config::default());
+        let mut look = |hold| {
+            let held = entry.cell.hold();
+            entry.cell.set_hold(&[held], hold).unwrap();
+            entry.follow(&domain, &host(), &Config::default());
+            (entry.cell.status().state, entry.orders.as_ref().is_some_and(Orders::place))
+        };
+        assert_eq!(look(Hold::None), (DomainState::Unobserved, true));
+        assert_eq!(look(Hold::Paused), (DomainState::Unobserved, false));
+        assert_eq!(look(Hold::Stopped).0, DomainState::Off);
+        assert_eq!(look(Hold::None), (DomainState::Unobserved, true));
     }
 
     /// libvirt's own test driver has one running domain, without KVM.

@@ -4,7 +4,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, ErrorKind as Io, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,7 +22,7 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::sys::stat::{Mode, umask};
 
 use super::Event;
-use super::state::{Cell, Shared};
+use super::state::{Cell, Hold, Shared};
 use crate::failure::Failure;
 
 /// Clients served at once; one more is turned away.
@@ -40,9 +40,9 @@ pub struct Server {
 }
 
 impl Server {
-    /// Binds the socket, mode 0600. The lock beside it tells a running daemon
-    /// from a socket that a killed one has left.
-    pub fn bind(path: &Path) -> Result<Self, Failure> {
+    /// Binds the socket, mode 0600, or 0660 for the members of `group`. The lock
+    /// beside it tells a running daemon from a socket that a killed one has left.
+    pub fn bind(path: &Path, group: Option<&str>) -> Result<Self, Failure> {
         let cannot = |what: &str, error: io::Error| {
             let hint = match error.kind() {
                 Io::PermissionDenied => "run the daemon as root, or name another place with --socket",
@@ -72,6 +72,12 @@ impl Server {
         let bound = UnixListener::bind(path);
         umask(before);
         let listener = bound.map_err(|error| cannot("listen on", error))?;
+        if let Some(group) = group {
+            open_to(path, group).map_err(|error| {
+                let problem = format!("cannot open {} to group \"{group}\": {error}", path.display());
+                Failure::unreachable(problem).hint("name another group in the configuration, or none")
+            })?;
+        }
         info!("listening on {}", path.display());
         Ok(Self { listener, path: path.to_owned(), _lock: lock })
     }
@@ -105,6 +111,14 @@ impl Drop for Server {
     }
 }
 
+/// Lets the members of `group` ask.
+fn open_to(path: &Path, group: &str) -> io::Result<()> {
+    let found = nix::unistd::Group::from_name(group)?;
+    let group = found.ok_or_else(|| io::Error::new(Io::NotFound, "there is no such group"))?;
+    std::os::unix::fs::chown(path, None, Some(group.gid.as_raw()))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o660))
+}
+
 fn take_lock(socket: &Path) -> io::Result<Flock<File>> {
     let mut path = socket.as_os_str().to_owned();
     path.push(".lock");
@@ -126,13 +140,19 @@ fn admit(mut stream: UnixStream, clients: &Arc<()>, shared: &Arc<Shared>, events
         let _ = stream.write_all(&encode(refusal));
         return;
     }
-    match getsockopt(&stream, PeerCredentials) {
-        Ok(peer) => debug!("client: pid {}, uid {}", peer.pid(), peer.uid()),
-        Err(error) => debug!("client: credentials unknown: {error}"),
-    }
+    let may_change = match getsockopt(&stream, PeerCredentials) {
+        Ok(peer) => {
+            debug!("client: pid {}, uid {}", peer.pid(), peer.uid());
+            peer.uid() == 0 || peer.uid() == nix::unistd::geteuid().as_raw()
+        }
+        Err(error) => {
+            debug!("client: credentials unknown: {error}");
+            false
+        }
+    };
     let (place, shared, events) = (Arc::clone(clients), Arc::clone(shared), events.clone());
     let spawned = thread::Builder::new().name("client".into()).spawn(move || {
-        match serve(&stream, &shared, &events) {
+        match serve(&stream, may_change, &shared, &events) {
             // The hook does not wait for its answer.
             Err(error) if error.kind() != Io::BrokenPipe => debug!("a client was dropped: {error}"),
             _ => {}
@@ -145,7 +165,7 @@ fn admit(mut stream: UnixStream, clients: &Arc<()>, shared: &Arc<Shared>, events
 }
 
 /// Answers line after line until the client ends or breaks the rules.
-fn serve(stream: &UnixStream, shared: &Shared, events: &Sender<Event>) -> io::Result<()> {
+fn serve(stream: &UnixStream, may_change: bool, shared: &Shared, events: &Sender<Event>) -> io::Result<()> {
     let mut reader = BufReader::new(stream);
     loop {
         let mut line = Vec::new();
@@ -157,7 +177,7 @@ fn serve(stream: &UnixStream, shared: &Shared, events: &Sender<Event>) -> io::Re
         let reply = if too_long {
             error(ErrorKind::BadRequest, format!("a request is longer than {MAX_REQUEST_BYTES} bytes"))
         } else {
-            answer(&line, shared, events)
+            answer(&line, may_change, shared, events)
         };
         let mut writer = stream;
         writer.write_all(&encode(reply))?;
@@ -169,7 +189,7 @@ fn serve(stream: &UnixStream, shared: &Shared, events: &Sender<Event>) -> io::Re
 }
 
 /// The answer to one line.
-fn answer(line: &[u8], shared: &Shared, events: &Sender<Event>) -> Reply {
+fn answer(line: &[u8], may_change: bool, shared: &Shared, events: &Sender<Event>) -> Reply {
     let request: Request = match serde_json::from_slice(line) {
         Ok(request) => request,
         Err(cause) => return error(ErrorKind::BadRequest, format!("not a request: {cause}")),
@@ -194,6 +214,13 @@ fn answer(line: &[u8], shared: &Shared, events: &Sender<Event>) -> Reply {
             }
             Err(reply) => reply,
         },
+        command if !may_change && changes(&command) => {
+            error(ErrorKind::NotPermitted, "only root may change what the daemon does".into())
+        }
+        Command::Start { domain } => hold(shared, events, &domain, &[Hold::Stopped], Hold::None),
+        Command::Stop { domain } => hold(shared, events, &domain, &[Hold::None, Hold::Paused], Hold::Stopped),
+        Command::Pause { domain } => hold(shared, events, &domain, &[Hold::None], Hold::Paused),
+        Command::Resume { domain } => hold(shared, events, &domain, &[Hold::Paused], Hold::None),
         Command::Nudge { op, domain } => {
             debug!("nudge: {op:?} {domain:?}");
             let mut facts = shared.facts();
@@ -203,6 +230,34 @@ fn answer(line: &[u8], shared: &Shared, events: &Sender<Event>) -> Reply {
             // The receiver lives as long as the daemon does.
             let _ = events.send(Event::Look);
             Reply::Done
+        }
+    }
+}
+
+fn changes(command: &Command) -> bool {
+    use Command::{Pause, Resume, Start, Stop};
+    matches!(command, Start { .. } | Stop { .. } | Pause { .. } | Resume { .. })
+}
+
+/// Takes note of what a person asked for, and makes the daemon look.
+fn hold(shared: &Shared, events: &Sender<Event>, domain: &str, expected: &[Hold], wanted: Hold) -> Reply {
+    let cell = match find(shared, domain) {
+        Ok(cell) => cell,
+        Err(reply) => return reply,
+    };
+    match cell.set_hold(expected, wanted) {
+        Ok(()) => {
+            // The receiver lives as long as the daemon does.
+            let _ = events.send(Event::Look);
+            Reply::Done
+        }
+        Err(held) => {
+            let held = match held {
+                Hold::None => "neither stopped nor paused",
+                Hold::Paused => "paused",
+                Hold::Stopped => "stopped",
+            };
+            error(ErrorKind::BadRequest, format!("domain {domain:?} is {held}"))
         }
     }
 }

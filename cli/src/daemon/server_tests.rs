@@ -21,7 +21,7 @@ impl Test {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let dir = std::env::temp_dir().join(format!("ept-virt-server-{}-{count}", std::process::id()));
-        let server = Server::bind(&dir.join("run/sock")).unwrap();
+        let server = Server::bind(&dir.join("run/sock"), None).unwrap();
         let shared = Arc::new(Shared::new("test:///default"));
         let (sender, events) = mpsc::channel();
         server.start(Arc::clone(&shared), sender).unwrap();
@@ -101,6 +101,49 @@ fn answers_line_after_line() {
 }
 
 #[test]
+fn root_holds_a_domain_and_lets_it_go() {
+    let test = Test::new();
+    let cell = Arc::new(Cell::new("vm1", "6695eb01"));
+    test.shared.insert("6695eb01-f6a4-8304-79aa-97f2502e193f", Arc::clone(&cell));
+    let mut client = test.client();
+    let mut ask = |verb: &str| client.ask(&format!(r#"{{"v":1,"cmd":"{verb}","domain":"vm1"}}"#));
+    for (verb, held) in [("pause", Hold::Paused), ("resume", Hold::None), ("pause", Hold::Paused)] {
+        assert_eq!(ask(verb), Reply::Done, "{verb}");
+        assert_eq!(cell.hold(), held);
+        assert_eq!(test.events.recv_timeout(Duration::from_secs(20)), Ok(Event::Look));
+    }
+    // What holds already is told, and changes nothing.
+    assert_eq!(kind(ask("pause")), ErrorKind::BadRequest);
+    assert_eq!(kind(ask("start")), ErrorKind::BadRequest);
+    assert_eq!((ask("stop"), ask("start")), (Reply::Done, Reply::Done));
+    assert_eq!(cell.hold(), Hold::None);
+}
+
+#[test]
+fn others_may_ask_and_not_change() {
+    let shared = Shared::new("test:///default");
+    shared.insert("6695eb01-f6a4-8304-79aa-97f2502e193f", Arc::new(Cell::new("vm1", "6695eb01")));
+    let (events, _receiver) = mpsc::channel();
+    for verb in ["start", "stop", "pause", "resume"] {
+        let line = format!(r#"{{"v":1,"cmd":"{verb}","domain":"vm1"}}"#);
+        assert_eq!(kind(answer(line.as_bytes(), false, &shared, &events)), ErrorKind::NotPermitted);
+    }
+    assert!(matches!(answer(br#"{"v":1,"cmd":"status"}"#, false, &shared, &events), Reply::Status(_)));
+    assert_eq!(shared.find("vm1").unwrap().hold(), Hold::None);
+}
+
+#[test]
+fn a_group_may_be_let_in() {
+    let test = Test::new();
+    let socket = test.dir.join("run/open");
+    let server = Server::bind(&socket, Some("root")).unwrap();
+    assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o660);
+    drop(server);
+    let error = Server::bind(&socket, Some("no-such-group")).map(drop).unwrap_err();
+    assert!(error.to_string().contains("no-such-group"), "{error}");
+}
+
+#[test]
 fn a_nudge_wakes_the_daemon_and_can_not_drive_a_terminal() {
     let test = Test::new();
     let nudge = r#"{"v":1,"cmd":"nudge","op":"started","domain":"a\u001b[31m"}"#;
@@ -161,7 +204,7 @@ fn the_socket_is_roots_alone_and_has_one_daemon() {
     let metadata = fs::metadata(test.socket()).unwrap();
     assert!(metadata.file_type().is_socket());
     assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
-    let second = Server::bind(&test.socket()).map(|_| ()).unwrap_err();
+    let second = Server::bind(&test.socket(), None).map(|_| ()).unwrap_err();
     assert!(second.to_string().contains("another ept-virt daemon"), "{second}");
     // The first is not disturbed by the attempt.
     assert!(matches!(test.client().ask(r#"{"v":1,"cmd":"status"}"#), Reply::Status(_)));
@@ -174,12 +217,12 @@ fn a_socket_that_a_killed_daemon_left_is_replaced() {
     assert!(!test.socket().exists());
     drop(UnixListener::bind(test.socket()).unwrap());
     assert!(test.socket().exists());
-    test.server = Some(Server::bind(&test.socket()).unwrap());
+    test.server = Some(Server::bind(&test.socket(), None).unwrap());
 }
 
 #[test]
 fn a_place_that_can_not_be_used_is_told() {
-    let error = Server::bind(Path::new("/proc/ept-virt/sock")).map(|_| ()).unwrap_err();
+    let error = Server::bind(Path::new("/proc/ept-virt/sock"), None).map(|_| ()).unwrap_err();
     assert!(error.to_string().contains("--socket"), "{error}");
 }
 

@@ -26,8 +26,21 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// What a person asked for beside the policy, until the domain ends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Hold {
+    /// Nothing.
+    #[default]
+    None,
+    /// Move nothing.
+    Paused,
+    /// Do not even observe.
+    Stopped,
+}
+
 /// One domain, as its worker, the reconciler and the server see it.
 pub struct Cell {
+    hold: Mutex<Hold>,
     status: Mutex<DomainStatus>,
     memory: Arc<Mutex<GuestMemory>>,
 }
@@ -50,12 +63,31 @@ impl Cell {
             moves: MoveTotals::default(),
             strip: Vec::new(),
         };
-        Self { status: Mutex::new(status), memory: Arc::new(Mutex::new(empty_memory())) }
+        let (hold, memory) = (Mutex::default(), Arc::new(Mutex::new(empty_memory())));
+        Self { hold, status: Mutex::new(status), memory }
     }
 
     /// Changes the status.
     pub fn update(&self, change: impl FnOnce(&mut DomainStatus)) {
         change(&mut lock(&self.status));
+    }
+
+    /// What a person asked for.
+    pub fn hold(&self) -> Hold {
+        *lock(&self.hold)
+    }
+
+    /// Asks for `hold` in place of `expected`; otherwise leaves it, and says what
+    /// holds.
+    pub fn set_hold(&self, expected: &[Hold], hold: Hold) -> Result<(), Hold> {
+        let mut held = lock(&self.hold);
+        match expected.contains(&held) {
+            true => {
+                *held = hold;
+                Ok(())
+            }
+            false => Err(*held),
+        }
     }
 
     /// What is known of the guest's memory, for its worker.
