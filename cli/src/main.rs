@@ -2,6 +2,7 @@
 //! `ept-virt`: keeps the hot memory of KVM guests in DRAM and the cold memory in
 //! NVM or CXL, under a policy in the domain's own libvirt XML.
 
+mod attach;
 mod client;
 mod daemon;
 mod failure;
@@ -9,7 +10,9 @@ mod failure;
 mod golden;
 mod list;
 mod map;
+mod memslots;
 mod policy;
+mod samples;
 mod status;
 mod strip;
 mod style;
@@ -19,6 +22,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use ept_virt_core::sampler::Sampler;
 use ept_virt_core::wire::{self, DEFAULT_SOCKET};
 use serde::Serialize;
 
@@ -64,6 +68,25 @@ enum Command {
     Map {
         /// Name or UUID.
         domain: String,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Show single accesses of a domain as they happen: GPA, HVA, read, write or
+    /// execute.
+    Samples(samples::SamplesArgs),
+    /// Show a domain's memory slots, as KVM knows them.
+    Memslots {
+        /// Name, id or UUID.
+        domain: String,
+        /// libvirt to talk to.
+        #[arg(
+            short,
+            long,
+            value_name = "URI",
+            env = "LIBVIRT_DEFAULT_URI",
+            default_value = "qemu:///system"
+        )]
+        connect: String,
         #[command(flatten)]
         output: Output,
     },
@@ -126,6 +149,13 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Map { domain, output } => {
             let map = client::map(&cli.socket, &domain)?;
             print(output, &map, || map::render(&map, &style))
+        }
+        Command::Samples(args) => samples::run(&args),
+        Command::Memslots { domain, connect, output } => {
+            let mut attached = attach::attach_named(&connect, &domain)?;
+            let slots = attached.sampler.memslots().map_err(|error| Failure::refused(error.to_string()))?.1;
+            let entries = memslots::entries(&slots);
+            print(output, &entries, || memslots::render(&entries, &style))
         }
         Command::Start(Domain { domain }) => client::change(&cli.socket, wire::Command::Start { domain }),
         Command::Stop(Domain { domain }) => client::change(&cli.socket, wire::Command::Stop { domain }),

@@ -14,6 +14,7 @@ use std::fmt;
 use std::time::Duration;
 
 use crate::heat::HeatParams;
+use crate::samples::AccessSet;
 use crate::topology::NodeSet;
 use crate::units::{Bytes, BytesPerSecond, Share, format_duration};
 
@@ -21,7 +22,7 @@ pub use config::{Config, ConfigError, DEFAULT_CONFIG};
 pub use layer::{Exclusion, Layer};
 pub use parse::{NAMESPACE, PolicyError};
 pub use serve::{Host, refusal};
-pub use settings::{Access, Kind, SETTINGS, Setting, Value};
+pub use settings::{Kind, SETTINGS, Setting, Value};
 
 /// What is done with a domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +71,7 @@ pub struct Sampling {
     /// access.
     pub flush: bool,
     /// Kinds of access that sampling records.
-    pub access: Access,
+    pub access: AccessSet,
     /// Accesses sampled in a second; 0: none.
     pub rate_hz: u32,
 }
@@ -231,7 +232,7 @@ impl Policy {
                 flush: layer.flag("sampling.flush"),
                 access: match layer.get("sampling.access") {
                     Some(Value::Access(access)) => *access,
-                    _ => Access::default(),
+                    _ => AccessSet::default(),
                 },
                 rate_hz: layer.number("sampling.rate"),
             },

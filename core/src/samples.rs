@@ -5,6 +5,7 @@
 //! Harvests tell of all pages whether they were accessed; samples tell of a few
 //! accesses what they were. Both at once take a session each.
 
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
@@ -32,10 +33,36 @@ impl AccessSet {
     /// Writes alone: the one set that leaves reads at full speed.
     pub const WRITE: AccessSet = AccessSet { read: false, write: true, exec: false };
 
+    /// Reads some of the letters `r`, `w` and `x`, each once at most; none for
+    /// anything else.
+    pub fn from_letters(text: &str) -> Option<Self> {
+        let mut set = AccessSet::default();
+        for letter in text.chars() {
+            let kind = match letter {
+                'r' => &mut set.read,
+                'w' => &mut set.write,
+                'x' => &mut set.exec,
+                _ => return None,
+            };
+            if std::mem::replace(kind, true) {
+                return None;
+            }
+        }
+        (!text.is_empty()).then_some(set)
+    }
+
     fn bits(self) -> u32 {
         [(self.read, uapi::ACCESS_READ), (self.write, uapi::ACCESS_WRITE), (self.exec, uapi::ACCESS_EXEC)]
             .into_iter()
             .fold(0, |bits, (wanted, bit)| if wanted { bits | bit } else { bits })
+    }
+}
+
+/// As [`AccessSet::from_letters`] reads it.
+impl fmt::Display for AccessSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let letters = [(self.read, 'r'), (self.write, 'w'), (self.exec, 'x')];
+        f.pad(&letters.iter().filter(|(set, _)| *set).map(|(_, letter)| letter).collect::<String>())
     }
 }
 

@@ -16,7 +16,8 @@ use log::{info, warn};
 
 use super::guest::Orders;
 use super::state::{Cell, Hold, Shared};
-use super::worker::{self, Unattached, Worker};
+use super::worker::{self, Worker};
+use crate::attach::Unattached;
 
 /// A domain that libvirt says is running.
 struct Entry {

@@ -2,7 +2,6 @@
 //! One thread for each domain that is observed.
 
 use std::io;
-use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,10 +11,12 @@ use std::time::{Duration, Instant};
 
 use ept_virt_core::domain::RunningDomain;
 use ept_virt_core::migrate::{KernelMover, Mover, ProcessGone};
-use ept_virt_core::process::{Process, ProcessError, find_vm_fd};
-use ept_virt_core::sampler::{KernelSampler, Sampler, SamplerError};
+use ept_virt_core::process::Process;
+use ept_virt_core::sampler::{Sampler, SamplerError};
 use ept_virt_core::wire::{DomainState, RoundStatus};
 use log::{debug, info, warn};
+
+use crate::attach::{self, Attached, Unattached};
 
 use super::guest::{Guest, Moves, Orders, Pace};
 use super::state::Cell;
@@ -39,51 +40,13 @@ pub struct Attachment {
     mover: Box<dyn Mover>,
 }
 
-/// Why a domain can not be observed.
-pub struct Unattached {
-    /// Its process, if that much is known.
-    pub pid: Option<i32>,
-    /// In plain words.
-    pub reason: String,
-}
-
 /// Finds the domain's process and VM, and binds the kernel module to it; or says
 /// why it can not be observed.
 pub fn attach(domain: &RunningDomain) -> Result<Attachment, Unattached> {
-    let process = open_qemu(domain);
-    let pid = process.as_ref().ok().map(Process::pid);
-    let attached = match domain.kind().filter(|kind| kind != "kvm") {
-        Some(kind) => Err(format!(
-            "the domain runs without KVM (type='{kind}'): there are no second-level page tables to read. Use <domain type='kvm'>"
-        )),
-        None => process.and_then(attach_to),
-    };
-    attached.map_err(|reason| Unattached { pid, reason })
-}
-
-fn open_qemu(domain: &RunningDomain) -> Result<Process, String> {
-    let file = domain.pid_file();
-    let pid = domain.read_pid().map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => format!("the pid of its QEMU is not known: {} is missing", file.display()),
-        _ => format!("the pid of its QEMU is not known: {}: {error}", file.display()),
-    })?;
-    Process::open_qemu(pid, &domain.uuid).map_err(|error| explain(&error))
-}
-
-fn attach_to(process: Process) -> Result<Attachment, String> {
-    let vm = find_vm_fd(&process).map_err(|error| explain(&error))?;
-    let mut sampler = KernelSampler::open().map_err(|error| error.to_string())?;
-    sampler.attach(vm.as_fd()).map_err(|error| error.to_string())?;
+    let Attached { process, sampler } = attach::attach(domain)?;
     let process = Arc::new(process);
     let mover = KernelMover::new(Arc::clone(&process), Path::new("/sys").into());
     Ok(Attachment { process, sampler: Box::new(sampler), mover: Box::new(mover) })
-}
-
-fn explain(error: &ProcessError) -> String {
-    match error.hint() {
-        Some(hint) => format!("{error}: {hint}"),
-        None => error.to_string(),
-    }
 }
 
 /// How a worker ended.

@@ -8,7 +8,7 @@ use virt::sys;
 
 use crate::policy::NAMESPACE;
 
-use super::{LibvirtError, call_error, open, silence};
+use super::{LibvirtError, RunningDomain, call_error, describe, open, silence};
 
 /// The prefix that libvirt gives the element.
 const PREFIX: &str = "ev";
@@ -59,6 +59,12 @@ impl DefinedDomain {
             true => LibvirtError::NoDomain { uri: uri.to_owned(), wanted: wanted.to_owned() },
             false => call_error(uri, "find the domain", &error),
         })
+    }
+
+    /// The domain as one that runs; `None` when it does not.
+    pub fn running(&self) -> Result<Option<RunningDomain>, LibvirtError> {
+        let described = self.is_active.then(|| describe(&self.domain)).transpose();
+        described.map_err(|error| call_error(&self.uri, "describe the domain", &error))
     }
 
     /// The whole XML of one description.

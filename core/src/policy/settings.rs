@@ -7,46 +7,11 @@ use std::fmt;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
+use crate::samples::AccessSet;
 use crate::topology::NodeSet;
 use crate::units::{self, Bytes, BytesPerSecond, Share, UnitError};
 
 use super::words::suggestion;
-
-/// The accesses that sampling is to record.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Access {
-    /// Data was read.
-    pub read: bool,
-    /// Data was written.
-    pub write: bool,
-    /// An instruction was fetched.
-    pub execute: bool,
-}
-
-impl Access {
-    fn parse(text: &str) -> Option<Self> {
-        let mut access = Access::default();
-        for letter in text.chars() {
-            let kind = match letter {
-                'r' => &mut access.read,
-                'w' => &mut access.write,
-                'x' => &mut access.execute,
-                _ => return None,
-            };
-            if std::mem::replace(kind, true) {
-                return None;
-            }
-        }
-        (!text.is_empty()).then_some(access)
-    }
-}
-
-impl fmt::Display for Access {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let letters = [(self.read, 'r'), (self.write, 'w'), (self.execute, 'x')];
-        f.pad(&letters.iter().filter(|(set, _)| *set).map(|(_, letter)| letter).collect::<String>())
-    }
-}
 
 /// What a setting says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,7 +37,7 @@ pub enum Value {
     /// NUMA nodes.
     Nodes(NodeSet),
     /// Kinds of access.
-    Access(Access),
+    Access(AccessSet),
 }
 
 impl Value {
@@ -218,7 +183,7 @@ impl Setting {
             Kind::Hertz(_) => Err(format!("unknown unit \"{unit}\": use Hz")),
             Kind::Number(range) => number(text, range, "").map(Value::Number),
             Kind::Nodes => nodes(text),
-            Kind::Access => Access::parse(text).map(Value::Access).ok_or_else(|| {
+            Kind::Access => AccessSet::from_letters(text).map(Value::Access).ok_or_else(|| {
                 format!("\"{text}\" is not some of the letters r, w and x, each once at most")
             }),
         }
