@@ -286,7 +286,7 @@ impl Policy {
             if self.sampling.flush { "" } else { " without TLB flush" },
             format_duration(self.half_life),
         );
-        match self.mode {
+        let mut text = match self.mode {
             Mode::Off => "off: neither observed nor moved".into(),
             Mode::Observe => format!("observe: {observed}; nothing is moved"),
             Mode::Place => format!(
@@ -297,7 +297,12 @@ impl Policy {
                 self.migration.tolerance,
                 self.migration.bandwidth,
             ),
+        };
+        let unserved = serve::unserved(self);
+        if !unserved.is_empty() && self.mode != Mode::Off {
+            text += &format!("; this version does nothing with {}", unserved.join(", "));
         }
+        text
     }
 
     fn describe_nodes(&self) -> String {

@@ -190,6 +190,19 @@ mod tests {
         assert!(problem("[defaults\n").contains("TOML parse error at line 1"));
     }
 
+    /// The example, as it is and with all that is commented out in it.
+    #[test]
+    fn the_example_is_valid() {
+        let example = include_str!("../../../cli/dist/ept-virt.toml");
+        assert_eq!(Config::parse(example).unwrap(), Config::default());
+        let is_setting =
+            |line: &&str| line.starts_with("#[") || line.contains(" = ") && !line.starts_with("# ");
+        let settings: Vec<&str> = example.lines().filter(is_setting).map(|line| &line[1..]).collect();
+        let config = Config::parse(&settings.join("\n")).unwrap();
+        assert_eq!(config.profile_names().collect::<Vec<_>>(), ["bronze", "gold"]);
+        assert_eq!(config.group.as_deref(), Some("libvirt"));
+    }
+
     #[test]
     fn a_file_that_is_not_there_says_nothing() {
         let config = Config::read(Path::new("/nonexistent/ept-virt.toml")).unwrap();

@@ -14,6 +14,9 @@ impl Policy {
         let both = tiers.fast.intersection(&tiers.slow);
         let obstacle = if self.mode != Mode::Place {
             None
+        } else if !self.exclude.is_empty() {
+            // Rather too little than what was to be left alone.
+            Some("the policy excludes memory, which this version can not tell from the rest".into())
         } else if !unknown.is_empty() {
             Some(format!("the policy's NUMA nodes {unknown} have no memory on this host"))
         } else if !both.is_empty() {
@@ -25,6 +28,18 @@ impl Policy {
         };
         (tiers, obstacle)
     }
+}
+
+/// Settings that are read, and that this version does nothing with.
+pub(super) fn unserved(policy: &Policy) -> Vec<&'static str> {
+    let default = Policy::default();
+    let asked = [
+        (policy.sampling.rate_hz > 0, "sampling.rate"),
+        (policy.weights != default.weights, "the weights of temperature"),
+        (policy.dram.weight != default.dram.weight, "dram.weight"),
+        (policy.migration.interval.is_some(), "migration.interval"),
+    ];
+    asked.into_iter().filter(|(asked, _)| *asked).map(|(_, words)| words).collect()
 }
 
 /// What a host is asked before a domain starts. Each answer is only asked for
@@ -154,6 +169,8 @@ mod tests {
         assert!(nodes.contains("nodes 9 have no memory"), "{nodes}");
         assert!(refused(&required("profile='gold'", ""), &good()).contains("no profile \"gold\""));
         assert_eq!(refused(&place, &Fake { config: Err("broken".into()), ..good() }), "broken");
+        let excluded = required("mode='place'", "<p:exclude><p:memory alias='dimm0'/></p:exclude>");
+        assert!(refused(&excluded, &good()).contains("excludes memory"));
         // Who only observes needs no second tier, and who does nothing needs nothing.
         let observe = required("", "");
         assert_eq!(refusal(&observe, &Fake { slow: vec![], ..good() }), None);
