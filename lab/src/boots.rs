@@ -212,6 +212,11 @@ pub const BENCHES: &[Boot] = &[
         mips: FAST_MIPS,
         ..intel("intel-bench-fast", Line::V6_12, Tests::Only(&["sample-settle-fast"]))
     },
+    Boot {
+        cpus: 2,
+        mips: FAST_MIPS,
+        ..intel("intel-bench-whole", Line::V6_12, Tests::Only(&["guest-slowdown"]))
+    },
 ];
 
 /// One instruction in a nanosecond.

@@ -2,9 +2,10 @@
 //! What a guest pays for being observed, by its own time-stamp counter: for a
 //! sample, for a flush, and of its work as a whole.
 //!
-//! On the Intel host a tick is an instruction of one CPU, of the guest or of the
-//! host; with several CPUs the counter stands still for some dozen instructions
-//! at a time. Caches, and translations that are lost, cost nothing there.
+//! On the Intel host with one CPU a tick is an instruction, of the guest or of
+//! the host. With several, which take turns of some instructions, it is the mean
+//! of what they did, and one at rest counts as 16 instructions a turn. Caches,
+//! and translations that are lost, cost nothing there.
 
 use std::fmt::Write as _;
 use std::fs::File;
@@ -26,9 +27,8 @@ use super::spin::{Crew, Log, gap_program, pin_to, rounds, timing_program};
 const LOG: Log = Log { address: 0x10_0000, entries: 400 };
 /// An access that takes this many ticks left the guest.
 const EXIT: u32 = 300;
-/// So is a guest that did nothing for this long: with several CPUs emulated in
-/// turns, the counter goes on between two instructions.
-const INTERRUPTED: u32 = 1000;
+/// The page that vCPUs read when the cost of a flush is measured, below their logs.
+const FLUSHED: u32 = 0xFF;
 const PATIENCE: Duration = Duration::from_secs(60);
 const HUGE: usize = 2 << 20;
 /// One page in each of six huge ones.
@@ -112,50 +112,93 @@ fn accesses(
     spread(values)
 }
 
-/// Ticks of a flush, for who asks for it and for each vCPU.
+/// Ticks of a flush, for who asks for it and for each of as many vCPUs as there
+/// are CPUs after the first. No CPU is at rest, which would count as work.
 pub fn of_a_flush() -> Result<Outcome> {
-    let mut report = String::from("ticks of a flush, median (nine of ten below):");
-    let cpus = std::thread::available_parallelism()?.get();
-    for vcpus in [1, 4] {
-        let mut crew = Crew::new(Machine::standard()?, vcpus)?;
-        let logs: Vec<Log> =
-            (0..vcpus as u32).map(|id| Log { address: LOG.address + (id << 16), entries: 16000 }).collect();
-        for (vcpu, log) in logs.iter().enumerate() {
-            crew.load(vcpu, &gap_program(*log, INTERRUPTED))?;
-        }
-        let session = File::options().read(true).write(true).open(uapi::PROC_PATH)?;
-        uapi::attach(&session, crew.machine.vm_fd())?;
-        let (without, with, gaps) = crew.while_spinning(|memory| {
-            pin_to(0)?;
-            let without = calls(&session, 0)?;
-            logs.iter().for_each(|log| log.clear(memory));
-            let with = calls(&session, uapi::HARVEST_FLUSH)?;
-            // What the vCPUs wrote since it began, from where their logs went on.
-            let gaps: Vec<u32> = logs.iter().flat_map(|log| log.read_all(memory)).collect();
-            Ok((without, with, gaps))
-        })?;
-        let gap_count = gaps.len();
-        let (without, with, gaps) = (spread(without)?, spread(with)?, spread(gaps)?);
-        write!(
-            report,
-            " {vcpus} vCPU on {} CPUs: caller {} ({}) above {} of the same call without, vCPU {} ({}, {gap_count} times);",
-            vcpus.min(cpus - 1),
-            with.median.saturating_sub(without.median),
-            with.ninth.saturating_sub(without.median),
-            without.median,
-            gaps.median,
-            gaps.ninth
-        )?;
+    let vcpus = std::thread::available_parallelism()?.get() - 1;
+    let mut crew = Crew::new(Machine::standard()?, vcpus)?;
+    let logs: Vec<Log> =
+        (0..vcpus as u32).map(|id| Log { address: LOG.address + (id << 16), entries: 16000 }).collect();
+    for (vcpu, log) in logs.iter().enumerate() {
+        crew.load(vcpu, &gap_program(FLUSHED * PAGE as u32, *log, EXIT))?;
     }
-    Ok(Outcome::Pass(report))
+    let session = File::options().read(true).write(true).open(uapi::PROC_PATH)?;
+    uapi::attach(&session, crew.machine.vm_fd())?;
+    let (calls, gaps) = crew.while_spinning(|memory| {
+        pin_to(0)?;
+        // The vCPUs begin their logs, which KVM maps.
+        Calls::measure(&session)?;
+        logs.iter().for_each(|log| log.clear(memory));
+        let calls = Calls::measure(&session)?;
+        // What the vCPUs wrote since, from where their logs went on.
+        Ok((calls, logs.iter().map(|log| log.read_all(memory)).collect::<Vec<_>>()))
+    })?;
+    for gaps in &gaps {
+        let often = calls.flushes * 9 / 10..=calls.flushes * 5 / 4;
+        ensure!(
+            often.contains(&gaps.len()),
+            "{} flushes interrupted a vCPU {} times: {gaps:?}",
+            calls.flushes,
+            gaps.len()
+        );
+    }
+    let counts: Vec<usize> = gaps.iter().map(Vec::len).collect();
+    let (without, with, gaps) = (spread(calls.without)?, spread(calls.with)?, spread(gaps.concat())?);
+    Ok(Outcome::Pass(format!(
+        "ticks of a flush, median (nine of ten below): {vcpus} vCPUs: caller {} ({}) above {} of the same \
+         call without, vCPU {} ({}), interrupted {counts:?} times by {} flushes",
+        with.median.saturating_sub(without.median),
+        with.ninth.saturating_sub(without.median),
+        without.median,
+        gaps.median,
+        gaps.ninth,
+        calls.flushes
+    )))
 }
 
-/// Ticks of harvests of one page, which clear it: the first of the first log, to
-/// which the guest writes when a flush has interrupted it.
-fn calls(session: &File, flags: u32) -> Result<Vec<u32>> {
-    const CALLS: usize = 50;
-    let mut spent = Vec::new();
-    for _ in 0..CALLS {
+/// Ticks of harvests of one page that the guest reads without end, each of which
+/// found its accessed bit and cleared it.
+struct Calls {
+    without: Vec<u32>,
+    with: Vec<u32>,
+    /// Of all calls, also of those that are in neither.
+    flushes: usize,
+}
+
+impl Calls {
+    /// In turns a call that clears and flushes, one that clears alone, and one
+    /// that lets the guest set the bit again.
+    fn measure(session: &File) -> Result<Calls> {
+        const TURNS: usize = 50;
+        const PAUSE: u64 = 50_000;
+        let mut calls = Calls { without: Vec::new(), with: Vec::new(), flushes: 0 };
+        for call in 0..3 * TURNS {
+            let flags = if call % 3 == 1 { 0 } else { uapi::HARVEST_FLUSH };
+            let (spent, stats) = Calls::one(session, flags)?;
+            calls.flushes += stats.flushes as usize;
+            match (stats.accessed, stats.flushes) {
+                (1, 0) => calls.without.push(spent),
+                (1, 1) => calls.with.push(spent),
+                _ => {}
+            }
+            // For the vCPUs to go on.
+            let start = ticks();
+            while ticks() - start < PAUSE {
+                std::hint::spin_loop();
+            }
+        }
+        let enough = TURNS * 9 / 10;
+        ensure!(
+            calls.without.len() >= enough && calls.with.len() >= enough,
+            "of {TURNS} turns {} cleared and {} cleared and flushed, {} flushed in all",
+            calls.without.len(),
+            calls.with.len(),
+            calls.flushes
+        );
+        Ok(calls)
+    }
+
+    fn one(session: &File, flags: u32) -> Result<(u32, uapi::KesHarvestStats)> {
         let mut accessed = [0_u64];
         let buffers = HarvestBuffers {
             accessed: &mut accessed,
@@ -165,28 +208,19 @@ fn calls(session: &File, flags: u32) -> Result<Vec<u32>> {
             levels: &mut [],
             nodes: &[],
         };
+        let flags = flags | uapi::HARVEST_CLEAR_ACCESSED;
         let before = ticks();
-        let result = uapi::harvest(
-            session,
-            u64::from(LOG.address) / PAGE as u64,
-            1,
-            flags | uapi::HARVEST_CLEAR_ACCESSED,
-            buffers,
-        )
-        .context("harvest")?;
-        let after = ticks();
-        if flags == 0 || result.stats.flushes == 1 {
-            spent.push((after - before) as u32);
-        }
-        std::thread::sleep(Duration::from_millis(2));
+        let result = uapi::harvest(session, u64::from(FLUSHED), 1, flags, buffers).context("harvest")?;
+        Ok(((ticks() - before) as u32, result.stats))
     }
-    ensure!(spent.len() >= CALLS / 5, "{} of {CALLS} calls flushed: {spent:?}", spent.len());
-    Ok(spent)
 }
 
-/// How much of its work a guest still does: going over 16 MiB without end.
+/// How much of its work a guest still does: going over 16 MiB without end. What
+/// the host's CPU does in place of resting makes the guest look faster.
 pub fn of_the_whole() -> Result<Outcome> {
     const SIXTEEN_MIB: Pages = Pages { base: 0x20_0000, stride: 0x1000, count: 4096 };
+    /// For the rate of sampling.
+    const SETTLE: Duration = Duration::from_millis(300);
     /// Instructions for each page, and to begin a round: see `machine::program`.
     const ROUND: f64 = 4.0 * SIXTEEN_MIB.count as f64 + 4.0;
     let mut machine = Machine::standard()?;
@@ -198,33 +232,42 @@ pub fn of_the_whole() -> Result<Outcome> {
     let mut sampling = Sampling::start(crew.machine.observe()?, AccessSet::ALL, 10, 0)?;
     sampling.set(AccessSet::default(), 0)?;
     let report = crew.while_spinning(|memory| {
-        let speed = |what: &mut dyn FnMut() -> Result<()>| -> Result<f64> {
-            std::thread::sleep(Duration::from_millis(50));
+        // Instructions a second, and when the measurement began and how long it took.
+        let speed = |what: &mut dyn FnMut() -> Result<()>| -> Result<(f64, Duration, Duration)> {
             let (start, before) = (now()?, rounds(memory, 0));
             what()?;
             let (end, after) = (now()?, rounds(memory, 0));
-            Ok(f64::from(after - before) * ROUND / (end - start).as_secs_f64())
+            Ok((f64::from(after - before) * ROUND / (end - start).as_secs_f64(), start, end - start))
         };
         let pause = |ms| {
             std::thread::sleep(Duration::from_millis(ms));
             Ok(())
         };
-        let alone = speed(&mut || pause(300))?;
+        pause(50)?;
+        let (alone, ..) = speed(&mut || pause(300))?;
         let mut report = format!("{:.1} million instructions a second alone", alone / 1e6);
-        let harvested = speed(&mut || {
-            harvest(&mut harvester, ALL_CLEAR)?;
+        let (harvested, ..) = speed(&mut || {
+            let seen = harvest(&mut harvester, ALL_CLEAR)?.stats;
+            ensure!(seen.accessed >= u64::from(SIXTEEN_MIB.count) && seen.flushes == 1, "{seen:?}");
             pause(1000)
         })?;
         write!(report, "; a harvest with flush a second: {:.4}", harvested / alone)?;
         for (freq_hz, ms) in [(100, 500), (1000, 300), (10_000, 200)] {
             sampling.set(AccessSet::ALL, freq_hz)?;
             let mut samples = Vec::new();
-            let sampled = speed(&mut || collect(&mut sampling, Duration::from_millis(ms), &mut samples))?;
-            write!(report, "; {freq_hz} Hz: {:.4}", sampled / alone)?;
+            collect(&mut sampling, SETTLE, &mut samples)?;
+            let (sampled, start, took) =
+                speed(&mut || collect(&mut sampling, Duration::from_millis(ms), &mut samples))?;
+            let count = samples.iter().filter(|sample| sample.time >= start).count();
+            let seen_hz = count as f64 / took.as_secs_f64();
+            write!(report, "; {freq_hz} Hz, of which came {seen_hz:.0}: {:.4}", sampled / alone)?;
+            ensure!((seen_hz / f64::from(freq_hz) - 1.0).abs() < 0.2, "{report}");
         }
         sampling.set(AccessSet::default(), 0)?;
-        let again = speed(&mut || pause(200))?;
+        pause(50)?;
+        let (again, ..) = speed(&mut || pause(200))?;
         write!(report, "; alone again: {:.4}", again / alone)?;
+        ensure!((again / alone - 1.0).abs() < 0.001, "{report}");
         Ok(report)
     })?;
     Ok(Outcome::Pass(format!("the guest's own {report} of that")))

@@ -202,12 +202,14 @@ pub fn timing_program(pages: Pages, touch: Touch, log: Log, from: u32) -> Result
     Ok(code)
 }
 
-/// Touches nothing, and writes down each gap of at least `from` ticks between
-/// two instructions: what the host took from the guest.
-pub fn gap_program(log: Log, from: u32) -> Vec<u8> {
+/// Reads at `address` without end, and writes down each gap of at least `from`
+/// ticks between two rounds: what the host took from the guest.
+pub fn gap_program(address: u32, log: Log, from: u32) -> Vec<u8> {
     let mut code = log.begin();
     code.extend([0x0F, 0x31, 0x89, 0xC6]); // rdtsc; mov esi, eax
     let next = code.len();
+    code.push(0xA1); // mov eax, [address]
+    code.extend(address.to_le_bytes());
     code.extend([0x0F, 0x31, 0x89, 0xC2]); // rdtsc; mov edx, eax
     code.extend([0x29, 0xF0, 0x89, 0xD6]); // sub eax, esi; mov esi, edx
     code.extend(log.code(from));
