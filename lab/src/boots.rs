@@ -205,6 +205,9 @@ pub const BENCHES: &[Boot] = &[
     COST,
     intel("intel-bench-sampling", Line::V6_12, Tests::Only(&["sample-rate", "sample-cold", "holds"])),
     Boot { cpus: 1, ..intel("intel-bench-sample", Line::V6_12, Tests::Only(&["sample-cost"])) },
+    // A CPU for each vCPU, and one for the host.
+    intel("intel-bench-flush", Line::V6_12, Tests::Only(&["flush-cost"])),
+    Boot { cpus: 5, ..intel("intel-bench-flush-4", Line::V6_12, Tests::Only(&["flush-cost"])) },
     Boot { cpus: 3, ..intel("intel-bench-slow", Line::V6_12, Tests::Only(&["sample-settle-slow"])) },
     // What is to be sampled 50000 times in a second takes a faster CPU.
     Boot {
