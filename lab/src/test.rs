@@ -44,6 +44,7 @@ const AMD_RUNS: &[(&str, &[&str])] = &[
             "bad-guest-dies",
         ],
     ),
+    ("amd-policy", &["policy-live", "policy-required"]),
     ("amd-fire", &["fire-memory", "fire-life", "fire-migrate", "fire-hugetlbfs"]),
 ];
 const SCENARIO_TIMEOUT: Duration = Duration::from_secs(240);

@@ -17,6 +17,7 @@ mod hammer;
 mod host;
 mod kill;
 mod placement;
+mod policies;
 mod qemu;
 mod truth;
 
@@ -45,6 +46,8 @@ const SCENARIOS: &[(&str, Test)] = &[
     ("bad-libvirtd-restarted", bad_paths::libvirtd_restarted),
     ("bad-module-removed", bad_paths::module_removed),
     ("bad-guest-dies", bad_paths::guest_dies),
+    ("policy-live", policies::live),
+    ("policy-required", policies::required),
     ("fire-life", fire_life::run),
     ("fire-hugetlbfs", fire_huge::run),
     ("fire-memory", fire_memory::run),

@@ -26,9 +26,14 @@ pub struct Daemon {
 impl Daemon {
     /// Starts it and waits until it answers.
     pub fn start() -> Result<Self> {
+        Self::start_looking_every("2")
+    }
+
+    /// As [`Daemon::start`]; it looks at libvirt by itself every so many seconds.
+    pub fn start_looking_every(seconds: &str) -> Result<Self> {
         let log = File::create(LOG).context("creating the daemon's log")?;
         let child = Command::new(format!("{PAYLOAD}/ept-virt"))
-            .args(["daemon", "--reconcile-interval", "2"])
+            .args(["daemon", "--reconcile-interval", seconds])
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
@@ -109,6 +114,11 @@ pub fn wait_for(
             format!("status {json}; daemon log: {}", log_tail())
         }),
     }
+}
+
+/// Runs the CLI; its standard output, or an error with all it said.
+pub fn cli_text(args: &[&str]) -> Result<String> {
+    host::succeed(Command::new(format!("{PAYLOAD}/ept-virt")).args(args))
 }
 
 /// Runs the CLI; its exit code and what it wrote to standard error.
