@@ -12,7 +12,7 @@ use clap::builder::PossibleValuesParser;
 use serde::Deserialize;
 
 use crate::Lab;
-use crate::boots::{self, Boot};
+use crate::boots::{self, Boot, Wishes};
 use crate::micro::MicroHosts;
 use crate::prepare::{self, Plan};
 use crate::verdict::{Tally, Verdict};
@@ -49,7 +49,7 @@ fn intel(lab: &Lab, chosen: impl Fn(&Boot) -> bool) -> Result<bool> {
     let agent = product::build_agent(lab)?;
     let hosts = MicroHosts::new(lab, &agent);
     let tally = Tally::new(&lab.progress);
-    chosen.into_iter().try_for_each(|boot| hosts.run(boot, &[], &tally))?;
+    chosen.into_iter().try_for_each(|boot| hosts.run(boot, &Wishes::default(), &tally))?;
     Ok(tally.count(Verdict::Fail) == 0)
 }
 

@@ -3,6 +3,7 @@
 //! A micro host has no disk and no user space but the lab's agent as PID 1.
 
 use std::fmt;
+use std::time::Duration;
 
 use crate::kernel::Line;
 use crate::{micro_amd, micro_intel};
@@ -25,12 +26,24 @@ pub struct Boot {
     pub flavour: Flavour,
     /// The host's memory; on Intel 3 GiB take 4 s longer to boot than 512 MiB.
     pub memory_mib: u32,
-    /// Parameters of KVM's modules, and other words of the kernel command line.
+    /// More words for the kernel command line: parameters of KVM's modules, and
+    /// what the agent's tests are to know.
     pub kvm: &'static str,
     /// Whether the module is there that the benches compare with.
     pub bench_module: bool,
     /// What to run.
     pub tests: Tests,
+}
+
+/// What a run asks of its boots beside what they are.
+#[derive(Default)]
+pub struct Wishes {
+    /// Tests to run in place of the boot's own.
+    pub only: Vec<String>,
+    /// Words for the kernel command line.
+    pub words: Vec<String>,
+    /// When to give up, if not as usual.
+    pub timeout: Option<Duration>,
 }
 
 /// A processor with an emulator of its own.
@@ -87,6 +100,18 @@ const SAMPLING: Tests = Tests::Only(&[
     "sample-overflow",
     "sample-churn",
 ]);
+
+/// What takes longer than a test, or the module away from under others.
+const FIRE: &[&str] = &[
+    "fire-small",
+    "fire-huge",
+    "fire-hugetlb",
+    "fire-killed",
+    "fire-closed",
+    "fire-unloaded",
+    "leaks",
+    "fuzz",
+];
 
 /// All tests, on a kernel line and AMD.
 const fn amd(name: &'static str, kernel: Line) -> Boot {
@@ -151,6 +176,10 @@ pub const TESTS: &[Boot] = &[
     amd("amd-6.1", Line::V6_1),
     amd("amd-6.12", Line::V6_12),
     amd("amd-7.3", Line::V7_3),
+    Boot { tests: Tests::Only(FIRE), ..amd("amd-fire", Line::V6_12) },
+    Boot { tests: Tests::Only(FIRE), kvm: "ept.fuzz_seconds=20", ..amd("amd-fire-6.1", Line::V6_1) },
+    Boot { tests: Tests::Only(FIRE), kvm: "ept.fuzz_seconds=20", ..amd("amd-fire-7.3", Line::V7_3) },
+    Boot { kvm: "ept.fuzz_seconds=20", ..intel("intel-fire", Line::V6_12, Tests::Only(FIRE)) },
     // The page of 1 GiB needs the memory of intel-haswell.
     intel("intel", Line::V6_12, Tests::AllBut(&["levels-1g"])),
     intel("intel-6.1", Line::V6_1, Tests::AllBut(&["levels-1g"])),
@@ -197,6 +226,12 @@ pub const TESTS: &[Boot] = &[
 pub const DEBUG: &[Boot] = &[
     // Each GiB costs KASAN an eighth of it.
     Boot { memory_mib: 4096, ..amd("amd-debug", Line::V6_12Debug) },
+    Boot {
+        memory_mib: 4096,
+        kvm: "ept.slow=5",
+        tests: Tests::Only(FIRE),
+        ..amd("amd-debug-fire", Line::V6_12Debug)
+    },
     Boot { flavour: Flavour::Stock, ..intel("intel-debug", Line::V6_12Debug, Tests::AllBut(&["levels-1g"])) },
 ];
 
@@ -240,8 +275,8 @@ fn all() -> impl Iterator<Item = &'static Boot> {
 }
 
 impl Boot {
-    /// The kernel command line; `only` are tests to run in place of the boot's own.
-    pub fn command_line(&self, only: &[String]) -> String {
+    /// The kernel command line.
+    pub fn command_line(&self, wishes: &Wishes) -> String {
         let mut words = vec![
             "console=ttyS0".to_owned(),
             // A bug ends the emulator at once.
@@ -251,11 +286,12 @@ impl Boot {
             format!("ept.host={}", self.name),
         ];
         words.push(match &self.tests {
-            _ if !only.is_empty() => format!("ept.tests={}", only.join(",")),
+            _ if !wishes.only.is_empty() => format!("ept.tests={}", wishes.only.join(",")),
             Tests::AllBut(names) => format!("ept.without={}", names.join(",")),
             Tests::Only(names) => format!("ept.tests={}", names.join(",")),
         });
         words.push(self.kvm.to_owned());
+        words.extend(wishes.words.iter().cloned());
         words.push(match self.host {
             Host::Amd => micro_amd::WORDS.to_owned(),
             Host::Intel(_) => micro_intel::words(self),
@@ -310,8 +346,10 @@ mod tests {
     #[test]
     fn chosen_tests_replace_those_of_the_boot() {
         let boot = small("x", Cpu::Haswell, Tests::Only(&["a", "b"]));
-        assert!(boot.command_line(&[]).contains("ept.tests=a,b "));
-        let only = boot.command_line(&["c".to_owned()]);
+        assert!(boot.command_line(&Wishes::default()).contains("ept.tests=a,b "));
+        let wishes = Wishes { only: vec!["c".into()], words: vec!["ept.slow=2".into()], timeout: None };
+        let only = boot.command_line(&wishes);
+        assert!(only.contains(" ept.slow=2 "), "{only}");
         assert!(only.contains("ept.tests=c ") && !only.contains("a,b"), "{only}");
         assert!(only.ends_with("-- init-micro"), "{only}");
     }
@@ -319,7 +357,7 @@ mod tests {
     #[test]
     fn command_lines_fit_the_kernels_buffer() {
         for boot in all().chain(BENCHES) {
-            assert!(boot.command_line(&[]).len() < 2000, "{}", boot.name);
+            assert!(boot.command_line(&Wishes::default()).len() < 2000, "{}", boot.name);
         }
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use crate::Lab;
-use crate::boots::{self, Boot, Host};
+use crate::boots::{self, Boot, Host, Wishes};
 use crate::intel_bochs::{self, Bochs};
 use crate::kernel::{Kernel, Line};
 use crate::once::Once;
@@ -83,10 +83,9 @@ impl<'a> MicroHosts<'a> {
         target.get(|| Target::get(self.lab, line))
     }
 
-    /// Boots once and adds the verdicts of its tests, or of those in `only`, to
-    /// `tally`. A host that does not get to its end is a failure there, not an
-    /// error here.
-    pub fn run(&self, boot: &Boot, only: &[String], tally: &Tally) -> Result<()> {
+    /// Boots once and adds the verdicts of its tests to `tally`. A host that does
+    /// not get to its end is a failure there, not an error here.
+    pub fn run(&self, boot: &Boot, wishes: &Wishes, tally: &Tally) -> Result<()> {
         let lab = self.lab;
         let target = self.target(boot.kernel)?;
         let bochs = match boot.host {
@@ -99,7 +98,7 @@ impl<'a> MicroHosts<'a> {
             kernel: micro_image::kernel(lab, &target.kernel, boot.flavour)?,
             initramfs: micro_image::initramfs(lab, boot, target, self.agent, &work)?,
             work: work.clone(),
-            command_line: boot.command_line(only),
+            command_line: boot.command_line(wishes),
             console: lab.log(&format!("{}-console", boot.name)),
             wire: lab.log(boot.name),
             log: lab.log(&format!("{}-emulator", boot.name)),
@@ -116,6 +115,7 @@ impl<'a> MicroHosts<'a> {
             }
         };
         let mut child = proc::spawn(&mut command, output)?;
+        let timeout = wishes.timeout.unwrap_or(timeout);
         let well = verdict::collect(boot.name, &machine.wire, &machine.console, &mut child, timeout, tally)?;
         drop(child);
         if well {

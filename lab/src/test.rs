@@ -15,7 +15,7 @@ use clap::builder::PossibleValuesParser;
 
 use crate::Lab;
 use crate::amd::{AmdHost, Wire};
-use crate::boots::{self, Boot, Host};
+use crate::boots::{self, Boot, Host, Wishes};
 use crate::kernel::Line;
 use crate::micro::{MicroHosts, Target};
 use crate::once::Once;
@@ -68,9 +68,23 @@ pub struct Options {
     /// (lab/agent/src/microvm.rs).
     #[arg(long, value_name = "TEST", num_args = 1.., requires = "boot")]
     only: Vec<String>,
+    /// Words for their kernel command lines, as ept.fuzz_seed=7 or ept.slow=5.
+    #[arg(long, value_name = "WORD", num_args = 1.., requires = "boot")]
+    word: Vec<String>,
+    /// Give each of these boots so many minutes.
+    #[arg(long, requires = "boot")]
+    minutes: Option<u64>,
 }
 
 impl Options {
+    fn wishes(&self) -> Wishes {
+        Wishes {
+            only: self.only.clone(),
+            words: self.word.clone(),
+            timeout: self.minutes.map(|minutes| Duration::from_secs(60 * minutes)),
+        }
+    }
+
     fn all(&self) -> bool {
         !self.intel && self.amd.is_empty() && self.boot.is_empty()
     }
@@ -160,7 +174,7 @@ fn hosts(lab: &Lab, options: &Options, plan: &Plan, tally: &Tally) -> Result<()>
             tally.check(&job.name(), || Ok(format!("W=1, {}", hosts.target(*line)?.kernel.release)));
             Ok(())
         }
-        Job::Boot(boot) => hosts.run(boot, &options.only, tally),
+        Job::Boot(boot) => hosts.run(boot, &options.wishes(), tally),
         Job::Scenarios(name, scenarios) => libvirt
             .get(|| Amd::prepare(lab, hosts.target(Line::MAIN)?, &agent))?
             .scenarios(name, scenarios, tally),
