@@ -33,6 +33,7 @@ mod writeback;
 
 use anyhow::{Result, bail};
 
+use crate::kernel_log::KernelLog;
 pub use crate::report::Outcome;
 
 type Test = (&'static str, fn() -> Result<Outcome>);
@@ -112,8 +113,19 @@ pub fn names() -> impl Iterator<Item = &'static str> {
 /// Runs one test or measurement.
 pub fn run(name: &str) -> Result<Outcome> {
     match TESTS.iter().chain(BY_NAME).find(|(known, _)| *known == name) {
-        Some((_, test)) => test(),
+        Some((_, test)) => run_and_judge(*test),
         None => bail!("there is no test {name:?}; there are: {}", names().collect::<Vec<_>>().join(" ")),
+    }
+}
+
+/// A test in which the kernel complained has failed, whatever else it saw.
+fn run_and_judge(test: fn() -> Result<Outcome>) -> Result<Outcome> {
+    let mut log = KernelLog::from_now()?;
+    let outcome = test();
+    match (outcome, log.judge()) {
+        (outcome, Ok(())) => outcome,
+        (Ok(_), Err(complaint)) => Err(complaint),
+        (Err(error), Err(complaint)) => Err(error.context(format!("{complaint:#}"))),
     }
 }
 

@@ -58,7 +58,7 @@ const SCENARIOS: &[(&str, Test)] = &[
 /// Whatever else a scenario tests, it must leave nothing that holds the module,
 /// and nothing in the kernel's log.
 pub fn run(names: &[&str]) -> Result<()> {
-    let mut log = KernelLog::whole();
+    let mut log = KernelLog::whole()?;
     for name in names {
         let test = find(name)?;
         let verdict = report::judge(name, || {

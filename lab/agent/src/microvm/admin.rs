@@ -3,9 +3,8 @@
 //! check of the kernel, and a kernel that is not known.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
-use std::io::{ErrorKind, Read, Seek, SeekFrom};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -19,6 +18,7 @@ use nix::mount::{MsFlags, mount};
 use super::Outcome;
 use super::machine::{ALL, ALL_CLEAR, Machine, PAGES, SPREAD, Touch, harvest, round_program};
 use super::sampling::{OFTEN_HZ, while_running};
+use crate::kernel_log::KernelLog;
 
 const STATS: &str = "/proc/kvm_ept_sample_stats";
 const MODULE: &str = "kvm_ept_sample";
@@ -135,33 +135,9 @@ pub fn statistics() -> Result<Outcome> {
     )))
 }
 
-/// New lines of the kernel's log.
-struct KernelLog(File);
-
-impl KernelLog {
-    /// From now on.
-    fn from_now() -> Result<KernelLog> {
-        let mut file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open("/dev/kmsg")?;
-        file.seek(SeekFrom::End(0)).context("cannot go to the end of the kernel's log")?;
-        Ok(KernelLog(file))
-    }
-
-    /// The lines that name the module, since the last call.
-    fn lines(&mut self) -> Result<Vec<String>> {
-        let (mut lines, mut record) = (Vec::new(), [0; 8192]);
-        loop {
-            match self.0.read(&mut record) {
-                Ok(bytes) => {
-                    let line = String::from_utf8_lossy(&record[..bytes]).into_owned();
-                    if line.contains(MODULE) {
-                        lines.push(line);
-                    }
-                }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(lines),
-                Err(error) => return Err(error).context("cannot read the kernel's log"),
-            }
-        }
-    }
+/// Of the kernel's new lines those that name the module.
+fn lines_of_module(log: &mut KernelLog) -> Result<Vec<String>> {
+    Ok(log.lines()?.into_iter().filter(|line| line.contains(MODULE)).collect())
 }
 
 /// In good weather the module writes nothing into the kernel's log.
@@ -184,13 +160,13 @@ pub fn quiet() -> Result<Outcome> {
     ensure!(samples > 0, "nothing was sampled");
     sampling.detach()?;
     drop(session);
-    let lines = log.lines()?;
+    let lines = lines_of_module(&mut log)?;
     ensure!(lines.is_empty(), "the module said: {lines:?}");
     // What is refused is said, so the log is read where lines would come.
     let second = Sampling::start(machine.observe()?, AccessSet::ALL, OFTEN_HZ, 0)?;
     ensure!(Sampling::start(machine.observe()?, AccessSet::ALL, OFTEN_HZ, 0).is_err(), "two samplers");
     drop(second);
-    let lines = log.lines()?;
+    let lines = lines_of_module(&mut log)?;
     ensure!(lines.len() == 1, "one line about the second sampler expected: {lines:?}");
     Ok(Outcome::Pass(format!("no line beside 21 harvests and {samples} samples; one for what was refused")))
 }
@@ -307,7 +283,7 @@ pub fn unknown_kernel() -> Result<Outcome> {
     unload()?;
     let mut log = KernelLog::from_now()?;
     let result = finit_module(module, c"", ModuleInitFlags::empty());
-    let lines = log.lines();
+    let lines = lines_of_module(&mut log);
     load()?;
     ensure!(result == Err(Errno::EOPNOTSUPP), "loading it: {result:?}");
     let lines: Vec<String> = lines?.into_iter().filter(|line| line.contains("refused:")).collect();
