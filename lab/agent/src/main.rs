@@ -25,6 +25,7 @@ fn main() -> Result<()> {
         ["microvm", host, names @ ..] => microvm_tests(host, names),
         ["microvm-victim"] => microvm::victim(),
         ["microvm-owner", words @ ..] => microvm::owner(words),
+        ["microvm-child"] => microvm::child(),
         other => bail!(
             "usage: lab-agent guest|init-micro|scenario NAME...|demo|bench|example|microvm HOST [TEST...] (got {other:?})"
         ),

@@ -9,16 +9,35 @@ mod abi;
 mod abi_2019;
 mod abi_2019_rights;
 mod admin;
+mod arguments;
+mod arguments_descriptors;
+mod arguments_fields;
+mod arguments_files;
+mod child;
 mod cost;
+mod disturb;
 mod exact;
+mod fire;
+mod fire_end;
 mod flush;
+mod fuzz;
+mod fuzz_check;
+mod fuzz_model;
+mod fuzz_player;
+mod fuzz_steps;
+mod fuzz_world;
 mod huge;
+mod leaks;
 mod lifecycle;
 mod machine;
 mod nested;
 mod nested_vmx;
 mod notifier;
+mod pattern;
 mod place;
+mod places;
+mod random;
+mod rights;
 mod sampling;
 mod sampling_calls;
 mod sampling_cost;
@@ -27,6 +46,7 @@ mod sampling_nx;
 mod sampling_rate;
 mod sampling_settle;
 mod sampling_writes;
+mod settings;
 mod several;
 mod spin;
 mod writeback;
@@ -50,6 +70,11 @@ const TESTS: &[Test] = &[
     ("on-nodes", place::on_nodes),
     ("memslots", abi::memslots),
     ("refusals", abi::refusals),
+    ("arguments", arguments::all),
+    ("arguments-32-bit", arguments::compat),
+    ("unprivileged", rights::unprivileged),
+    ("no-addresses", rights::no_addresses),
+    ("own-vm-only", rights::own_vm_only),
     ("vm-exit", lifecycle::vm_exit),
     ("module-in-use", lifecycle::module_in_use),
     ("churn", lifecycle::churn),
@@ -103,6 +128,14 @@ const BY_NAME: &[Test] = &[
     ("no-ad-bits", notifier::no_ad_bits),
     ("shadow-exact", notifier::shadow_mmu),
     ("shadow-huge", notifier::shadow_huge),
+    ("fuzz", fuzz::run),
+    ("leaks", leaks::cycles),
+    ("fire-small", fire::small_pages),
+    ("fire-huge", fire::huge_pages),
+    ("fire-hugetlb", fire::hugetlb),
+    ("fire-killed", fire_end::killed),
+    ("fire-closed", fire_end::closed),
+    ("fire-unloaded", fire_end::unloaded),
 ];
 
 /// Names of the tests that every host runs.
@@ -137,4 +170,9 @@ pub fn victim() -> Result<()> {
 /// The process that the tests of the interface of 2019 start.
 pub fn owner(words: &[&str]) -> Result<()> {
     abi_2019::owner(words)
+}
+
+/// The process that [`child::GuestProcess`] starts.
+pub fn child() -> Result<()> {
+    child::run()
 }

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! VMs and the module coming and going under a session.
 
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use ept_virt_core::process::{Process, find_vm_fd};
 use ept_virt_core::sampler::{Harvest, HarvestRequest, KernelSampler, Sampler, SamplerError};
 use ept_virt_core::topology::NodeSet;
@@ -31,9 +32,25 @@ impl Victim {
         Ok(victim)
     }
 
+    /// The VM's descriptor, taken from the process.
+    pub fn vm(&self) -> Result<OwnedFd> {
+        Ok(find_vm_fd(&Process::open(self.0.id() as i32)?)?)
+    }
+
+    /// The number that the VM's descriptor has in the process.
+    pub fn vm_number(&self) -> Result<i32> {
+        for entry in fs::read_dir(format!("/proc/{}/fd", self.0.id()))? {
+            let entry = entry?;
+            if fs::read_link(entry.path())?.to_string_lossy() == "anon_inode:kvm-vm" {
+                return Ok(entry.file_name().to_string_lossy().parse()?);
+            }
+        }
+        bail!("the victim has no VM")
+    }
+
     /// A session attached to its VM.
     pub fn observe(&self) -> Result<KernelSampler> {
-        let vm = find_vm_fd(&Process::open(self.0.id() as i32)?)?;
+        let vm = self.vm()?;
         let mut sampler = KernelSampler::open()?;
         sampler.attach(vm.as_fd())?;
         Ok(sampler)
@@ -74,6 +91,8 @@ pub fn vm_exit() -> Result<Outcome> {
 
 /// The process that [`vm_exit`] kills: runs one round and waits.
 pub fn victim() -> Result<()> {
+    // So that the VM's number is none that the test's process uses.
+    let _others = (0..100).map(|_| File::open("/dev/null")).collect::<std::io::Result<Vec<_>>>()?;
     let mut machine = Machine::standard()?;
     machine.load(&round_program(SPREAD, Touch::Write))?;
     machine.run_round()?;
@@ -85,9 +104,8 @@ pub fn victim() -> Result<()> {
 
 /// The module can not be removed while a session is attached.
 pub fn module_in_use() -> Result<Outcome> {
-    let refs = || -> Result<i64> {
-        Ok(std::fs::read_to_string("/sys/module/kvm_ept_sample/refcnt")?.trim().parse()?)
-    };
+    let refs =
+        || -> Result<i64> { Ok(fs::read_to_string("/sys/module/kvm_ept_sample/refcnt")?.trim().parse()?) };
     let before = refs()?;
     let machine = Machine::standard()?;
     let sampler = machine.observe()?;
@@ -122,7 +140,7 @@ fn churn_standard(request: HarvestRequest) -> Result<Outcome> {
 /// Memory is dropped from 2 MiB to `end_gfn`; the rest holds programs.
 pub fn churn_on(mut machine: Machine, request: HarvestRequest, end_gfn: u64) -> Result<Outcome> {
     const FOR: Duration = Duration::from_millis(1500);
-    let taint_before = std::fs::read_to_string("/proc/sys/kernel/tainted")?;
+    let taint_before = fs::read_to_string("/proc/sys/kernel/tainted")?;
     let samplers = (0..2).map(|_| machine.observe()).collect::<Result<Vec<_>>>()?;
     let (stop, harvests) = (AtomicBool::new(false), AtomicU64::new(0));
     let rounds = std::thread::scope(|scope| -> Result<u64> {
@@ -148,7 +166,7 @@ pub fn churn_on(mut machine: Machine, request: HarvestRequest, end_gfn: u64) -> 
         }
         rounds
     })?;
-    let taint = std::fs::read_to_string("/proc/sys/kernel/tainted")?;
+    let taint = fs::read_to_string("/proc/sys/kernel/tainted")?;
     ensure!(taint == taint_before, "the kernel's taint went from {taint_before} to {taint}: see its log");
     Ok(Outcome::Pass(format!("{rounds} rounds of the guest, {} harvests beside them", harvests.into_inner())))
 }

@@ -95,6 +95,24 @@ impl Memory {
         Ok(pages.iter().filter(|page| *page & 1 == 1).count())
     }
 
+    /// A file of hugetlbfs with pages of 2 MiB, mapped shared.
+    pub fn hugetlb_file(bytes: usize) -> Result<Memory> {
+        // SAFETY: makes a file without a name; the kernel only reads the text.
+        let file = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_HUGETLB) };
+        ensure!(file >= 0, "memfd_create: {}", std::io::Error::last_os_error());
+        // SAFETY: the descriptor was just made and is closed here alone; the
+        // mapping is a new one at an address of the kernel's choice.
+        let base = unsafe {
+            let rights = libc::PROT_READ | libc::PROT_WRITE;
+            let sized = libc::ftruncate(file, bytes as i64);
+            let base = libc::mmap(std::ptr::null_mut(), bytes, rights, libc::MAP_SHARED, file, 0);
+            libc::close(file);
+            if sized == 0 { base } else { libc::MAP_FAILED }
+        };
+        ensure!(base != libc::MAP_FAILED, "mapping hugetlbfs: {}", std::io::Error::last_os_error());
+        Ok(Memory { start: NonNull::new(base.cast()).context("mapped at zero")?, bytes })
+    }
+
     pub fn address(&self) -> u64 {
         self.start.as_ptr() as u64
     }
@@ -114,12 +132,29 @@ impl Memory {
         Ok(())
     }
 
+    pub fn protect(&self, offset: usize, bytes: usize, rights: i32) -> Result<()> {
+        ensure!(offset + bytes <= self.bytes, "outside the mapping");
+        // SAFETY: the range lies within this value's own mapping; whoever takes a
+        // right away gives it back before the memory is used.
+        let result = unsafe { libc::mprotect(self.start.as_ptr().add(offset).cast(), bytes, rights) };
+        if result != 0 {
+            return Err(std::io::Error::last_os_error()).context("mprotect");
+        }
+        Ok(())
+    }
+
     pub fn write(&self, offset: usize, data: &[u8]) {
         assert!(offset + data.len() <= self.bytes);
         for (index, byte) in data.iter().enumerate() {
             // SAFETY: within the mapping, as asserted.
             unsafe { self.start.as_ptr().add(offset + index).write_volatile(*byte) };
         }
+    }
+
+    pub fn write_u32(&self, offset: usize, word: u32) {
+        assert!(offset.is_multiple_of(4) && offset + 4 <= self.bytes);
+        // SAFETY: aligned and within the mapping, as asserted.
+        unsafe { self.start.as_ptr().add(offset).cast::<u32>().write_volatile(word) };
     }
 
     pub fn read_u32(&self, offset: usize) -> u32 {
@@ -317,9 +352,14 @@ impl Machine {
     }
 }
 
-/// Puts a vCPU at the start of page `gfn`, in protected mode without paging, so
-/// that it touches no page tables.
+/// Puts a vCPU at the start of page `gfn`; see [`enter_protected_mode`].
 pub fn begin_at(vcpu: &VcpuFd, gfn: u64) -> Result<()> {
+    enter_protected_mode(vcpu, kvm_regs { rip: gfn * PAGE as u64, ..Default::default() })
+}
+
+/// Gives a vCPU `regs` but for the flags, in protected mode with flat segments
+/// and without paging, so that it touches no page tables.
+pub fn enter_protected_mode(vcpu: &VcpuFd, regs: kvm_regs) -> Result<()> {
     let mut sregs = vcpu.get_sregs().context("KVM_GET_SREGS")?;
     let flat = kvm_segment {
         limit: u32::MAX,
@@ -337,7 +377,7 @@ pub fn begin_at(vcpu: &VcpuFd, gfn: u64) -> Result<()> {
     }
     sregs.cr0 |= 1;
     vcpu.set_sregs(&sregs).context("KVM_SET_SREGS")?;
-    let regs = kvm_regs { rip: gfn * PAGE as u64, rflags: 0x202, ..Default::default() };
+    let regs = kvm_regs { rflags: 0x202, ..regs };
     vcpu.set_regs(&regs).context("KVM_SET_REGS")
 }
 
