@@ -45,7 +45,7 @@ const AMD_RUNS: &[(&str, &[&str])] = &[
         ],
     ),
     ("amd-policy", &["policy-live", "policy-required"]),
-    ("amd-fire", &["fire-memory", "fire-life", "fire-migrate", "fire-hugetlbfs"]),
+    ("amd-libvirt-fire", &["fire-memory", "fire-life", "fire-migrate", "fire-hugetlbfs"]),
 ];
 const SCENARIO_TIMEOUT: Duration = Duration::from_secs(240);
 
