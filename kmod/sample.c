@@ -32,7 +32,7 @@
 
 #define RING_DEFAULT	(1U << 14)
 /* Entries drawn, and armed or released, in one hold of KVM's locks. */
-#define HOLD_TRIES	256
+#define HOLD_TRIES	128
 #define HOLD_LEAVES	64
 /* Draws for each entry to arm, at most: guests are sparsely mapped. */
 #define TRIES_PER_LEAF	2048
