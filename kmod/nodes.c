@@ -59,7 +59,7 @@ static bool window_find(struct kes_nodes *nodes)
 			end = max(end, PFN_PHYS((u64)node_end_pfn(nid)));
 	nodes->window = end <= kes_entry_window_end(1) ? 1 : 2;
 	return end <= kes_entry_window_end(nodes->window) &&
-	       !(~physical_mask & PAGE_MASK & (kes_entry_window_end(nodes->window) - 1));
+	       !(~__PHYSICAL_MASK & PAGE_MASK & (kes_entry_window_end(nodes->window) - 1));
 }
 
 /* Whether the set could be told by boundaries; goes over the nodes upwards. */
