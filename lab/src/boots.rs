@@ -182,7 +182,8 @@ pub const TESTS: &[Boot] = &[
     Boot { tests: Tests::Only(FIRE_AND_FUZZ), ..amd("amd-fire", Line::V6_12) },
     Boot { tests: Tests::Only(FIRE), ..amd("amd-fire-6.1", Line::V6_1) },
     Boot { tests: Tests::Only(FIRE), ..amd("amd-fire-7.3", Line::V7_3) },
-    intel("intel-fire", Line::V6_12, Tests::Only(FIRE)),
+    // What the module leaks does not depend on the maker, and 500 VMs take Bochs long.
+    intel("intel-fire", Line::V6_12, Tests::Only(FIRE.split_at(FIRE.len() - 1).0)),
     // The page of 1 GiB needs the memory of intel-haswell.
     intel("intel", Line::V6_12, Tests::AllBut(&["levels-1g"])),
     intel("intel-6.1", Line::V6_1, Tests::AllBut(&["levels-1g"])),
