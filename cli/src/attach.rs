@@ -4,7 +4,7 @@
 use std::io;
 use std::os::fd::AsFd;
 
-use ept_virt_core::domain::{DefinedDomain, LibvirtError, RunningDomain};
+use ept_virt_core::domain::{DefinedDomain, RunningDomain};
 use ept_virt_core::process::{Process, ProcessError, find_vm_fd};
 use ept_virt_core::sampler::KernelSampler;
 
@@ -42,12 +42,8 @@ pub fn attach(domain: &RunningDomain) -> Result<Attached, Unattached> {
 
 /// For a command that works on the module itself: takes root, no daemon.
 pub fn attach_named(uri: &str, wanted: &str) -> Result<Attached, Failure> {
-    let from_libvirt = |error: LibvirtError| match error {
-        LibvirtError::Connect { .. } => Failure::unreachable(error.to_string()),
-        _ => Failure::refused(error.to_string()),
-    };
-    let domain = DefinedDomain::find(uri, wanted, true).map_err(from_libvirt)?;
-    let running = domain.running().map_err(from_libvirt)?;
+    let domain = DefinedDomain::find(uri, wanted, true)?;
+    let running = domain.running()?;
     let running = running.ok_or_else(|| {
         Failure::refused(format!("domain \"{}\" does not run", domain.name)).hint("`virsh start` starts it")
     })?;

@@ -4,6 +4,8 @@
 use std::fmt;
 use std::process::ExitCode;
 
+use ept_virt_core::domain::LibvirtError;
+
 /// Why a command failed; prints as one line, with what to do behind it.
 #[derive(Debug)]
 pub struct Failure {
@@ -44,6 +46,15 @@ impl Failure {
             Kind::Refused => 1,
             Kind::Unreachable => 2,
         })
+    }
+}
+
+impl From<LibvirtError> for Failure {
+    fn from(error: LibvirtError) -> Self {
+        match error {
+            LibvirtError::Connect { .. } => Failure::unreachable(error.to_string()),
+            _ => Failure::refused(error.to_string()),
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
-use ept_virt_core::domain::{DefinedDomain, Description, LibvirtError};
+use ept_virt_core::domain::{DefinedDomain, Description};
 use ept_virt_core::policy::{Config, DEFAULT_CONFIG, Effective, Layer, NAMESPACE};
 
 use crate::failure::Failure;
@@ -233,7 +233,7 @@ fn check(config: &Config, layer: &Layer) -> Result<(), String> {
 fn write(domain: &DefinedDomain, scopes: &[Description], layer: Option<&Layer>) -> Result<(), Failure> {
     let element = layer.map(Layer::to_metadata);
     for scope in scopes {
-        domain.set_policy(element.as_deref(), *scope).map_err(from_libvirt)?;
+        domain.set_policy(element.as_deref(), *scope)?;
         let (what, whose) = match (layer, scope) {
             (Some(_), Description::Live) => ("changed", "running"),
             (Some(_), Description::Config) => ("changed", "next start of"),
@@ -249,14 +249,7 @@ fn write(domain: &DefinedDomain, scopes: &[Description], layer: Option<&Layer>) 
 }
 
 fn find(args: &PolicyArgs, wanted: &str, read_only: bool) -> Result<DefinedDomain, Failure> {
-    DefinedDomain::find(&args.connect, wanted, read_only).map_err(from_libvirt)
-}
-
-fn from_libvirt(error: LibvirtError) -> Failure {
-    match error {
-        LibvirtError::Connect { .. } => Failure::unreachable(error.to_string()),
-        _ => Failure::refused(error.to_string()),
-    }
+    Ok(DefinedDomain::find(&args.connect, wanted, read_only)?)
 }
 
 /// What the running domain says, or with `config`, or when it does not run, what
@@ -269,7 +262,7 @@ fn said(domain: &DefinedDomain, config: bool) -> Result<Option<Layer>, Failure> 
 }
 
 fn read(domain: &DefinedDomain, description: Description) -> Result<Option<Layer>, Failure> {
-    let xml = domain.xml(description).map_err(from_libvirt)?;
+    let xml = domain.xml(description)?;
     Layer::from_domain_xml(&xml).map_err(|error| {
         Failure::refused(format!("the policy of domain \"{}\" can not be read: {error}", domain.name))
             .hint("`ept-virt policy clear` takes it away, `policy set --file` replaces it")
