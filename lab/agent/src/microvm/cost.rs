@@ -37,7 +37,7 @@ const LIMIT_FURTHER: f64 = 3.0;
 /// What a page may cost that an entry of 2 MiB maps, for the accessed bitmap
 /// alone, and what each further bitmap may add.
 const LIMIT_2M: f64 = 0.2;
-const LIMIT_2M_FURTHER: f64 = 0.2;
+const LIMIT_2M_FURTHER: f64 = 0.15;
 
 /// Built for the bench from kmod/bench.
 const CLEAR_YOUNG_MODULE: &str = "/modules/clear_young.ko";
