@@ -287,6 +287,9 @@ impl Boot {
             "oops=panic panic=-1".to_owned(),
             // Which would unmap pages of guests now and then, to see who uses them.
             "numa_balancing=disable".to_owned(),
+            // Which would clear accessed bits of guests now and then (DAMON_STAT, on by
+            // default since it came, after 6.12).
+            "damon_stat.enabled=N".to_owned(),
             format!("ept.host={}", self.name),
         ];
         words.push(match &self.tests {
