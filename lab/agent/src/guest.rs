@@ -19,6 +19,7 @@
 //! | `twins N`      | `twins N`: a block of N MiB of equal pages is made   |
 //! | `part-twins N` | `part-twins N`: the first N MiB of it are written to, each page with another value |
 //! | `scratch N`    | `scratch N`: N MiB are taken, written and given back |
+//! | `scratch free` | `scratch free`: the same with all that is free, but for a little |
 //! | `cpus N`       | `cpus N`: processors up to N are brought up; each new one rewrites a block of its own, and did so once |
 //! | `insmod NAME`  | `insmod NAME`: the kernel module /NAME.ko is loaded  |
 //! | `poweroff`     | `poweroff`, then the guest ends                      |
@@ -42,6 +43,9 @@ use nix::sys::termios::{LocalFlags, SetArg, tcgetattr, tcsetattr};
 use nix::unistd::Pid;
 
 use block::{Block, Content, PAGE_BYTES};
+
+/// What `scratch free` leaves to the guest's kernel.
+const KEPT_BYTES: usize = 8 << 20;
 
 /// What each additional processor rewrites.
 const CPU_BLOCK_BYTES: usize = 256 << 10;
@@ -142,6 +146,7 @@ impl Workload {
             }
             ["twins", mib] => self.more.push(Block::new("twins", bytes(number(mib)?)?, Content::Twins)?),
             ["part-twins", mib] => self.part_twins(bytes(number(mib)?)? / PAGE_BYTES)?,
+            ["scratch", "free"] => scratch(free_bytes()?.saturating_sub(KEPT_BYTES)),
             ["scratch", mib] => scratch(bytes(number(mib)?)?),
             ["cpus", count] => self.bring_up(usize::try_from(number(count)?)?)?,
             ["insmod", name] => insert_module(name)?,
@@ -274,6 +279,15 @@ fn scratch(bytes: usize) {
         page[0] = 1;
     }
     std::hint::black_box(&memory);
+}
+
+/// What is free in the guest.
+fn free_bytes() -> Result<usize> {
+    let path = "/proc/meminfo";
+    let text = std::fs::read_to_string(path).with_context(|| format!("reading {path}"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemFree:")).context("no MemFree")?;
+    let kib = number(line.trim().trim_end_matches(" kB"))?;
+    Ok(usize::try_from(kib << 10)?)
 }
 
 fn insert_module(name: &str) -> Result<()> {
