@@ -19,14 +19,15 @@
  * become young in between, and is reported then for this page alone.)
  *
  * Locking. Everything here sleeps, under kvm->srcu, which keeps the memslots and
- * their reverse maps. The calls take kvm->mmu_lock themselves, for write up to
- * 6.12: so none covers more than 2 MiB. What heads of reverse maps lead to is
- * read under mmu_lock for read, for at most 2 MiB: KVM changes reverse maps, and
- * frees the tables, under mmu_lock for write.
+ * their reverse maps; for 2 MiB at a time, as the VMM waits for it when it changes
+ * slots. The calls take kvm->mmu_lock themselves, for write up to 6.12: so none
+ * covers more than 2 MiB. What heads of reverse maps lead to is read under mmu_lock
+ * for read, for at most 2 MiB: KVM changes reverse maps, and frees the tables,
+ * under mmu_lock for write.
  */
 #include <linux/bitmap.h>
 #include <linux/mmu_notifier.h>
-#include <linux/sched.h>
+#include <linux/sched/signal.h>
 
 #include "compat.h"
 #include "entry.h"
@@ -36,9 +37,6 @@
 /* So that the larger of two levels is the larger number, whoever found it. */
 static_assert(KES_LEVEL_4K == PG_LEVEL_4K && KES_LEVEL_2M == PG_LEVEL_2M &&
 	      KES_LEVEL_1G == PG_LEVEL_1G);
-
-/* Pages in one call of KVM, which holds mmu_lock meanwhile. */
-#define KES_YOUNG_PAGES	KES_ENTRIES
 
 /*
  * Whether KVM may map pages of this VM by tables that can not be walked. The
@@ -63,7 +61,7 @@ static unsigned long slot_hva(const struct kvm_memory_slot *slot, u64 gfn)
 }
 
 /* Whether any entry that maps @gfn is young, in any table. */
-static bool page_is_young(struct kes_young *young, const struct kvm_memory_slot *slot, u64 gfn)
+static bool gfn_is_young(struct kes_young *young, const struct kvm_memory_slot *slot, u64 gfn)
 {
 	struct mmu_notifier *notifier = &young->kvm->mmu_notifier;
 
@@ -130,7 +128,7 @@ static u64 unit_find_huge(struct kes_young *young, const struct kes_unit *unit)
 	unsigned int bit = unit_probe(young, unit);
 	u64 found = 0;
 
-	if (bit < unit->end && !page_is_young(young, unit->slot, unit_gfn(young, bit)))
+	if (bit < unit->end && !gfn_is_young(young, unit->slot, unit_gfn(young, bit)))
 		return 0;
 	for (bit = unit->first; bit < unit->end; bit++)
 		found += !__test_and_set_bit(bit, young->accessed);
@@ -185,7 +183,7 @@ static unsigned int unit_find_small(struct kes_young *young, const struct kes_un
 	unsigned int mapped = unit_read_small(young, unit, ask, found), i;
 
 	for_each_set_bit(i, ask, KES_ENTRIES)
-		if (page_is_young(young, unit->slot, unit_gfn(young, unit->first + i)))
+		if (gfn_is_young(young, unit->slot, unit_gfn(young, unit->first + i)))
 			*found += unit_add(young, unit, unit->first + i);
 	cond_resched();
 	return mapped;
@@ -214,42 +212,52 @@ static u64 unit_find(struct kes_young *young, const struct kvm_memory_slot *slot
 	return found;
 }
 
+/* The first GFN of the 2 MiB unit after that of @gfn, or the range's end. */
+static u64 unit_next(const struct kes_young *young, u64 gfn)
+{
+	return min(young->gfn_end, ALIGN_DOWN(gfn, KES_ENTRIES) + KES_ENTRIES);
+}
+
 /*
  * Adds to young->accessed the pages that were accessed through tables that KVM
  * shadows, and to young->levels how those map them. With young->clear, all pages
  * that are to be made old there go to young->old. Returns how many pages were
- * added.
+ * added. Ends early, with a part of them, for a caller that is being killed.
  */
 u64 kes_young_find(struct kes_young *young)
 {
-	int idx = srcu_read_lock(&young->kvm->srcu);
 	struct kvm_memslot_iter iter;
 	u64 found = 0, gfn, next;
+	int idx;
 
-	kvm_for_each_memslot_in_gfn_range(&iter, __kvm_memslots(young->kvm, 0),
-					  young->gfn_start, young->gfn_end) {
-		u64 end = min(young->gfn_end, iter.slot->base_gfn + iter.slot->npages);
+	for (gfn = young->gfn_start; gfn < young->gfn_end; gfn = next) {
+		next = unit_next(young, gfn);
+		idx = srcu_read_lock(&young->kvm->srcu);
+		kvm_for_each_memslot_in_gfn_range(&iter, __kvm_memslots(young->kvm, 0), gfn, next) {
+			u64 from = max(gfn, iter.slot->base_gfn);
+			u64 to = min(next, iter.slot->base_gfn + iter.slot->npages);
 
-		for (gfn = max(young->gfn_start, iter.slot->base_gfn); gfn < end; gfn = next) {
-			next = min(end, ALIGN_DOWN(gfn, KES_ENTRIES) + KES_ENTRIES);
-			found += unit_find(young, iter.slot, gfn, next);
+			if (from < to)
+				found += unit_find(young, iter.slot, from, to);
 		}
+		srcu_read_unlock(&young->kvm->srcu, idx);
+		if (fatal_signal_pending(current))
+			break;
 	}
-	srcu_read_unlock(&young->kvm->srcu, idx);
 	return found;
 }
 
-/* Makes the pages of @slot from bit @first to @end old that are in young->old. */
-static void slot_clear(struct kes_young *young, const struct kvm_memory_slot *slot,
-		       unsigned int first, unsigned int end)
+/* Makes the pages [gfn, end) of @slot old that are in young->old: 2 MiB at most. */
+static void unit_clear(struct kes_young *young, const struct kvm_memory_slot *slot, u64 gfn, u64 end)
 {
 	struct mmu_notifier *notifier = &young->kvm->mmu_notifier;
-	unsigned int from, to;
+	unsigned int last = end - young->gfn_start, from, to;
 
-	for (from = first; (from = find_next_bit(young->old, end, from)) < end; from = to) {
+	for (from = gfn - young->gfn_start; (from = find_next_bit(young->old, last, from)) < last;
+	     from = to) {
 		unsigned long hva = slot_hva(slot, unit_gfn(young, from));
 
-		to = find_next_zero_bit(young->old, min(end, from + KES_YOUNG_PAGES), from);
+		to = find_next_zero_bit(young->old, last, from);
 		notifier->ops->clear_young(notifier, young->kvm->mm, hva,
 					   hva + ((unsigned long)(to - from) << PAGE_SHIFT));
 		cond_resched();
@@ -263,22 +271,24 @@ static void slot_clear(struct kes_young *young, const struct kvm_memory_slot *sl
 u64 kes_young_clear(struct kes_young *young)
 {
 	unsigned int pages = young->gfn_end - young->gfn_start;
-	int idx = srcu_read_lock(&young->kvm->srcu);
-	u64 cleared = bitmap_weight(young->old, pages);
+	u64 cleared = bitmap_weight(young->old, pages), gfn, next;
 	struct kvm_memslot_iter iter;
+	int idx;
 
-	if (cleared) {
-		kvm_for_each_memslot_in_gfn_range(&iter, __kvm_memslots(young->kvm, 0),
-						  young->gfn_start, young->gfn_end) {
-			u64 gfn = max(young->gfn_start, iter.slot->base_gfn);
-			u64 end = min(young->gfn_end, iter.slot->base_gfn + iter.slot->npages);
+	if (!cleared)
+		return 0;
+	for (gfn = young->gfn_start; gfn < young->gfn_end; gfn = next) {
+		next = unit_next(young, gfn);
+		idx = srcu_read_lock(&young->kvm->srcu);
+		kvm_for_each_memslot_in_gfn_range(&iter, __kvm_memslots(young->kvm, 0), gfn, next) {
+			u64 from = max(gfn, iter.slot->base_gfn);
+			u64 to = min(next, iter.slot->base_gfn + iter.slot->npages);
 
-			if (gfn < end)
-				slot_clear(young, iter.slot, gfn - young->gfn_start,
-					   end - young->gfn_start);
+			if (from < to)
+				unit_clear(young, iter.slot, from, to);
 		}
-		bitmap_zero(young->old, pages);
+		srcu_read_unlock(&young->kvm->srcu, idx);
 	}
-	srcu_read_unlock(&young->kvm->srcu, idx);
+	bitmap_zero(young->old, pages);
 	return cleared;
 }
