@@ -29,6 +29,7 @@
 
 #include <linux/kvm_host.h>
 #include <linux/mm.h>
+#include <linux/page_idle.h>
 #include <linux/string.h>
 
 /* 6.7: the operations of a VM's file name the vendor module as their owner. */
@@ -40,6 +41,16 @@
 #ifndef kvm_arch_has_private_mem
 #define kvm_arch_has_private_mem(kvm) false
 #endif
+
+/* 6.8: the frames of a slot can come from a guest_memfd. */
+static inline bool kes_compat_is_guest_memfd(const struct kvm_memory_slot *slot)
+{
+#ifdef KVM_MEM_GUEST_MEMFD
+	return slot->flags & KVM_MEM_GUEST_MEMFD;
+#else
+	return false;
+#endif
+}
 
 /* 6.2: without CONFIG_KVM_SMM there is no system management mode. */
 #ifndef HF_SMM_MASK
@@ -66,6 +77,30 @@ static inline void kes_compat_set_pfn_dirty(kvm_pfn_t pfn)
 	kvm_set_pfn_dirty(pfn);
 #endif
 }
+
+/*
+ * Lets the host's page reclaim and idle page tracking know that a page was
+ * accessed whose accessed bit is cleared, as those do for each other. Kernels
+ * without CONFIG_PAGE_IDLE_FLAG, as Debian's 6.1, have nothing to note it in. The
+ * flag must not be set on a page that is free.
+ *
+ * Call with kvm->mmu_lock held for read, which keeps the frame the guest's.
+ */
+#ifdef CONFIG_PAGE_IDLE_FLAG
+#define KES_COMPAT_KEEP_YOUNG	true
+static inline void kes_compat_set_pfn_young(kvm_pfn_t pfn)
+{
+	struct page *page = pfn_valid(pfn) ? pfn_to_page(pfn) : NULL;
+
+	if (!page || PageReserved(page) || is_zone_device_page(page))
+		return;
+	folio_set_young(page_folio(page));
+	folio_clear_idle(page_folio(page));
+}
+#else
+#define KES_COMPAT_KEEP_YOUNG	false
+static inline void kes_compat_set_pfn_young(kvm_pfn_t pfn) { }
+#endif
 
 /*
  * After 6.12 KVM's own bits of EPT entries moved, and fetches in user mode got a
@@ -109,6 +144,16 @@ static inline bool kes_compat_writes_tracked(struct kvm *kvm, struct kvm_memory_
 #define KES_COMPAT_NESTED_EPT_BLIND	false
 #else
 #define KES_COMPAT_NESTED_EPT_BLIND	true
+#endif
+
+/*
+ * Up to 6.12 tracepoints call their probes with preemption off. With PREEMPT_RT a
+ * spinlock sleeps, so what a probe may do there is too little for a sampler.
+ */
+#if KES_KERNEL_IS(7, 3) || !defined(CONFIG_PREEMPT_RT)
+#define KES_COMPAT_PROBE_MAY_LOCK	true
+#else
+#define KES_COMPAT_PROBE_MAY_LOCK	false
 #endif
 
 /*

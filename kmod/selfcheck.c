@@ -7,8 +7,10 @@
  * Once for each load, on the first VM that has pages mapped, some leaf entries
  * are followed from the root, each table on the way is compared with what KVM
  * notes about it, and each frame with the one that the VMM's own page tables
- * have for the same page. Where one of them does not fit the module refuses to
- * work, until it is loaded again.
+ * have for the same page. Where a table does not fit the module refuses to work,
+ * until it is loaded again. A frame that does not fit may be the doing of a VMM
+ * with page tables of its own kind: it speaks against that VM alone, and the next
+ * one is checked as well.
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
@@ -25,8 +27,9 @@
 
 /* How many pages are looked at. */
 #define PAGES		16
-/* Entries read to find one of them: far below a millisecond for all. */
-#define TRIES_PER_PAGE	4096
+/* Entries looked at to find one of them, and all: below a millisecond. */
+#define TRIES_PER_PAGE	1024
+#define TRIES		8192
 /* How often a page may be on its way elsewhere, and how long that takes. */
 #define COMPARES	8
 #define COMPARE_US	1000
@@ -44,7 +47,9 @@ struct kes_selfcheck {
 	struct kvm *kvm;
 	const struct kes_entry_format *format;
 	const char *wrong;	/* what did not fit; NULL: nothing so far */
+	bool wrong_frame;	/* ... and it is a frame */
 	u64 wrong_gfn;
+	int tries;		/* left */
 	int pages;
 	u64 gfn[PAGES];		/* mapped pages */
 };
@@ -113,9 +118,10 @@ static void pages_add(struct kes_selfcheck *check, const struct kes_root *root, 
 	int tries = TRIES_PER_PAGE, level;
 
 	end = min(end, kes_entry_pages(root->level + 1));
-	while (gfn < end && tries-- && check->pages < PAGES) {
+	while (gfn < end && tries-- && check->tries && check->pages < PAGES) {
 		u64 value = entry_find(check, root, gfn, &level);
 
+		check->tries--;
 		if (check->wrong)
 			return;
 		if (value & KES_ENTRY_PRESENT) {
@@ -145,7 +151,7 @@ static void pages_collect(struct kes_selfcheck *check, const struct kes_root *ro
 			u64 to = mul_u64_u32_div(slot->npages, part + 1, parts);
 
 			pages_add(check, root, slot->base_gfn + from, slot->base_gfn + to);
-			if (check->wrong || check->pages == PAGES)
+			if (check->wrong || check->pages == PAGES || !check->tries)
 				return;
 		}
 	}
@@ -192,7 +198,8 @@ static bool place_find(struct kes_selfcheck *check, u64 gfn, struct kes_place *p
 	idx = srcu_read_lock(&check->kvm->srcu);
 	rcu_read_lock();
 	slot = search_memslots(__kvm_memslots(check->kvm, 0), gfn, false);
-	if (slot && root_find(check->kvm, &root) > 0) {
+	/* Memory of guest_memfd is mapped by KVM itself, whatever the VMM maps. */
+	if (slot && !kes_compat_is_guest_memfd(slot) && root_find(check->kvm, &root) > 0) {
 		value = entry_find(check, &root, gfn, &level);
 		found = !check->wrong && (value & KES_ENTRY_PRESENT);
 		place->pfn = kes_entry_pfn(value) + gfn % kes_entry_pages(level);
@@ -205,7 +212,8 @@ static bool place_find(struct kes_selfcheck *check, u64 gfn, struct kes_place *p
 
 /*
  * The frame that the VMM's page tables have for @hva, 0: none now. Nothing is
- * faulted in. Sets @comparable to false for what is not ordinary memory.
+ * faulted in. Sets @comparable to false for what is not ordinary memory, or can
+ * not be looked at.
  */
 static unsigned long vmm_pfn(struct mm_struct *mm, unsigned long hva, bool *comparable)
 {
@@ -217,7 +225,8 @@ static unsigned long vmm_pfn(struct mm_struct *mm, unsigned long hva, bool *comp
 	if (mmap_read_lock_killable(mm))
 		return 0;
 	vma = find_vma(mm, hva);
-	if (vma && vma->vm_start <= hva && !(vma->vm_flags & (VM_IO | VM_PFNMAP))) {
+	if (vma && vma->vm_start <= hva && (vma->vm_flags & VM_READ) &&
+	    !(vma->vm_flags & (VM_IO | VM_PFNMAP))) {
 		*comparable = true;
 		if (kes_compat_get_mapped_page(mm, hva, &page) == 1) {
 			pfn = page_to_pfn(page);
@@ -253,6 +262,7 @@ static bool page_compare(struct kes_selfcheck *check, u64 gfn)
 		stood &= place_find(check, gfn, &after) && after.pfn == place.pfn &&
 			 after.hva == place.hva;
 	}
+	check->wrong_frame = stood;
 	if (stood)
 		check_fails(check, gfn, "a frame that is not the one of the VMM's page tables");
 	return false;
@@ -273,13 +283,27 @@ static int check_run(struct kes_selfcheck *check)
 	return compared;
 }
 
+/* What came of a check in which something was wrong. */
+static int check_refuse(const struct kes_selfcheck *check)
+{
+	if (check->wrong_frame) {
+		pr_err_ratelimited("self-check failed at GFN %#llx of process %d: %s; this VM is refused\n",
+				   check->wrong_gfn, check->kvm->userspace_pid, check->wrong);
+	} else {
+		pr_err("self-check failed at GFN %#llx: %s; this kernel's KVM is not laid out as known, all VMs are refused\n",
+		       check->wrong_gfn, check->wrong);
+		WRITE_ONCE(selfcheck_state, STATE_FAILED);
+	}
+	return -EUCLEAN;
+}
+
 /*
  * Checks the kernel on @kvm, unless that was done. -EUCLEAN: it is not the one
- * that this module knows. May sleep.
+ * that this module knows, or has not shown on any VM to be. May sleep.
  */
 int kes_selfcheck(struct kvm *kvm, const struct kes_entry_format *format)
 {
-	struct kes_selfcheck check = { .kvm = kvm, .format = format };
+	struct kes_selfcheck check = { .kvm = kvm, .format = format, .tries = TRIES };
 	int compared = 0;
 
 	if (likely(READ_ONCE(selfcheck_state) == STATE_PASSED))
@@ -287,13 +311,10 @@ int kes_selfcheck(struct kvm *kvm, const struct kes_entry_format *format)
 	mutex_lock(&selfcheck_lock);
 	if (selfcheck_state == STATE_PENDING) {
 		compared = check_run(&check);
-		if (check.wrong) {
-			pr_err("self-check failed at GFN %#llx: %s; this kernel's KVM is not laid out as known, all VMs are refused\n",
-			       check.wrong_gfn, check.wrong);
-			WRITE_ONCE(selfcheck_state, STATE_FAILED);
-		} else if (compared > 0) {
+		if (check.wrong)
+			compared = check_refuse(&check);
+		else if (compared > 0)
 			WRITE_ONCE(selfcheck_state, STATE_PASSED);
-		}
 	}
 	mutex_unlock(&selfcheck_lock);
 	return READ_ONCE(selfcheck_state) == STATE_FAILED ? -EUCLEAN : min(compared, 0);
