@@ -41,7 +41,7 @@ static int __init kes_init(void)
 	return 0;
 }
 
-/* Not reached while a session is attached: it holds a module reference. */
+/* Not reached while a session's file is open: it holds a module reference. */
 static void __exit kes_exit(void)
 {
 	remove_proc_entry(KES_PROC_NAME, NULL);

@@ -38,11 +38,7 @@ static bool session_is_2019(const struct kes_session *session)
 	return session->kvm && session->speaks_2019;
 }
 
-/*
- * Binds the session to @kvm, whose reference it takes over, unless it fails. Takes
- * a reference on this module too: an open file of procfs holds none, and a module
- * that observes a VM is not to be unloaded.
- */
+/* Binds the session to @kvm, whose reference it takes over, unless it fails. */
 static long session_bind(struct kes_session *session, struct kvm *kvm)
 {
 	long ret = kes_vm_check(kvm);
@@ -56,18 +52,11 @@ static long session_bind(struct kes_session *session, struct kvm *kvm)
 		ret = -ENOMEM;
 		goto put_vm;
 	}
-	if (!try_module_get(THIS_MODULE)) {
-		ret = -ENODEV;
-		goto free_harvester;
-	}
 	session->kvm = kvm;
 	kes_account_open(&session->account, kvm, &session->sampler);
 	trace_kes_attach(kvm, 0);
 	return 0;
 
-free_harvester:
-	kvfree(session->harvester);
-	session->harvester = NULL;
 put_vm:
 	trace_kes_attach(kvm, ret);
 	kes_vm_put(kvm);
@@ -125,7 +114,6 @@ static long session_detach(struct kes_session *session)
 	kes_sampler_reset(&session->sampler);
 	trace_kes_detach(session->kvm);
 	kes_account_close(&session->account);
-	module_put(THIS_MODULE);
 	kvfree(session->harvester);
 	session->harvester = NULL;
 	kes_vm_put(session->kvm);
@@ -363,12 +351,22 @@ static __poll_t session_poll(struct file *file, struct poll_table_struct *table)
 	return events;
 }
 
+/*
+ * An open file holds a reference to this module, as an open file of procfs alone
+ * does not: a VM may be observed through it, and whoever polls it stays in the
+ * session's wait queue until the file is closed.
+ */
 static int session_open(struct inode *inode, struct file *file)
 {
-	struct kes_session *session = kzalloc(sizeof(*session), GFP_KERNEL_ACCOUNT);
+	struct kes_session *session;
 
-	if (!session)
+	if (!try_module_get(THIS_MODULE))
+		return -ENODEV;
+	session = kzalloc(sizeof(*session), GFP_KERNEL_ACCOUNT);
+	if (!session) {
+		module_put(THIS_MODULE);
 		return -ENOMEM;
+	}
 	kes_stats_opened();
 	mutex_init(&session->lock);
 	kes_sampler_init(&session->sampler);
@@ -385,6 +383,8 @@ static int session_release(struct inode *inode, struct file *file)
 	mutex_destroy(&session->lock);
 	kfree(session);
 	kes_stats_closed();
+	/* Procfs waits for this call to return before it lets the module go. */
+	module_put(THIS_MODULE);
 	return 0;
 }
 

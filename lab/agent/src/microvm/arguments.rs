@@ -70,7 +70,7 @@ pub fn open() -> Result<File> {
         .with_context(|| format!("cannot open {}", uapi::PROC_PATH))
 }
 
-/// The module's references: one for each attached session.
+/// The module's references: one for each open file.
 pub fn module_references() -> Result<i64> {
     let path = "/sys/module/kvm_ept_sample/refcnt";
     Ok(std::fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?.trim().parse()?)
