@@ -82,10 +82,13 @@ static int arming_hold(struct kes_arming *arming, bool mmu_lock)
 	arming->mmu_lock = mmu_lock;
 	arming->srcu_idx = srcu_read_lock(&arming->kvm->srcu);
 	arming->slots = __kvm_memslots(arming->kvm, 0);
+	arming->slot_count = 0;
 	arming->slot_pages = 0;
 	arming->flush = false;
-	for_each_user_slot(slot, node, arming->slots)
+	for_each_user_slot(slot, node, arming->slots) {
+		arming->slot_count++;
 		arming->slot_pages += slot->npages;
+	}
 	if (mmu_lock)
 		read_lock(&arming->kvm->mmu_lock);
 	rcu_read_lock();

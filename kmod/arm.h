@@ -32,7 +32,8 @@ struct kes_arming {
 	int roots;
 	struct kes_root root[KES_MAX_ROOTS];
 	struct kvm_memslots *slots;
-	u64 slot_pages;		/* of all slots together */
+	u32 slot_count;		/* of the user's slots */
+	u64 slot_pages;		/* of all of them together */
 	bool flush;		/* something was armed */
 	u64 begin_ns;
 };

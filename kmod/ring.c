@@ -9,7 +9,6 @@
 #include <linux/overflow.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
-#include <linux/string.h>
 #include <linux/uaccess.h>
 
 #include "ring.h"
@@ -67,21 +66,6 @@ u32 kes_ring_peek(const struct kes_ring *ring, u32 count, const struct kes_sampl
 void kes_ring_drop(struct kes_ring *ring, u32 count)
 {
 	smp_store_release(&ring->tail, ring->tail + count);
-}
-
-/* Reader: moves up to @count records to @to, and returns how many. */
-u32 kes_ring_take(struct kes_ring *ring, struct kes_sample *to, u32 count)
-{
-	const struct kes_sample *from;
-	u32 done = 0, some;
-
-	/* Twice at most: up to the end of the ring, and on from its start. */
-	while ((some = kes_ring_peek(ring, count - done, &from))) {
-		memcpy(to + done, from, array_size(some, sizeof(*from)));
-		kes_ring_drop(ring, some);
-		done += some;
-	}
-	return done;
 }
 
 /*

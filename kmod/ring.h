@@ -25,7 +25,6 @@ bool kes_ring_push(struct kes_ring *ring, const struct kes_sample *sample);
 u32 kes_ring_unread(const struct kes_ring *ring);
 u32 kes_ring_peek(const struct kes_ring *ring, u32 count, const struct kes_sample **from);
 void kes_ring_drop(struct kes_ring *ring, u32 count);
-u32 kes_ring_take(struct kes_ring *ring, struct kes_sample *to, u32 count);
 ssize_t kes_ring_read(struct kes_ring *ring, char __user *buffer, size_t bytes);
 
 #endif /* KES_RING_H */

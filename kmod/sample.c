@@ -34,6 +34,8 @@
 /* Entries drawn, and armed or released, in one hold of KVM's locks. */
 #define HOLD_TRIES	128
 #define HOLD_LEAVES	64
+/* Slots gone over to draw them: KVM lists slots by address only. */
+#define HOLD_SLOTS	8192
 /* Draws for each entry to arm, at most: guests are sparsely mapped. */
 #define TRIES_PER_LEAF	2048
 /* Draws of entries that are armed already, before that is taken for all. */
@@ -41,7 +43,7 @@
 /* How often to look whether a VM that can not be sampled now can be again. */
 #define IDLE_NS		(100 * NSEC_PER_MSEC)
 
-extern struct tracepoint __tracepoint_kvm_page_fault;
+DECLARE_TRACEPOINT(kvm_page_fault);
 
 /* Samplers that run; the probe is registered as long as there is one. */
 static LIST_HEAD(samplers);
@@ -282,7 +284,9 @@ static u32 leaves_arm_drawn(struct kes_sampler *sampler, const struct kes_draw *
 		armed += result == DRAW_ARMED;
 		*taken -= result == DRAW_TAKEN;
 	}
+	spin_lock(&sampler->lock);
 	sampler->stats.flushes += arming.flush;
+	spin_unlock(&sampler->lock);
 	kes_arming_end(&arming);
 	return armed;
 }
@@ -292,13 +296,14 @@ static u32 leaves_draw(struct kes_sampler *sampler, struct kes_draw *draw, u32 c
 		       s64 *tries)
 {
 	struct kes_arming arming = sampler_arming(sampler);
-	u32 found = 0, i;
+	u32 found = 0, most, i;
 
 	if (kes_arming_look(&arming)) {
 		*tries = 0;
 		return 0;
 	}
-	for (i = 0; i < HOLD_TRIES && found < count; i++)
+	most = clamp_t(u32, HOLD_SLOTS / max(arming.slot_count, 1U), 1, HOLD_TRIES);
+	for (i = 0; i < most && found < count; i++)
 		found += kes_arming_draw(&arming, &sampler->random, &draw[found]);
 	kes_arming_end(&arming);
 	*tries -= i;
@@ -337,7 +342,7 @@ static u64 worker_round(struct kes_sampler *sampler)
 	u64 start_ns = ktime_get_ns(), hold_ns, period_ns;
 	u32 want, got;
 
-	if (kes_vm_check(sampler->kvm)) {
+	if (kes_vm_check(sampler->kvm) || kes_stats_vm_is_closed(sampler->kvm)) {
 		WRITE_ONCE(sampler->vm_gone, true);
 		wake_up_interruptible(&sampler->wait);
 		return IDLE_NS;
@@ -422,6 +427,10 @@ static int sampler_check(const struct kes_sampler *sampler, struct kvm *kvm,
 	if (sampler->running && arg->freq_hz && arg->ring_records &&
 	    ring_size(arg) != sampler->ring.size)
 		return -EINVAL;
+	if (!KES_COMPAT_PROBE_MAY_LOCK) {
+		pr_warn_once("no VM is sampled on this kernel: it is one for real time (PREEMPT_RT)\n");
+		return -EOPNOTSUPP;
+	}
 	rcu_read_lock();
 	n = kes_vm_roots_for_sampling(kvm, roots);
 	rcu_read_unlock();
@@ -450,17 +459,6 @@ static void worker_stop(struct kes_sampler *sampler)
 	if (sampler->worker)
 		kthread_stop(sampler->worker);
 	sampler->worker = NULL;
-}
-
-static int worker_start(struct kes_sampler *sampler)
-{
-	struct task_struct *task = kthread_run(worker, sampler, "kes-sample/%d",
-					       sampler->kvm->userspace_pid);
-
-	if (IS_ERR(task))
-		return PTR_ERR(task);
-	sampler->worker = task;
-	return 0;
 }
 
 /* Enters the list of samplers with an empty ring. */
@@ -493,6 +491,7 @@ static int sampler_begin(struct kes_sampler *sampler, struct kvm *kvm,
 long kes_sampler_set(struct kes_sampler *sampler, struct kvm *kvm,
 		     const struct kes_entry_format *format, const struct kes_sample_set *arg)
 {
+	struct task_struct *task;
 	struct kes_leaves leaves;
 	int ret = sampler_check(sampler, kvm, arg);
 
@@ -505,18 +504,25 @@ long kes_sampler_set(struct kes_sampler *sampler, struct kvm *kvm,
 	ret = leaves_create(&leaves, kes_rate_cap(arg->freq_hz));
 	if (ret)
 		return ret;
+	/* All that can fail comes first: a call that fails changes nothing. */
+	task = kthread_create(worker, sampler, "kes-sample/%d", kvm->userspace_pid);
+	ret = PTR_ERR_OR_ZERO(task);
+	if (ret)
+		goto destroy_leaves;
 	if (sampler->running) {
 		worker_stop(sampler);
 		leaves_release(sampler, U64_MAX);
 	} else {
 		ret = sampler_begin(sampler, kvm, format, arg);
+		if (ret) {
+			kthread_stop(task);
+			goto destroy_leaves;
+		}
 	}
-	if (!ret) {
-		sampler_apply(sampler, &leaves, arg);
-		ret = worker_start(sampler);
-		if (ret)
-			kes_sampler_stop(sampler);
-	}
+	sampler_apply(sampler, &leaves, arg);
+	sampler->worker = task;
+	wake_up_process(task);
+destroy_leaves:
 	leaves_destroy(&leaves);
 	return ret;
 }
@@ -550,7 +556,9 @@ void kes_sampler_reset(struct kes_sampler *sampler)
 	kes_sampler_stop(sampler);
 	kes_ring_destroy(&sampler->ring);
 	kes_account_samples(&sampler->stats);
+	spin_lock(&sampler->lock);
 	memset(&sampler->rate, 0, sizeof(sampler->rate));
+	spin_unlock(&sampler->lock);
 }
 
 void kes_sampler_init(struct kes_sampler *sampler)
@@ -570,7 +578,7 @@ void kes_sampler_stats(struct kes_sampler *sampler, struct kes_sample_stats *sta
 	stats->armed_now = sampler->armed_count;
 	stats->unread = kes_ring_unread(&sampler->ring);
 	stats->hold_us = div_u64(sampler->rate.hold_ns, NSEC_PER_USEC);
-	stats->freq_hz = sampler->running ? sampler->rate.freq_hz : 0;
+	stats->freq_hz = READ_ONCE(sampler->running) ? sampler->rate.freq_hz : 0;
 	spin_unlock(&sampler->lock);
 }
 

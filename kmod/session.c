@@ -138,7 +138,9 @@ static long session_info(struct kes_info __user *user)
 /* Before and after the work: what a dying VM shows is not the truth. */
 static long session_vm_check(const struct kes_session *session)
 {
-	return session->kvm ? kes_vm_check(session->kvm) : -ENOTCONN;
+	if (!session->kvm)
+		return -ENOTCONN;
+	return kes_stats_vm_is_closed(session->kvm) ? -ESRCH : kes_vm_check(session->kvm);
 }
 
 /*

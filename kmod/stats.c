@@ -82,6 +82,22 @@ void kes_account_open(struct kes_account *account, struct kvm *kvm, struct kes_s
 	mutex_unlock(&accounts_lock);
 }
 
+/*
+ * Whether the VMM has closed @kvm and all its vCPUs, and goes on without: nobody
+ * but attached sessions keeps it.
+ */
+bool kes_stats_vm_is_closed(const struct kvm *kvm)
+{
+	struct kes_account *account;
+	unsigned int sessions = 0;
+
+	mutex_lock(&accounts_lock);
+	list_for_each_entry(account, &accounts, link)
+		sessions += account->kvm == kvm;
+	mutex_unlock(&accounts_lock);
+	return refcount_read(&kvm->users_count) <= sessions;
+}
+
 void kes_account_close(struct kes_account *account)
 {
 	int i;

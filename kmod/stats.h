@@ -46,6 +46,7 @@ void kes_stats_exit(void);
 void kes_stats_opened(void);
 void kes_stats_closed(void);
 unsigned int kes_stats_attached(void);
+bool kes_stats_vm_is_closed(const struct kvm *kvm);
 
 void kes_account_open(struct kes_account *account, struct kvm *kvm, struct kes_sampler *sampler);
 void kes_account_close(struct kes_account *account);

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use ept_virt_core::process::{Process, find_vm_fd};
 use ept_virt_core::sampler::{Harvest, HarvestRequest, KernelSampler, Sampler, SamplerError};
+use ept_virt_core::samples::{AccessSet, Sampling};
 use ept_virt_core::topology::NodeSet;
 use nix::kmod::{DeleteModuleFlags, delete_module};
 
@@ -102,21 +103,59 @@ pub fn victim() -> Result<()> {
     Ok(())
 }
 
-/// The module can not be removed while a session is attached.
+/// A VM that is closed by a process that lives on is not there any more either, and
+/// goes with the last session.
+pub fn vm_closed() -> Result<Outcome> {
+    let mut machine = Machine::standard()?;
+    machine.load(&round_program(SPREAD, Touch::Write))?;
+    machine.run_round()?;
+    let mut sampler = machine.observe()?;
+    let mut sampling = Sampling::start(machine.observe()?, AccessSet::ALL, 1000, 0)?;
+    ensure!(harvest(&mut sampler, ALL)?.stats.accessed == 201, "the open VM shows its pages");
+    // Nobody else makes VMs here: its folder is the only one.
+    let kept = || -> Result<usize> {
+        let entries = fs::read_dir("/sys/kernel/debug/kvm")?.collect::<std::io::Result<Vec<_>>>()?;
+        Ok(entries.iter().filter(|entry| entry.path().is_dir()).count())
+    };
+    ensure!(kept()? == 1, "{} VMs, expected one", kept()?);
+    let Machine { vcpu, vm, memory } = machine;
+    drop((vcpu, vm));
+    let seen = sampler.harvest(&ALL, &NodeSet::default(), &mut Harvest::default());
+    ensure!(matches!(seen, Err(SamplerError::VmGone)), "a harvest of the closed VM: {seen:?}");
+    let set = sampling.set(AccessSet::ALL, 10);
+    ensure!(matches!(set, Err(SamplerError::VmGone)), "sampling the closed VM: {set:?}");
+    let (start, mut samples) = (Instant::now(), Vec::new());
+    let told = loop {
+        match sampling.read(&mut samples, Duration::from_secs(5)) {
+            Ok(true) if start.elapsed() < Duration::from_secs(20) => {}
+            other => break other,
+        }
+    };
+    ensure!(matches!(told, Err(SamplerError::VmGone)), "samples of the closed VM: {told:?}");
+    drop(sampler);
+    drop(sampling);
+    ensure!(kept()? == 0, "the VM was not destroyed with its last session");
+    drop(memory);
+    Ok(Outcome::Pass("201 pages while it was open, ESRCH afterwards; gone with its last session".into()))
+}
+
+/// The module can not be removed while a session is open, attached or not.
 pub fn module_in_use() -> Result<Outcome> {
     let refs =
         || -> Result<i64> { Ok(fs::read_to_string("/sys/module/kvm_ept_sample/refcnt")?.trim().parse()?) };
     let before = refs()?;
     let machine = Machine::standard()?;
     let sampler = machine.observe()?;
-    ensure!(refs()? == before + 1, "references went from {before} to {}", refs()?);
+    let idle = KernelSampler::open()?;
+    ensure!(refs()? == before + 2, "references went from {before} to {}", refs()?);
+    drop(sampler);
     match delete_module(c"kvm_ept_sample", DeleteModuleFlags::O_NONBLOCK) {
         Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EBUSY) => {}
         other => anyhow::bail!("removing the module in use: {other:?}"),
     }
-    drop(sampler);
+    drop(idle);
     ensure!(refs()? == before, "a closed session left a reference");
-    Ok(Outcome::Pass("removal refused while attached, no reference left afterwards".into()))
+    Ok(Outcome::Pass("removal refused while a file is open, no reference left afterwards".into()))
 }
 
 /// A guest runs, its memory is dropped and its slots come and go, and two
