@@ -8,6 +8,7 @@
 #include <linux/sched/signal.h>
 #include <linux/uaccess.h>
 
+#include "compat.h"
 #include "flush.h"
 #include "harvest.h"
 #include "hold.h"
@@ -121,7 +122,7 @@ static int chunk_copy_out(const struct kes_walk *walk, const struct kes_harvest 
 static int harvest_check(const struct kes_harvest *arg)
 {
 	const u32 flags = KES_HARVEST_CLEAR_ACCESSED | KES_HARVEST_CLEAR_DIRTY |
-			  KES_HARVEST_FLUSH;
+			  KES_HARVEST_FLUSH | KES_HARVEST_KEEP_YOUNG;
 	u64 end;
 
 	if (arg->flags & ~flags || memchr_inv(arg->reserved, 0, sizeof(arg->reserved)))
@@ -131,6 +132,8 @@ static int harvest_check(const struct kes_harvest *arg)
 		return -EINVAL;
 	if (arg->nodes_bits > 1024 || (arg->on_nodes && !arg->nodes))
 		return -EINVAL;
+	if ((arg->flags & KES_HARVEST_KEEP_YOUNG) && !KES_COMPAT_KEEP_YOUNG)
+		return -EOPNOTSUPP;
 	return 0;
 }
 
@@ -167,6 +170,7 @@ static int walk_init(struct kes_walk *walk, const struct kes_harvest *arg)
 		return ret;
 	walk->clear_asked = arg->flags & KES_HARVEST_CLEAR_ACCESSED;
 	walk->clear_dirty_asked = arg->flags & KES_HARVEST_CLEAR_DIRTY;
+	walk->keep_young = arg->flags & KES_HARVEST_KEEP_YOUNG;
 	walk->keep_mapped = arg->mapped;
 	walk->keep_on_nodes = arg->on_nodes;
 	walk->gather.want_dirty = arg->dirty || walk->clear_dirty_asked;
@@ -190,7 +194,6 @@ long kes_harvest(struct kvm *kvm, const struct kes_entry_format *format,
 
 	if (ret)
 		return ret;
-	memset(&arg->stats, 0, sizeof(arg->stats));
 	end = arg->gfn_start + arg->gfn_count;
 	for (arg->gfn_next = arg->gfn_start; arg->gfn_next < end; arg->gfn_next = next) {
 		/* Not the lesser of two sums: the range may end where 64 bits do. */

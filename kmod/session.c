@@ -11,6 +11,7 @@
 #include <linux/slab.h>
 #include <linux/uaccess.h>
 
+#include "compat.h"
 #include "harvest.h"
 #include "legacy.h"
 #include "process.h"
@@ -127,7 +128,9 @@ static long session_info(struct kes_info __user *user)
 		.abi_version = KES_ABI_VERSION,
 		.entry_format = kes_format.id,
 		.features = KES_FEATURE_HARVEST | KES_FEATURE_CLEAR_DIRTY |
-			    KES_FEATURE_SAMPLE | KES_FEATURE_NOTIFIER,
+			    (KES_COMPAT_PROBE_MAY_LOCK ? KES_FEATURE_SAMPLE : 0) |
+			    KES_FEATURE_NOTIFIER |
+			    (KES_COMPAT_KEEP_YOUNG ? KES_FEATURE_KEEP_YOUNG : 0),
 		.chunk_pages = KES_CHUNK_PAGES,
 		.sessions = kes_stats_attached(),
 	};

@@ -7,8 +7,8 @@
  * is changed only by compare and swap from a value that was seen present, so an
  * entry that KVM changes or freezes at the same time is left alone. KVM's own
  * plain stores can at most bring an accessed bit back; that page is reported
- * once more. Clearing dirty bits takes mmu_lock for read, for a quarter of a
- * table at a time.
+ * once more. Clearing bits of which the host is told, of dirty pages or with
+ * keep_young, takes mmu_lock for read, for a quarter of a table at a time.
  */
 #include <linux/bitops.h>
 #include <linux/ktime.h>
@@ -35,20 +35,23 @@ static const struct kes_entry_format format_blind = KES_ENTRY_FORMAT_BLIND;
 #define READ_WORK_BOUNDARY	3
 #define READ_WORK_NODE		30
 #define CLEAR_WORK		16
-#define CLEAR_WORK_DIRTY	115
+#define CLEAR_WORK_TOLD		115
 #define HUGE_WORK		100
 #define STEP_WORK		20
+
+/* What a leaf of 2 MiB or 1 GiB has, and a link to a table has not. */
+#define HUGE_LEAF		(KES_ENTRY_PRESENT | KES_ENTRY_HUGE)
 
 /*
  * Another writer got in between, and left @old: it is taken as it is, a few
  * times at most. Giving up leaves the bits for the next harvest.
  */
-static noinline bool entry_clear_again(u64 *entry, u64 old, u64 seen)
+static noinline bool entry_clear_again(u64 *entry, u64 old, u64 seen, u64 leaf)
 {
 	int tries;
 
 	for (tries = 0; tries < 4; tries++) {
-		if (!(old & KES_ENTRY_PRESENT) || !(old & seen))
+		if ((old & leaf) != leaf || !(old & seen))
 			return false;
 		if (try_cmpxchg64(entry, &old, old & ~seen))
 			return true;
@@ -58,49 +61,56 @@ static noinline bool entry_clear_again(u64 *entry, u64 old, u64 seen)
 
 /*
  * Clears the bits @seen in an entry. Only bits that were reported: one that
- * appeared since stays for the next harvest.
+ * appeared since stays for the next harvest. The entry must still be a leaf of
+ * its level, which has all bits of @leaf: KVM may have split it, and then it links
+ * a table.
  */
-static __always_inline bool entry_clear(u64 *entry, u64 seen)
+static __always_inline bool entry_clear(u64 *entry, u64 seen, u64 leaf)
 {
 	u64 old = READ_ONCE(*entry);
 
-	if (likely(old & KES_ENTRY_PRESENT) &&
-	    likely(try_cmpxchg64(entry, &old, old & ~seen)))
+	if (likely((old & leaf) == leaf) && likely(try_cmpxchg64(entry, &old, old & ~seen)))
 		return true;
-	return entry_clear_again(entry, old, seen);
+	return entry_clear_again(entry, old, seen, leaf);
 }
 
-static noinline void entries_clear_accessed(struct kes_walk *walk, u64 *entry, u64 todo)
+static noinline void entries_clear_accessed(struct kes_walk *walk, u64 *entry, u64 todo, u64 leaf)
 {
 	const u64 seen = BIT_ULL(walk->gather.format->accessed_nr);
 
 	walk->stats->entries_cleared += hweight64(todo);
 	for (; todo; todo &= todo - 1)
-		if (unlikely(!entry_clear(&entry[__ffs64(todo)], seen)))
+		if (unlikely(!entry_clear(&entry[__ffs64(todo)], seen, leaf)))
 			walk->stats->entries_cleared--;
 }
 
 /*
- * Clears the dirty bits of @todo, and the accessed bits of those of them in
- * @accessed. The caller holds mmu_lock for read, which keeps each frame the
- * guest's.
+ * Clears the accessed bits of @accessed and the dirty bits of @dirty, and tells the
+ * host first, so that it misses nothing. The caller holds mmu_lock for read, which
+ * keeps each frame the guest's.
  */
-static noinline void entries_clear_dirty(struct kes_walk *walk, u64 *entry, u64 todo, u64 accessed)
+static noinline void entries_clear_told(struct kes_walk *walk, u64 *entry, u64 accessed,
+					u64 dirty, u64 leaf)
 {
 	const struct kes_entry_format *format = walk->gather.format;
+	u64 todo;
 
-	for (; todo; todo &= todo - 1) {
+	for (todo = accessed | dirty; todo; todo &= todo - 1) {
 		unsigned int i = __ffs64(todo);
-		u64 seen = BIT_ULL(format->dirty_nr);
-		u64 value = READ_ONCE(entry[i]);
+		u64 value = READ_ONCE(entry[i]), seen = 0;
 
-		if (!(value & KES_ENTRY_PRESENT))
+		if ((value & leaf) != leaf)
 			continue;
-		if (accessed >> i & 1)
+		if (accessed >> i & 1) {
 			seen |= BIT_ULL(format->accessed_nr);
-		/* First the word to the host, then the clearing: no gap. */
-		kes_compat_set_pfn_dirty(kes_entry_pfn(value));
-		walk->stats->entries_cleared += entry_clear(&entry[i], seen);
+			if (walk->keep_young)
+				kes_compat_set_pfn_young(kes_entry_pfn(value));
+		}
+		if (dirty >> i & 1) {
+			seen |= BIT_ULL(format->dirty_nr);
+			kes_compat_set_pfn_dirty(kes_entry_pfn(value));
+		}
+		walk->stats->entries_cleared += entry_clear(&entry[i], seen, leaf);
 	}
 }
 
@@ -173,19 +183,34 @@ static void chunk_set_level(struct kes_walk *walk, u64 gfn, u8 level)
 	*slot = max(*slot, level);
 }
 
+/* What is told to the host is told under mmu_lock. */
+static __always_inline void entries_lock(const struct kes_walk *walk)
+{
+	if (walk->tell_host)
+		read_lock(&walk->kvm->mmu_lock);
+}
+
+static __always_inline void entries_unlock(const struct kes_walk *walk)
+{
+	if (walk->tell_host)
+		read_unlock(&walk->kvm->mmu_lock);
+}
+
 /*
- * Clears, as asked, what was gathered from the entries from @entry on. With
- * clear_dirty the caller holds mmu_lock for read.
+ * Clears, as asked, what was gathered from the entries from @entry on, all of them
+ * leaves with the bits of @leaf. The caller holds entries_lock().
  */
-static __always_inline void entries_clear(struct kes_walk *walk, u64 *entry, const struct kes_bits *bits)
+static __always_inline void entries_clear(struct kes_walk *walk, u64 *entry,
+					  const struct kes_bits *bits, u64 leaf)
 {
 	u64 accessed = walk->clear_accessed ? bits->accessed : 0;
 	u64 dirty = walk->clear_dirty ? bits->dirty : 0;
+	u64 told = walk->keep_young ? accessed | dirty : dirty;
 
-	if (dirty)
-		entries_clear_dirty(walk, entry, dirty, accessed);
-	if (accessed & ~dirty)
-		entries_clear_accessed(walk, entry, accessed & ~dirty);
+	if (told)
+		entries_clear_told(walk, entry, accessed & told, dirty, leaf);
+	if (accessed & ~told)
+		entries_clear_accessed(walk, entry, accessed & ~told, leaf);
 }
 
 /* Leaves it to KVM to clear @accessed, the bits of entries from GFN @gfn on. */
@@ -205,14 +230,13 @@ static noinline void table_harvest(struct kes_walk *walk, u64 *table, u64 gfn, u
 
 	stats->entries_read += end - gfn;
 	walk->work += (end - gfn) * walk->read_work;
-	if (walk->clear_dirty)
-		read_lock(&walk->kvm->mmu_lock);
+	entries_lock(walk);
 	while (gfn < end) {
 		unsigned int count = word_pages(walk, gfn, end);
 		struct kes_bits bits = gather_entries(entry, count, &walk->gather);
 
 		if (bits.mapped) {
-			entries_clear(walk, entry, &bits);
+			entries_clear(walk, entry, &bits, KES_ENTRY_PRESENT);
 			if (unlikely(walk->ask_nodes))
 				bits.on_nodes = entries_on_nodes(walk, entry, count, &bits);
 			chunk_add(walk, gfn, &bits, &stats->mapped_4k);
@@ -222,8 +246,7 @@ static noinline void table_harvest(struct kes_walk *walk, u64 *table, u64 gfn, u
 		entry += count;
 		gfn += count;
 	}
-	if (walk->clear_dirty)
-		read_unlock(&walk->kvm->mmu_lock);
+	entries_unlock(walk);
 	walk->work += (stats->entries_cleared - cleared) * walk->clear_work;
 	if (stats->mapped_4k != mapped)
 		chunk_set_level(walk, end - 1, KES_LEVEL_4K);
@@ -240,13 +263,11 @@ static noinline void huge_harvest(struct kes_walk *walk, u64 *entry, int level, 
 	struct kes_bits one;
 
 	walk->work += HUGE_WORK + walk->clear_work;
-	if (walk->clear_dirty)
-		read_lock(&walk->kvm->mmu_lock);
+	entries_lock(walk);
 	one = gather_one(entry, &walk->gather);
 	if (IS_ALIGNED(end, kes_entry_pages(level)))
-		entries_clear(walk, entry, &one);
-	if (walk->clear_dirty)
-		read_unlock(&walk->kvm->mmu_lock);
+		entries_clear(walk, entry, &one, HUGE_LEAF);
+	entries_unlock(walk);
 	if (!one.mapped)
 		return;
 	if (walk->clear_later && IS_ALIGNED(end, kes_entry_pages(level)))
@@ -273,9 +294,7 @@ static noinline void huge_harvest(struct kes_walk *walk, u64 *entry, int level, 
 /* Whether an entry of a table of 2 MiB entries maps a huge page. */
 static bool entry_is_huge(const u64 *entry)
 {
-	const u64 huge = KES_ENTRY_PRESENT | KES_ENTRY_HUGE;
-
-	return (READ_ONCE(*entry) & huge) == huge;
+	return (READ_ONCE(*entry) & HUGE_LEAF) == HUGE_LEAF;
 }
 
 /* Each of @count bits in @bits stands for the 8 words of 2 MiB. */
@@ -320,12 +339,10 @@ static noinline unsigned int huge_row_harvest(struct kes_walk *walk, u64 *entry,
 	word = offset / 64;
 	walk->work += count * (HUGE_WORK + walk->clear_work);
 	stats->entries_read += count;
-	if (walk->clear_dirty)
-		read_lock(&walk->kvm->mmu_lock);
+	entries_lock(walk);
 	bits = gather_entries(entry, count, &walk->gather);
-	entries_clear(walk, entry, &bits);
-	if (walk->clear_dirty)
-		read_unlock(&walk->kvm->mmu_lock);
+	entries_clear(walk, entry, &bits, HUGE_LEAF);
+	entries_unlock(walk);
 	if (walk->ask_nodes)
 		bits.on_nodes = entries_on_nodes(walk, entry, count, &bits);
 	if (walk->keep_mapped)
@@ -440,6 +457,7 @@ static void root_select(struct kes_walk *walk, const struct kes_root *root)
 	walk->clear_accessed = walk->clear_asked && !root->tracked && !blind;
 	walk->clear_later = walk->clear_asked && root->tracked;
 	walk->clear_dirty = walk->clear_dirty_asked && !blind;
+	walk->tell_host = walk->clear_dirty || (walk->clear_accessed && walk->keep_young);
 }
 
 static u64 roots_walk(struct kes_walk *walk, const struct kes_root *roots, int n, u64 gfn)
@@ -491,6 +509,8 @@ static int section_walk(struct kes_walk *walk, u64 *gfn)
 /* Fills in what the estimates are, from what is asked for. */
 void kes_walk_init(struct kes_walk *walk)
 {
+	bool tells;
+
 	walk->gather.want_nodes = walk->nodes.boundaries;
 	walk->gather.others = walk->nodes.boundaries == 1 && walk->nodes.others ? ~0ULL : 0;
 	walk->gather.window = walk->nodes.window;
@@ -499,10 +519,10 @@ void kes_walk_init(struct kes_walk *walk)
 	walk->read_work = READ_WORK + walk->gather.want_dirty * READ_WORK_DIRTY +
 			  walk->nodes.boundaries * READ_WORK_BOUNDARY +
 			  walk->nodes.by_page * READ_WORK_NODE;
-	walk->clear_work = walk->clear_dirty_asked ? CLEAR_WORK_DIRTY : CLEAR_WORK;
-	/* Telling the host that pages are dirty takes long. */
-	walk->table_step = walk->clear_dirty_asked || walk->nodes.by_page ? KES_ENTRIES / 4 :
-								      KES_ENTRIES;
+	/* Telling the host of pages takes long. */
+	tells = walk->clear_dirty_asked || (walk->clear_asked && walk->keep_young);
+	walk->clear_work = tells ? CLEAR_WORK_TOLD : CLEAR_WORK;
+	walk->table_step = tells || walk->nodes.by_page ? KES_ENTRIES / 4 : KES_ENTRIES;
 }
 
 /*

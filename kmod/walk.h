@@ -38,6 +38,8 @@ struct kes_walk {
 	bool clear_later;	/* ... by KVM, after the walk */
 	bool clear_dirty_asked;	/* dirty bits are to be cleared ... */
 	bool clear_dirty;	/* ... in the entries of the root in hand */
+	bool keep_young;	/* for the host, pages stay young that become old here */
+	bool tell_host;		/* clearing in the root in hand takes mmu_lock */
 	bool several_roots;	/* a page can be met more than once */
 	bool keep_mapped;	/* the chunk's bitmap of mapped pages is needed */
 	bool keep_on_nodes;

@@ -88,6 +88,8 @@ pub struct ModuleInfo {
     pub format: EntryFormat,
     /// Whether the dirty bit can be cleared.
     pub clear_dirty: bool,
+    /// Whether the host's page reclaim can be told of accesses.
+    pub keep_young: bool,
 }
 
 /// Format of the second-level tables.
@@ -177,6 +179,9 @@ pub struct HarvestRequest {
     pub clear_dirty: bool,
     /// Flush the guest's TLBs once at the end.
     pub flush: bool,
+    /// Tell the host's page reclaim of the accesses whose bits are cleared, where
+    /// the kernel can note it; see [`ModuleInfo::keep_young`].
+    pub keep_young: bool,
 }
 
 /// What a harvest found. Reuse one value for many harvests: the buffers stay.
@@ -348,8 +353,14 @@ impl KernelSampler {
                 ));
             }
         };
-        let clear_dirty = raw.features & uapi::FEATURE_CLEAR_DIRTY != 0;
-        Ok(KernelSampler { file, info: ModuleInfo { abi, format, clear_dirty }, dirty_untold: false })
+        let can = |feature| raw.features & feature != 0;
+        let info = ModuleInfo {
+            abi,
+            format,
+            clear_dirty: can(uapi::FEATURE_CLEAR_DIRTY),
+            keep_young: can(uapi::FEATURE_KEEP_YOUNG),
+        };
+        Ok(KernelSampler { file, info, dirty_untold: false })
     }
 
     /// The session's file, for what other modules ask of it.
@@ -431,6 +442,7 @@ impl Sampler for KernelSampler {
             (request.clear_accessed, uapi::HARVEST_CLEAR_ACCESSED),
             (request.clear_dirty, uapi::HARVEST_CLEAR_DIRTY),
             (request.flush, uapi::HARVEST_FLUSH),
+            (request.keep_young && self.info.keep_young, uapi::HARVEST_KEEP_YOUNG),
         ] {
             flags |= if wanted { flag } else { 0 };
         }

@@ -15,7 +15,7 @@ use nix::libc;
 pub const PROC_PATH: &str = "/proc/kvm_ept_sample";
 
 /// Version of the ABI that this file mirrors: major in the upper 16 bits.
-pub const ABI_VERSION: u32 = 0x0001_0002;
+pub const ABI_VERSION: u32 = 0x0001_0003;
 
 /// [`KesInfo::entry_format`]: Intel's extended page tables.
 pub const FORMAT_EPT: u32 = 1;
@@ -30,6 +30,8 @@ pub const FEATURE_CLEAR_DIRTY: u64 = 1 << 1;
 pub const FEATURE_SAMPLE: u64 = 1 << 2;
 /// [`KesInfo::features`]: harvest by KVM's MMU notifier, where tables do not tell.
 pub const FEATURE_NOTIFIER: u64 = 1 << 3;
+/// [`KesInfo::features`]: [`HARVEST_KEEP_YOUNG`].
+pub const FEATURE_KEEP_YOUNG: u64 = 1 << 4;
 
 /// [`KesMemslot::flags`]: a ROM.
 pub const SLOT_READONLY: u32 = 1 << 0;
@@ -42,6 +44,8 @@ pub const HARVEST_CLEAR_ACCESSED: u32 = 1 << 0;
 pub const HARVEST_CLEAR_DIRTY: u32 = 1 << 1;
 /// [`KesHarvest::flags`]: one TLB flush at the end.
 pub const HARVEST_FLUSH: u32 = 1 << 2;
+/// [`KesHarvest::flags`]: tell the host's page reclaim of what is cleared.
+pub const HARVEST_KEEP_YOUNG: u32 = 1 << 3;
 
 /// [`KesHarvestStats::sources`]: the tables themselves.
 pub const SOURCE_TABLES: u32 = 1 << 0;

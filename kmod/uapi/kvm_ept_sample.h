@@ -9,11 +9,12 @@
  * THE FILE
  *
  * /proc/kvm_ept_sample, mode 0600. Every open file is a session of its own and
- * is attached to at most one VM. All state dies with the file. No call changes
- * what the guest sees. What a guest pays is what the caller asked for: one TLB
- * flush for a KES_HARVEST_FLUSH, and faults and flushes for KES_SAMPLE_SET.
- * read(2) and poll(2) deliver samples; see KES_SAMPLE_SET. The interface of 2019
- * lives on the same file; see the end of this one.
+ * is attached to at most one VM. All state dies with the file, and as long as it
+ * is open the module can not be unloaded. No call changes what the guest sees. What
+ * a guest pays is what the caller asked for: one TLB flush for a KES_HARVEST_FLUSH,
+ * and faults and flushes for KES_SAMPLE_SET. read(2) and poll(2) deliver samples;
+ * see KES_SAMPLE_SET. The interface of 2019 lives on the same file; see the end of
+ * this one.
  *
  * RULES
  *
@@ -22,8 +23,8 @@
  * - Reserved fields and unknown flag bits must be zero, or the call fails with
  *   EINVAL. They are how later versions grow.
  * - A call that fails has changed nothing, with one exception: a harvest that
- *   ends in EFAULT may have cleared bits of the chunk that it could not hand
- *   over.
+ *   fails may have cleared bits of chunks that it handed over before, and one that
+ *   ends in EFAULT also of the chunk that it could not hand over.
  * - GFN: guest frame number, guest physical address >> 12. Always 4 KiB units,
  *   whatever size the page is mapped with.
  * - Bitmaps are arrays of native-endian __u64 words; bit (i % 64) of word
@@ -39,7 +40,8 @@
  *   version, abi, format    of the module (format: ept or npt)
  *   self_check              pending, passed or failed. Each load compares some
  *                           entries of the first VM that has pages mapped with
- *                           the VMM's page tables; failed refuses all VMs
+ *                           the VMM's page tables; failed refuses all VMs. A
+ *                           frame that does not fit refuses only that VM
  *   sessions_open           open files, now
  *   sessions_attached       of them those with a VM, now
  *   vms_attached            different VMs among these, now
@@ -77,7 +79,8 @@
  *   EFAULT      a pointer is not valid. That a structure can be written to which
  *               the call answers in, having read it, is tried before all else
  *   ENOTCONN    the call needs an attached VM
- *   ESRCH       the VM's process has exited; what it had can not be observed
+ *   ESRCH       the VM's process has exited, or closed the VM; what it had can
+ *               not be observed
  *   ENOMEM      no memory for the session's buffers
  */
 #ifndef _UAPI_KVM_EPT_SAMPLE_H
@@ -92,7 +95,7 @@
  * The ABI's version: major in the upper, minor in the lower 16 bits. A new
  * minor only adds; programs check that the major is theirs.
  */
-#define KES_ABI_VERSION		0x00010002U
+#define KES_ABI_VERSION		0x00010003U
 
 #define KES_IOC_MAGIC		0xE7
 
@@ -110,6 +113,7 @@
 #define KES_FEATURE_CLEAR_DIRTY	(1ULL << 1)	/* KES_HARVEST_CLEAR_DIRTY */
 #define KES_FEATURE_SAMPLE	(1ULL << 2)	/* KES_SAMPLE_SET; since 1.1 */
 #define KES_FEATURE_NOTIFIER	(1ULL << 3)	/* KES_SOURCE_NOTIFIER; since 1.2 */
+#define KES_FEATURE_KEEP_YOUNG	(1ULL << 4)	/* KES_HARVEST_KEEP_YOUNG; since 1.3 */
 
 #define KES_FORMAT_EPT		1
 #define KES_FORMAT_NPT		2
@@ -136,7 +140,7 @@ struct kes_info {
  *   EBADF       vm_fd is not open
  *   ENODEV      vm_fd is not a KVM VM
  *   EISCONN     this session is attached already
- *   EACCES      the guest has private memory (SNP, TDX, guest_memfd)
+ *   EACCES      the guest has private memory (SNP, TDX and the like)
  *   EUCLEAN     the module's self-check found that it does not know this
  *               kernel; the kernel log says what did not fit. See STATISTICS
  */
@@ -234,10 +238,18 @@ struct kes_memslots {
  * @stats:     what this call did.
  *
  *   EOPNOTSUPP  @dirty or CLEAR_DIRTY is asked for where nothing tells it (see
- *               above); without both the call works
+ *               above); without both the call works. Or KEEP_YOUNG is, and the
+ *               kernel can not note it (no KES_FEATURE_KEEP_YOUNG)
  *   EUCLEAN     KVM's structures are not laid out as this module knows them;
  *               nothing was read on a guess. The kernel log says which
  *   EACCES      as for KES_ATTACH, when the VM became private later
+ *
+ * Page reclaim, and DAMON, find out by the same accessed bits which pages the host
+ * can do without. Who clears them and keeps it to himself makes a page that is
+ * used now and then look like one that never is: a host that swaps, or demotes by
+ * itself, will choose worse. KEEP_YOUNG notes each access for them in struct page.
+ * Each entry that is cleared then costs a look at that, and mmu_lock is taken for
+ * reading, as for CLEAR_DIRTY.
  */
 #define KES_HARVEST_CLEAR_ACCESSED (1U << 0)	/* read and clear accessed */
 #define KES_HARVEST_CLEAR_DIRTY	(1U << 1)	/* read and clear dirty; the page
@@ -248,6 +260,10 @@ struct kes_memslots {
 						 * bits since its last flush: until
 						 * then a cached translation can
 						 * hide accesses */
+#define KES_HARVEST_KEEP_YOUNG	(1U << 3)	/* tell the host's page reclaim
+						 * and idle page tracking of the
+						 * accesses whose bits are cleared
+						 * in tables; since 1.3 */
 
 #define KES_MAX_PAGES		(1ULL << 34)	/* 64 TiB */
 
@@ -331,7 +347,8 @@ struct kes_harvest {
  *   EBUSY       another session samples this VM (there can be one only); the
  *               kernel log says so as well
  *   EOPNOTSUPP  the VM's tables have no accessed bits: KVM itself takes
- *               permissions away there, and the two could not be told apart
+ *               permissions away there, and the two could not be told apart. Or
+ *               the kernel is one for real time, up to 6.12 (PREEMPT_RT)
  *   ENXIO       KVM shadows this VM's page tables (kvm.tdp_mmu=N, or EPT or NPT
  *               not in use): there are no tables to take permissions from
  *   EUCLEAN, EACCES  as for KES_HARVEST

@@ -182,6 +182,7 @@ impl Guest {
                 clear_dirty: false,
                 // One flush, at the end, serves the whole VM.
                 flush: self.orders.policy.sampling.flush && index + 1 == slots.len(),
+                keep_young: false,
             };
             self.sampler.harvest(&request, &self.orders.tiers.slow, &mut self.harvest)?;
             stats.add(&self.harvest.stats);

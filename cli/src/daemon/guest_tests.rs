@@ -56,7 +56,7 @@ struct FakeSampler(Shared);
 
 impl Sampler for FakeSampler {
     fn info(&self) -> ModuleInfo {
-        ModuleInfo { abi: (1, 0), format: EntryFormat::Npt, clear_dirty: true }
+        ModuleInfo { abi: (1, 0), format: EntryFormat::Npt, clear_dirty: true, keep_young: true }
     }
 
     fn memslots(&mut self) -> Result<(u64, Vec<MemSlot>), SamplerError> {

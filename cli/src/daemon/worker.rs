@@ -291,7 +291,7 @@ mod tests {
 
     impl Sampler for NoMemory {
         fn info(&self) -> ModuleInfo {
-            ModuleInfo { abi: (1, 0), format: EntryFormat::Ept, clear_dirty: false }
+            ModuleInfo { abi: (1, 0), format: EntryFormat::Ept, clear_dirty: false, keep_young: false }
         }
 
         fn memslots(&mut self) -> Result<(u64, Vec<MemSlot>), SamplerError> {

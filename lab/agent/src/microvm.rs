@@ -37,6 +37,7 @@ mod pattern;
 mod place;
 mod places;
 mod random;
+mod reclaim;
 mod rights;
 mod sampling;
 mod sampling_calls;
@@ -68,6 +69,7 @@ const TESTS: &[Test] = &[
     ("levels-2m", huge::levels_2m),
     ("levels-1g", huge::levels_1g),
     ("on-nodes", place::on_nodes),
+    ("keep-young", reclaim::keep_young),
     ("memslots", abi::memslots),
     ("refusals", abi::refusals),
     ("arguments", arguments::all),
@@ -76,6 +78,7 @@ const TESTS: &[Test] = &[
     ("no-addresses", rights::no_addresses),
     ("own-vm-only", rights::own_vm_only),
     ("vm-exit", lifecycle::vm_exit),
+    ("vm-closed", lifecycle::vm_closed),
     ("module-in-use", lifecycle::module_in_use),
     ("churn", lifecycle::churn),
     ("flush-proof", flush::proof),

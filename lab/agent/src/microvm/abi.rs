@@ -37,6 +37,10 @@ pub fn memslots() -> Result<Outcome> {
     Ok(Outcome::Pass("1 slot, then 41 in order; KVM's own left out".into()))
 }
 
+/// All flags of KES_HARVEST.
+pub const HARVEST_FLAGS: u32 =
+    uapi::HARVEST_CLEAR_ACCESSED | uapi::HARVEST_CLEAR_DIRTY | uapi::HARVEST_FLUSH | uapi::HARVEST_KEEP_YOUNG;
+
 /// The errno of a raw call of the module, 0 when it succeeds.
 pub fn errno<T>(file: &File, request: u64, argument: *mut T) -> i32 {
     // SAFETY: every argument below is null, an invalid address that the kernel

@@ -11,6 +11,7 @@ use ept_virt_core::uapi::{
 };
 use libc::{EFAULT, EINVAL, EISCONN};
 
+use super::abi::HARVEST_FLAGS;
 use super::arguments::{ATTACH, Bench, DETACH, HARVEST, MEMSLOTS, SET, STATS, State, call};
 use super::machine::PAGES;
 use super::places::{Place, bytes_of, from_bytes};
@@ -74,11 +75,10 @@ fn memslots(bench: &mut Bench) -> Result<()> {
 
 fn harvest_bits(bench: &mut Bench) -> Result<()> {
     let good = KesHarvest { gfn_count: 64, ..Default::default() };
-    let known = uapi::HARVEST_CLEAR_ACCESSED | uapi::HARVEST_CLEAR_DIRTY | uapi::HARVEST_FLUSH;
-    for bit in (0..32).filter(|bit| known >> bit & 1 == 0) {
+    for bit in (0..32).filter(|bit| HARVEST_FLAGS >> bit & 1 == 0) {
         let wrong = KesHarvest { flags: 1 << bit, ..good };
         bench.expect_of(&format!("HARVEST flag {bit}"), A, HARVEST.number, &wrong, EINVAL)?;
-        let wrong = KesHarvest { flags: known | 1 << bit, ..good };
+        let wrong = KesHarvest { flags: HARVEST_FLAGS | 1 << bit, ..good };
         bench.expect_of(&format!("HARVEST flag {bit} and others"), A, HARVEST.number, &wrong, EINVAL)?;
     }
     for bit in 0..256 {

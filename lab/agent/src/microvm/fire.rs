@@ -102,6 +102,7 @@ fn harvest_until(stop: &AtomicBool, session: &mut KernelSampler, count: &AtomicU
             clear_accessed: !random.once_in(4),
             clear_dirty: random.once_in(2),
             flush: random.once_in(2),
+            keep_young: random.once_in(2),
             ..ALL_CLEAR
         };
         harvest(session, request)?;

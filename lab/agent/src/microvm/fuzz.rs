@@ -19,7 +19,7 @@ use ept_virt_core::uapi;
 use super::Outcome;
 use super::arguments::{self, module_references};
 use super::fuzz_player::{Player, Waiting};
-use super::fuzz_world::World;
+use super::fuzz_world::{SHARED_FILES, World};
 use super::settings::number;
 use crate::kernel_log::{KernelLog, scan_for_leaks};
 
@@ -55,7 +55,7 @@ pub fn run() -> Result<Outcome> {
     let after = module_references()?;
     ensure!(after == before, "the module's references went from {before} to {after}");
     let sessions = uapi::get_info(&arguments::open()?)?.sessions;
-    ensure!(i64::from(sessions) == after, "{sessions} sessions are attached after all were closed");
+    ensure!(sessions == 0, "{sessions} sessions are attached after all were closed");
     super::leaks::no_worker_is_left()?;
     scan_for_leaks()?;
     let seconds = start.elapsed().as_secs();
@@ -94,11 +94,12 @@ fn epoch(world: &World, players: &mut [Player], steps: u64) -> Result<()> {
 fn look(world: &World, players: &[Player], before: i64) -> Result<()> {
     // Who is attached to the shared session nobody knows.
     world.renew_shared()?;
-    let attached: i64 = players.iter().map(Player::attached).sum();
+    let files: usize = SHARED_FILES + players.iter().map(Player::files).sum::<usize>();
     let references = module_references()?;
-    ensure!(references == before + attached, "{references} references, {attached} sessions are attached");
+    ensure!(references == before + files as i64, "{references} references, {files} files are open");
+    let attached: usize = players.iter().map(Player::attached).sum();
     let sessions = uapi::get_info(&arguments::open()?)?.sessions;
-    ensure!(i64::from(sessions) == attached, "GET_INFO counts {sessions} sessions, {attached} are attached");
+    ensure!(sessions as usize == attached, "GET_INFO counts {sessions} sessions, {attached} are attached");
     world.check()
 }
 

@@ -5,8 +5,12 @@
 use std::collections::BTreeSet;
 
 use ept_virt_core::uapi::{self, MAX_FREQ_HZ, MAX_PAGES, MAX_RING_RECORDS};
-use libc::{EAGAIN, EBADF, EBUSY, EFAULT, EINTR, EINVAL, EISCONN, ENODATA, ENODEV, ENOTCONN, ENOTTY, ESRCH};
+use libc::{
+    EAGAIN, EBADF, EBUSY, EFAULT, EINTR, EINVAL, EISCONN, ENODATA, ENODEV, ENOTCONN, ENOTTY, EOPNOTSUPP,
+    ESRCH,
+};
 
+use super::abi::HARVEST_FLAGS;
 use super::fuzz_steps::{Buffer, Call, HarvestStep, SetStep, Target};
 use super::fuzz_world::Life;
 use super::places::Place;
@@ -23,6 +27,8 @@ pub struct View {
     pub nonblock: bool,
     /// Of the VM that the call names.
     pub target_life: Life,
+    /// The kernel can note for its page reclaim what was accessed.
+    pub keeps_young: bool,
 }
 
 /// Errnos that are right; 0 is success.
@@ -49,7 +55,7 @@ pub fn allowed(call: &Call, place: Place, view: &View) -> Allowed {
         Call::Memslots { .. } | Call::Harvest(_) | Call::Set(_) if !view.attached => ENOTCONN,
         Call::Memslots { .. } | Call::Harvest(_) | Call::Set(_) if view.life == Life::Dead => ESRCH,
         Call::Memslots { capacity, slots, reserved } => return memslots(capacity, slots, reserved, view),
-        Call::Harvest(ref step) => return or_gone(harvest(step), view),
+        Call::Harvest(ref step) => return or_gone(harvest(step, view.keeps_young), view),
         Call::Set(ref step) => return or_gone(set(step, view), view),
         Call::Read { bytes } => return read(bytes, place, view),
     };
@@ -98,11 +104,10 @@ fn memslots(capacity: u32, slots: Buffer, reserved: u64, view: &View) -> Allowed
     allowed
 }
 
-fn harvest(step: &HarvestStep) -> i32 {
-    let known = uapi::HARVEST_CLEAR_ACCESSED | uapi::HARVEST_CLEAR_DIRTY | uapi::HARVEST_FLUSH;
+fn harvest(step: &HarvestStep, keeps_young: bool) -> i32 {
     let asks = |buffer: Buffer| !matches!(buffer, Buffer::None | Buffer::At(Place::Null));
     let on_nodes = asks(step.buffers[3]);
-    if step.flags & !known != 0
+    if step.flags & !HARVEST_FLAGS != 0
         || step.reserved != 0
         || step.gfn_count == 0
         || step.gfn_count > MAX_PAGES
@@ -111,6 +116,9 @@ fn harvest(step: &HarvestStep) -> i32 {
         || (on_nodes && !asks(step.nodes))
     {
         return EINVAL;
+    }
+    if step.flags & uapi::HARVEST_KEEP_YOUNG != 0 && !keeps_young {
+        return EOPNOTSUPP;
     }
     let unreadable = matches!(step.nodes, Buffer::At(place) if !place.readable());
     if (on_nodes && step.nodes_bits > 0 && unreadable) || step.buffers.into_iter().any(Buffer::is_wrong) {
@@ -189,6 +197,7 @@ mod tests {
         may_have_records: false,
         nonblock: true,
         target_life: Life::Alive,
+        keeps_young: false,
     };
 
     #[test]

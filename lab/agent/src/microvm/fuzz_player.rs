@@ -40,6 +40,7 @@ pub struct Waiting {
 struct Session {
     file: File,
     nonblock: bool,
+    keeps_young: bool,
     vm: Option<Arc<Vm>>,
     ring: Option<u32>,
     may_have_records: bool,
@@ -65,7 +66,16 @@ impl Session {
     fn open(nonblock: bool) -> Result<Session> {
         let flags = if nonblock { libc::O_NONBLOCK } else { 0 };
         let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(uapi::PROC_PATH)?;
-        Ok(Session { file, nonblock, vm: None, ring: None, may_have_records: false, last_record_ns: 0 })
+        let keeps_young = uapi::get_info(&file)?.features & uapi::FEATURE_KEEP_YOUNG != 0;
+        Ok(Session {
+            file,
+            nonblock,
+            keeps_young,
+            vm: None,
+            ring: None,
+            may_have_records: false,
+            last_record_ns: 0,
+        })
     }
 
     /// What a call that succeeded changed.
@@ -93,6 +103,7 @@ impl Session {
             may_have_records: self.may_have_records,
             nonblock: self.nonblock,
             target_life,
+            keeps_young: self.keeps_young,
         }
     }
 }
@@ -137,8 +148,13 @@ impl Player {
     }
 
     /// Sessions that are attached now; each holds the module.
-    pub fn attached(&self) -> i64 {
-        self.sessions.iter().filter(|session| session.vm.is_some()).count() as i64
+    pub fn attached(&self) -> usize {
+        self.sessions.iter().filter(|session| session.vm.is_some()).count()
+    }
+
+    /// Sessions that are open.
+    pub fn files(&self) -> usize {
+        self.sessions.len()
     }
 
     /// Closes all sessions.
@@ -225,6 +241,7 @@ impl Player {
                         may_have_records: true,
                         nonblock: true,
                         target_life: life,
+                        keeps_young: self.sessions[0].keeps_young,
                     };
                     right.extend(allowed(&call, place, &view));
                 }

@@ -4,6 +4,7 @@
 
 use ept_virt_core::uapi;
 
+use super::abi::HARVEST_FLAGS;
 use super::arguments::CALLS;
 use super::disturb::Disturbance;
 use super::places::Place;
@@ -202,7 +203,6 @@ fn range(random: &mut Random) -> (u64, u64) {
 
 fn harvest(random: &mut Random) -> HarvestStep {
     let (gfn_start, gfn_count) = range(random);
-    let known = uapi::HARVEST_CLEAR_ACCESSED | uapi::HARVEST_CLEAR_DIRTY | uapi::HARVEST_FLUSH;
     let mut buffers: [Buffer; 5] = std::array::from_fn(|_| buffer(random));
     if gfn_count > ROOM_PAGES {
         buffers = buffers.map(|buffer| if buffer.is_wrong() { buffer } else { Buffer::None });
@@ -210,7 +210,7 @@ fn harvest(random: &mut Random) -> HarvestStep {
     HarvestStep {
         gfn_start,
         gfn_count,
-        flags: flags(random, known),
+        flags: flags(random, HARVEST_FLAGS),
         buffers,
         nodes: if random.once_in(8) { buffer(random) } else { Buffer::Good },
         nodes_bits: random.pick(&[0, 1, 2, 63, 64, 65, 128, 1023, 1024, 1024, 1025, u32::MAX]),

@@ -13,6 +13,9 @@ use super::arguments;
 use super::child::GuestProcess;
 use super::fuzz_steps::VMS;
 
+/// Sessions of the module that belong to no thread.
+pub const SHARED_FILES: usize = 1;
+
 /// Whether a VM's process lives; it goes from the first to the last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Life {

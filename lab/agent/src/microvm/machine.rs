@@ -405,6 +405,7 @@ pub const ALL: HarvestRequest = HarvestRequest {
     clear_accessed: false,
     clear_dirty: false,
     flush: false,
+    keep_young: false,
 };
 
 /// As [`ALL`], clearing the accessed bits, with a flush.

@@ -39,6 +39,7 @@ const CLEAR_DIRTY: HarvestRequest = HarvestRequest {
     clear_accessed: true,
     clear_dirty: true,
     flush: true,
+    keep_young: false,
 };
 
 /// What clears dirty bits loses no write.

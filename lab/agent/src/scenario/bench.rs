@@ -68,6 +68,7 @@ fn costs(memory: Memory) -> Result<Vec<(&'static str, f64)>> {
             clear_accessed,
             clear_dirty: false,
             flush,
+            keep_young: false,
         };
         let mut seen = Harvest::default();
         let cost = time_per_page(slot, || Ok(sampler.harvest(&request, &slow, &mut seen)?))?;

@@ -111,6 +111,7 @@ fn find_hot(sampler: &mut KernelSampler, truth: &Truth) -> Result<()> {
                 clear_accessed: true,
                 clear_dirty: false,
                 flush: true,
+                keep_young: true,
             };
             sampler.harvest(&request, &NodeSet::default(), &mut seen)?;
             let bits = (0..slot.page_count).filter(|i| seen.accessed[(i / 64) as usize] >> (i % 64) & 1 == 1);

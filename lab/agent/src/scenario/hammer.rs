@@ -213,6 +213,7 @@ fn harvest_on(mut sampler: KernelSampler, stop: &AtomicBool, work: &Work) -> Res
                 clear_accessed: true,
                 clear_dirty: can_clear_dirty && !slot.read_only && round % 2 == 0,
                 flush: round % 4 < 2,
+                keep_young: round % 8 < 4,
             };
             sampler.harvest(&request, &slow, &mut harvest)?;
             work.accessed.fetch_add(harvest.stats.accessed, Ordering::Relaxed);
