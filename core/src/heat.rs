@@ -29,6 +29,7 @@
 //! first needed) and the temperature is stepped when a 256th is to be decayed.
 
 mod histogram;
+pub mod store;
 
 use std::ops::Range;
 use std::time::Duration;
@@ -104,9 +105,32 @@ impl HeatMap {
         }
     }
 
+    /// A map that goes on from the [`HeatMap::cells`] of an earlier one, a cell a
+    /// page. Missing ones are cold, surplus ones left out.
+    pub fn from_cells(pages: usize, params: HeatParams, mut cells: Vec<u16>) -> Self {
+        let padded = bitmap::words_for(pages) * WORD_BITS;
+        cells.truncate(pages);
+        cells.resize(padded, IDLE_COUNT);
+        let (pending_time, since_countdown) = (Duration::ZERO, Duration::ZERO);
+        HeatMap { params, pages, cells, pending: Vec::new(), pending_time, since_countdown }
+    }
+
     /// Number of pages.
     pub fn pages(&self) -> usize {
         self.pages
+    }
+
+    /// All that is known of each page, to be kept; in the form that
+    /// [`HeatMap::from_cells`] takes. After [`HeatMap::settle`] nothing is missing.
+    pub fn cells(&self) -> &[u16] {
+        self.cells.get(..self.pages).unwrap_or_default()
+    }
+
+    /// Steps the temperatures by rounds that were put off, if there are any.
+    pub fn settle(&mut self) {
+        if !self.pending_time.is_zero() {
+            self.step_pending();
+        }
     }
 
     /// Goes on with other parameters; temperatures stay as they are.
@@ -126,9 +150,7 @@ impl HeatMap {
             }
         } else {
             // Accesses of short rounds must not count for this long one.
-            if !self.pending_time.is_zero() {
-                self.step_pending();
-            }
+            self.settle();
             self.step_cells(accessed, dt);
         }
     }

@@ -11,10 +11,26 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// What `/proc/PID/fd/N` of a KVM virtual machine points to.
 const VM_LINK: &str = "anon_inode:kvm-vm";
+
+/// Changes with every boot of the host.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// What tells a process from all others, past ones included: to be written down,
+/// where a pidfd can not be kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessIdentity {
+    /// The kernel's name for this boot of the host.
+    pub boot_id: String,
+    /// The process id, which may have had other owners in this boot.
+    pub pid: i32,
+    /// When it was started, in clock ticks since the boot.
+    pub started_ticks: u64,
+}
 
 /// Why a process can not be used.
 #[derive(Debug, Error)]
@@ -131,6 +147,22 @@ impl Process {
         !matches!(poll(&mut fds, PollTimeout::ZERO), Ok(n) if n > 0)
     }
 
+    /// What tells it from all other processes.
+    pub fn identity(&self) -> Result<ProcessIdentity, ProcessError> {
+        let (pid, operation) = (self.pid, "read the start time");
+        let boot_id = fs::read_to_string(BOOT_ID).map_err(|source| ProcessError::Io {
+            pid,
+            operation: "tell the boot",
+            source,
+        })?;
+        let stat = self.read("stat", operation)?;
+        let started_ticks = start_time(&stat).ok_or_else(|| {
+            let source = io::Error::new(io::ErrorKind::InvalidData, "its stat file has another form");
+            ProcessError::Io { pid, operation, source }
+        })?;
+        Ok(ProcessIdentity { boot_id: boot_id.trim().to_owned(), pid, started_ticks })
+    }
+
     /// Reads `/proc/PID/NAME`, which is this process's for certain when it
     /// returns with success.
     fn read(&self, name: &str, operation: &'static str) -> Result<Vec<u8>, ProcessError> {
@@ -220,6 +252,14 @@ fn owned_fd(result: libc::c_long) -> io::Result<OwnedFd> {
     }
 }
 
+/// The start time, field 22 of `/proc/PID/stat` (proc(5)). The name, field 2, may
+/// hold whatever its owner likes; what follows its last bracket holds none.
+fn start_time(stat: &[u8]) -> Option<u64> {
+    let after_name = stat.iter().rposition(|byte| *byte == b')')? + 1;
+    let fields = std::str::from_utf8(stat.get(after_name..)?).ok()?;
+    fields.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
 /// Whether a NUL-separated command line says `-uuid UUID`.
 fn is_qemu_of(command_line: &[u8], uuid: &str) -> bool {
     let mut arguments = command_line.split(|&byte| byte == 0);
@@ -273,6 +313,33 @@ mod tests {
         assert!(!process.is_alive());
         assert!(matches!(process.read("cmdline", "read"), Err(ProcessError::Gone { .. })));
         assert!(matches!(find_vm_fd(&process), Err(ProcessError::Gone { .. })));
+    }
+
+    #[test]
+    fn an_identity_is_one_process_s() {
+        let own = Process::open(own_pid()).unwrap();
+        let identity = own.identity().unwrap();
+        assert_eq!(identity.pid, own_pid());
+        assert_eq!(identity.boot_id.len(), 36);
+        assert_eq!(own.identity().unwrap(), identity);
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let other = Process::open(child.id() as i32).unwrap();
+        let theirs = other.identity().unwrap();
+        assert!(theirs.started_ticks >= identity.started_ticks && theirs != identity);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(matches!(other.identity(), Err(ProcessError::Gone { .. })));
+    }
+
+    #[test]
+    fn a_name_can_not_forge_a_start_time() {
+        let rest = "S 1 1 1 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 4711 1 1";
+        for name in ["qemu", "a) S 1 2 3 (b", "", ") 1 ("] {
+            assert_eq!(start_time(format!("7 ({name}) {rest}\n").as_bytes()), Some(4711), "{name}");
+        }
+        for broken in ["", "7 (qemu", "7 (qemu) S 1 1", "7 (qemu) \u{fffd}"] {
+            assert_eq!(start_time(broken.as_bytes()), None, "{broken}");
+        }
     }
 
     #[test]
