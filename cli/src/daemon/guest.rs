@@ -6,12 +6,13 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use ept_virt_core::heat::store::SlotRange;
 use ept_virt_core::migrate::{
     BATCH_UNITS, MoveOutcome, Mover, ProcessGone, Refused, RefusedBytes, TokenBucket, unit_bytes,
 };
 use ept_virt_core::plan::{self, MoveUnit, PlanInput};
 use ept_virt_core::policy::{Mode, Policy};
-use ept_virt_core::sampler::{Harvest, HarvestRequest, HarvestStats, Sampler, SamplerError};
+use ept_virt_core::sampler::{Harvest, HarvestRequest, HarvestStats, MemSlot, Sampler, SamplerError};
 use ept_virt_core::topology::Tiers;
 use ept_virt_core::units::{Bytes, PAGE_BYTES, PAGES_PER_2M};
 use ept_virt_core::wire::{MoveTotals, Place, RoundStatus};
@@ -40,6 +41,8 @@ pub struct Orders {
     pub tiers: Tiers,
     /// Why nothing is moved though the policy says so.
     pub obstacle: Option<String>,
+    /// The guest's CPUs stand still, and so does its heat.
+    pub suspended: bool,
 }
 
 impl Orders {
@@ -97,6 +100,8 @@ pub struct Guest {
     rounds: u64,
     /// Times are on the caller's clock.
     harvested_at: Option<Duration>,
+    /// Time from here on is none for the guest.
+    suspended_since: Option<Duration>,
     released_at: Duration,
     /// The kernel forbade moves; until when they are not tried again.
     forbidden_until: Option<Duration>,
@@ -119,6 +124,7 @@ impl Guest {
             sampler,
             mover,
             memory,
+            suspended_since: orders.suspended.then_some(now),
             bucket: TokenBucket::new(orders.policy.migration.bandwidth.0, now),
             orders,
             harvest: Harvest::default(),
@@ -148,7 +154,45 @@ impl Guest {
         drop(memory);
         self.bucket.set_rate(orders.policy.migration.bandwidth.0, now);
         self.forbidden_until = None;
+        match (self.suspended_since, orders.suspended) {
+            (None, true) => self.suspended_since = Some(now),
+            (Some(_), false) => {
+                self.harvested_at = self.harvested_at(now);
+                self.suspended_since = None;
+            }
+            _ => {}
+        }
         self.orders = orders;
+    }
+
+    /// When the last round was, as if the guest had never stood still since.
+    pub fn harvested_at(&self, now: Duration) -> Option<Duration> {
+        let stood = self.suspended_since.map_or(Duration::ZERO, |since| now.saturating_sub(since));
+        self.harvested_at.map(|at| at + stood)
+    }
+
+    /// Whether rounds would find nothing new.
+    pub fn rests(&self) -> bool {
+        self.suspended_since.is_some() && self.rounds > 0
+    }
+
+    /// Learns which memory slots there are.
+    pub fn learn_slots(&mut self) -> Result<Vec<SlotRange>, SamplerError> {
+        let (generation, infos) = self.sampler.memslots()?;
+        let mut memory = lock(&self.memory);
+        memory.adopt(generation, infos);
+        let range = |slot: &MemSlot| SlotRange { gfn_start: slot.gfn_start, page_count: slot.page_count };
+        Ok(memory.slots().map(|(_, slot)| range(slot)).collect())
+    }
+
+    /// Goes on with heat from before this daemon, whose last round was at
+    /// `harvested_at`: what was accessed since then the tables still know.
+    pub fn recall(&mut self, heat: Vec<(SlotRange, Vec<u16>)>, harvested_at: Duration) -> usize {
+        let slots = lock(&self.memory).recall(heat);
+        if slots > 0 {
+            self.harvested_at = Some(harvested_at);
+        }
+        slots
     }
 
     /// Bytes moved and refused since the start.
@@ -165,7 +209,7 @@ impl Guest {
     /// Harvests all of the guest's memory once.
     pub fn round(&mut self, now: Duration) -> Result<RoundStatus, SamplerError> {
         let started = Instant::now();
-        let elapsed = self.harvested_at.map(|before| now.saturating_sub(before));
+        let elapsed = self.harvested_at(now).map(|before| now.saturating_sub(before));
         let (generation, infos) = self.sampler.memslots()?;
         let slots: Vec<_> = {
             let mut memory = lock(&self.memory);
@@ -188,7 +232,7 @@ impl Guest {
             stats.add(&self.harvest.stats);
             lock(&self.memory).observe(*index, &self.harvest, elapsed);
         }
-        self.harvested_at = Some(now);
+        self.harvested_at = Some(self.suspended_since.unwrap_or(now));
         self.rounds += 1;
         Ok(self.round_status(&stats, elapsed, started))
     }
@@ -246,7 +290,9 @@ impl Guest {
     /// Why nothing is moved now, though the orders say so, in plain words.
     pub fn hindrance(&self, now: Duration) -> Option<String> {
         let memory = lock(&self.memory);
-        if !self.orders.place() {
+        if self.orders.suspended {
+            Some("the guest is suspended: until it goes on its heat rests, and nothing is moved".into())
+        } else if !self.orders.place() {
             self.orders.obstacle.clone()
         } else if memory.mostly_logged() {
             Some("placement pauses: the guest's writes are being logged, as for a live migration".into())

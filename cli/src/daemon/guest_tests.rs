@@ -162,7 +162,7 @@ fn orders(mode: Mode) -> Orders {
     };
     let tiers =
         Tiers { fast: NodeSet::from_iter([FAST]), slow: NodeSet::from_iter([SLOW]), from: "test".into() };
-    Orders { policy, tiers, obstacle: None }
+    Orders { policy, tiers, obstacle: None, suspended: false }
 }
 
 impl Test {
@@ -490,4 +490,82 @@ fn memory_that_is_plugged_in_is_observed() {
     assert_eq!(test.guest.size(), (Bytes::of_pages(164), 2));
     assert_eq!(status.slow_bytes, 50 * PAGE_BYTES, "what was known is kept");
     assert_eq!(status.fast_bytes, 82 * PAGE_BYTES);
+}
+
+/// What a suspended guest's pages are afterwards, compared with those of a guest
+/// that was never suspended.
+#[test]
+fn a_guest_that_was_suspended_comes_back_with_its_heat() {
+    let mut test = Test::new(orders(Mode::Place), vec![slot(0, 100)]);
+    test.world().touch(0..20);
+    let before = test.rounds(12, 0..20);
+    assert_eq!(before.hot_bytes, 20 * PAGE_BYTES);
+    let idle = |test: &Test| {
+        let memory = lock(&test.guest.memory);
+        (0..100).filter(|page| memory.views()[0].heat.is_idle(*page)).count()
+    };
+    let idle_before = idle(&test);
+    test.guest.obey(Orders { suspended: true, ..orders(Mode::Place) }, test.now);
+    assert!(test.guest.rests());
+    assert!(test.guest.hindrance(test.now).unwrap().contains("suspended"));
+    // A round may be held all the same: no time passes for the guest.
+    test.now += Duration::from_secs(1800);
+    assert_eq!(test.rounds(3, 0..0).hot_bytes, 20 * PAGE_BYTES);
+    test.now += Duration::from_secs(1800);
+    test.guest.obey(orders(Mode::Place), test.now);
+    assert!(!test.guest.rests());
+    assert_eq!(idle(&test), idle_before);
+    let after = test.rounds(1, 0..20);
+    assert_eq!((after.hot_bytes, after.interval_ms), (20 * PAGE_BYTES, 0));
+    // From here on time passes again.
+    assert_eq!(test.rounds(20, 0..0).hot_bytes, 0);
+}
+
+/// The time until it was suspended, and the accesses in it, count.
+#[test]
+fn what_was_accessed_just_before_a_suspension_counts() {
+    let mut test = Test::new(orders(Mode::Observe), vec![slot(0, 100)]);
+    test.rounds(2, 0..0);
+    let last_round = test.now - ROUND;
+    test.world().touch(0..10);
+    test.guest.obey(Orders { suspended: true, ..orders(Mode::Observe) }, last_round + Duration::from_secs(2));
+    test.now = last_round + Duration::from_secs(3602);
+    test.guest.obey(orders(Mode::Observe), test.now);
+    let status = test.round();
+    assert_eq!((status.interval_ms, status.hot_bytes), (2000, 10 * PAGE_BYTES));
+}
+
+#[test]
+fn heat_that_came_back_is_stepped_by_what_the_tables_still_know() {
+    let mut old = Test::new(orders(Mode::Observe), vec![slot(0, 100), slot(512, 64)]);
+    old.rounds(12, 0..20);
+    let harvested_at = old.guest.harvested_at(old.now).unwrap();
+    assert_eq!(harvested_at, old.now - ROUND);
+    let mut memory = lock(&old.guest.memory);
+    let heat: Vec<_> = memory
+        .settle()
+        .into_iter()
+        .map(|slot| {
+            let mut cells = Vec::new();
+            assert!(memory.copy_cells(&slot, 0..1000, &mut cells));
+            assert_eq!(cells.len() as u64, slot.page_count);
+            (slot, cells)
+        })
+        .collect();
+    drop(memory);
+
+    // A slot went, and one came, while no daemon was there.
+    let mut new = Test::new(orders(Mode::Observe), vec![slot(0, 100), slot(1024, 32)]);
+    new.now = old.now + Duration::from_millis(300);
+    assert_eq!(new.guest.learn_slots().unwrap().len(), 2);
+    assert_eq!(new.guest.recall(heat, harvested_at), 1);
+    // Meanwhile the guest accessed half of its hot pages.
+    new.world().touch(0..10);
+    let first = new.round();
+    assert_eq!((first.number, first.interval_ms), (1, 800));
+    let memory = lock(&new.guest.memory);
+    let temperature = |page| memory.views()[0].heat.temperature(page);
+    assert!(temperature(5) > temperature(15) && temperature(15) > 0);
+    assert_eq!(temperature(50), 0);
+    assert!(temperature(5) >= ept_virt_core::heat::HOT_FROM);
 }

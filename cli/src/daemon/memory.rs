@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use ept_virt_core::bitmap;
+use ept_virt_core::heat::store::SlotRange;
 use ept_virt_core::heat::{ClassCounts, HeatMap, HeatParams};
 use ept_virt_core::migrate::{MoveOutcome, Refused};
 use ept_virt_core::plan::{MoveUnit, PlaceCounts, PlaceMap, SlotView};
@@ -51,6 +52,10 @@ impl Slot {
 
     fn view(&self) -> SlotView<'_> {
         SlotView { hva: self.info.hva, heat: &self.heat, place: &self.place, held: &self.held }
+    }
+
+    fn range(&self) -> SlotRange {
+        SlotRange { gfn_start: self.info.gfn_start, page_count: self.info.page_count }
     }
 
     fn covers(&self, other: &MemSlot) -> bool {
@@ -150,6 +155,35 @@ impl GuestMemory {
         if let Some(elapsed) = elapsed {
             slot.heat.step(&harvest.accessed, elapsed);
         }
+    }
+
+    /// Takes in heat from before this daemon; the number of slots that it is of.
+    pub fn recall(&mut self, heat: Vec<(SlotRange, Vec<u16>)>) -> usize {
+        let mut found = 0;
+        for (range, cells) in heat {
+            if let Some(slot) = self.slots.iter_mut().find(|slot| slot.range() == range) {
+                slot.heat = HeatMap::from_cells(slot.info.page_count as usize, self.params, cells);
+                found += 1;
+            }
+        }
+        found
+    }
+
+    /// Readies all heat for [`GuestMemory::copy_cells`], and lists the slots.
+    pub fn settle(&mut self) -> Vec<SlotRange> {
+        self.slots.iter_mut().for_each(|slot| slot.heat.settle());
+        self.slots.iter().map(Slot::range).collect()
+    }
+
+    /// Copies the heat of some pages, as far as the slot goes; whether it is
+    /// still there.
+    pub fn copy_cells(&self, range: &SlotRange, pages: Range<usize>, out: &mut Vec<u16>) -> bool {
+        out.clear();
+        let Some(slot) = self.slots.iter().find(|slot| slot.range() == *range) else { return false };
+        let cells = slot.heat.cells();
+        let end = pages.end.min(cells.len());
+        out.extend_from_slice(cells.get(pages.start..end).unwrap_or_default());
+        true
     }
 
     /// Pages by place.

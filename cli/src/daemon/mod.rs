@@ -6,6 +6,7 @@
 //! have one.
 
 mod guest;
+mod keep;
 mod memory;
 mod reconcile;
 mod server;
@@ -24,10 +25,11 @@ use clap::Args;
 use ept_virt_core::domain;
 use ept_virt_core::policy::{Config, DEFAULT_CONFIG};
 use ept_virt_core::wire::DEFAULT_SOCKET;
-use log::{error, info};
+use log::{error, info, warn};
 use nix::sys::signal::{SigSet, Signal};
 
 use crate::failure::Failure;
+use keep::{DEFAULT_STATE_DIR, Keeper};
 use reconcile::Reconciler;
 use server::Server;
 use state::Shared;
@@ -51,6 +53,9 @@ pub struct DaemonArgs {
     /// The host's configuration; SIGHUP reads it again.
     #[arg(long, value_name = "PATH", default_value = DEFAULT_CONFIG)]
     config_file: PathBuf,
+    /// Where heat is kept over a restart of the daemon.
+    #[arg(long, value_name = "PATH", env = "STATE_DIRECTORY", default_value = DEFAULT_STATE_DIR)]
+    state_dir: PathBuf,
     /// Seconds between looks at libvirt when nothing nudges.
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
     reconcile_interval: u64,
@@ -92,12 +97,22 @@ pub fn run(args: DaemonArgs) -> Result<(), Failure> {
     });
     watching.map_err(failed("start a thread"))?;
     server.start(Arc::clone(&shared), sender).map_err(failed("start a thread"))?;
-    let mut reconciler = Reconciler::new(&args.connect, shared, config);
+    let mut reconciler = Reconciler::new(&args.connect, shared, config, keeper(&args.state_dir));
     info!("ept-virt {} follows {}", env!("CARGO_PKG_VERSION"), args.connect);
     follow(&mut reconciler, &receiver, &args);
     info!("stopping");
     reconciler.stop();
     Ok(())
+}
+
+/// Who keeps heat, if that can be: guests are observed and placed without, too.
+fn keeper(dir: &Path) -> Option<Keeper> {
+    let keeper = Keeper::open(dir);
+    let explain = |error: &io::Error| {
+        let dir = dir.display();
+        warn!("heat will not outlive this daemon: {dir}: {error}; name another place with --state-dir");
+    };
+    keeper.inspect_err(explain).ok()
 }
 
 /// Looks again and again until it is told to stop.

@@ -15,6 +15,7 @@ use ept_virt_core::wire::{DomainState, ModuleStatus};
 use log::{info, warn};
 
 use super::guest::Orders;
+use super::keep::Keeper;
 use super::state::{Cell, Hold, Shared};
 use super::worker::{self, Worker};
 use crate::attach::Unattached;
@@ -39,13 +40,16 @@ pub struct Reconciler {
     entries: BTreeMap<String, Entry>,
     tiers: Tiers,
     config: Config,
+    keeper: Option<Arc<Keeper>>,
+    /// Files of domains that ended while nobody looked were removed.
+    tidied: bool,
 }
 
 impl Reconciler {
-    /// Nothing is observed yet.
-    pub fn new(uri: &str, shared: Arc<Shared>, config: Config) -> Self {
-        let (entries, tiers) = (BTreeMap::new(), Tiers::default());
-        Self { libvirt: Libvirt::new(uri), shared, entries, tiers, config }
+    /// Nothing is observed yet. Without a keeper no heat is kept.
+    pub fn new(uri: &str, shared: Arc<Shared>, config: Config, keeper: Option<Keeper>) -> Self {
+        let (entries, tiers, keeper) = (BTreeMap::new(), Tiers::default(), keeper.map(Arc::new));
+        Self { libvirt: Libvirt::new(uri), shared, entries, tiers, config, keeper, tidied: false }
     }
 
     /// Goes on with another configuration, from the next look on.
@@ -87,6 +91,7 @@ impl Reconciler {
 
     fn follow(&mut self, domains: &[RunningDomain]) {
         let running: BTreeSet<&str> = domains.iter().map(|domain| domain.uuid.as_str()).collect();
+        let before = self.entries.len();
         self.entries.retain(|uuid, _| {
             let stays = running.contains(uuid.as_str());
             if !stays {
@@ -94,6 +99,11 @@ impl Reconciler {
             }
             stays
         });
+        let all_stay = self.entries.len() == before;
+        if let Some(keeper) = self.keeper.as_ref().filter(|_| !all_stay || !self.tidied) {
+            keeper.retain(&running);
+            self.tidied = true;
+        }
         for domain in domains {
             let entry = self.entries.entry(domain.uuid.clone()).or_insert_with(|| {
                 info!("domain {:?} ({}) runs", domain.name, domain.uuid);
@@ -101,7 +111,7 @@ impl Reconciler {
                 self.shared.insert(&domain.uuid, Arc::clone(&entry.cell));
                 entry
             });
-            entry.follow(domain, &self.tiers, &self.config);
+            entry.follow(domain, &self.tiers, &self.config, self.keeper.as_ref());
         }
     }
 
@@ -166,7 +176,13 @@ impl Entry {
     }
 
     /// Brings the worker in line with the domain as it is now.
-    fn follow(&mut self, domain: &RunningDomain, host: &Tiers, config: &Config) {
+    fn follow(
+        &mut self,
+        domain: &RunningDomain,
+        host: &Tiers,
+        config: &Config,
+        keeper: Option<&Arc<Keeper>>,
+    ) {
         self.cell.update(|status| status.name.clone_from(&domain.name));
         match &domain.xml {
             Ok(xml) if self.xml.as_ref() == Some(xml) => {}
@@ -194,7 +210,7 @@ impl Entry {
             _ if self.policy.mode == Mode::Off => self.switch_off(None),
             Some(worker) if self.orders.as_ref() != Some(&orders) => worker.order(orders.clone()),
             Some(_) => {}
-            None => self.start(domain, &orders),
+            None => self.start(domain, &orders, keeper),
         }
         self.orders = Some(orders);
     }
@@ -230,8 +246,8 @@ impl Entry {
         self.cell.clear(DomainState::Off, reason);
     }
 
-    fn start(&mut self, domain: &RunningDomain, orders: &Orders) {
-        let attachment = match worker::attach(domain) {
+    fn start(&mut self, domain: &RunningDomain, orders: &Orders, keeper: Option<&Arc<Keeper>>) {
+        let attachment = match worker::attach(domain, keeper) {
             Ok(attachment) => attachment,
             Err(Unattached { pid, reason }) => {
                 self.cell.clear(DomainState::Unobserved, Some(reason));
@@ -262,7 +278,7 @@ fn from(said: &Result<Option<Layer>, String>, config: &Config) -> &'static str {
 fn orders(policy: &Policy, host: &Tiers) -> Orders {
     let (tiers, obstacle) = policy.tiers(host);
     let obstacle = obstacle.map(|obstacle| format!("nothing is moved: {obstacle}"));
-    Orders { policy: policy.clone(), tiers, obstacle }
+    Orders { policy: policy.clone(), tiers, obstacle, suspended: false }
 }
 
 #[cfg(test)]
@@ -306,7 +322,7 @@ mod tests {
             xml: Ok(xml.into()),
         };
         let mut entry = Entry::new(&domain(xml), &Config::default());
-        entry.follow(&domain(xml), &host(), &Config::default());
+        entry.follow(&domain(xml), &host(), &Config::default(), None);
         let status = entry.cell.status();
         assert_eq!(status.policy_from, "default");
         assert!(status.policy_error.unwrap().contains("place"));
@@ -315,7 +331,7 @@ mod tests {
         assert!(!entry.orders.as_ref().unwrap().place());
 
         let off = xml.replace("plaice", "off");
-        entry.follow(&domain(&off), &host(), &Config::default());
+        entry.follow(&domain(&off), &host(), &Config::default(), None);
         let status = entry.cell.status();
         assert_eq!((status.state, status.reason), (DomainState::Off, None));
         assert_eq!((status.policy_from.as_str(), status.policy_error), ("domain XML", None));
@@ -331,7 +347,7 @@ mod tests {
         let mut look = |hold| {
             let held = entry.cell.hold();
             entry.cell.set_hold(&[held], hold).unwrap();
-            entry.follow(&domain, &host(), &Config::default());
+            entry.follow(&domain, &host(), &Config::default(), None);
             (entry.cell.status().state, entry.orders.as_ref().is_some_and(Orders::place))
         };
         assert_eq!(look(Hold::None), (DomainState::Unobserved, true));
@@ -344,7 +360,7 @@ mod tests {
     #[test]
     fn shows_what_libvirt_says_is_running() {
         let shared = Arc::new(Shared::new("test:///default"));
-        let mut reconciler = Reconciler::new("test:///default", Arc::clone(&shared), Config::default());
+        let mut reconciler = Reconciler::new("test:///default", Arc::clone(&shared), Config::default(), None);
         reconciler.reconcile();
         let status = shared.status(None);
         assert_eq!(status.daemon.libvirt, "connected");
@@ -360,7 +376,7 @@ mod tests {
     fn libvirt_away_is_told() {
         let uri = "qemu+unix:///system?socket=/nonexistent/libvirt-sock";
         let shared = Arc::new(Shared::new(uri));
-        Reconciler::new(uri, Arc::clone(&shared), Config::default()).reconcile();
+        Reconciler::new(uri, Arc::clone(&shared), Config::default(), None).reconcile();
         assert!(shared.status(None).daemon.libvirt.contains("Is libvirtd or virtqemud running?"));
     }
 }

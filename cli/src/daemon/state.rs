@@ -61,6 +61,7 @@ impl Cell {
             slots: 0,
             round: None,
             moves: MoveTotals::default(),
+            restored_s: None,
             strip: Vec::new(),
         };
         let (hold, memory) = (Mutex::default(), Arc::new(Mutex::new(empty_memory())));
@@ -106,6 +107,7 @@ impl Cell {
             status.slots = 0;
             status.round = None;
             status.moves = MoveTotals::default();
+            status.restored_s = None;
         });
     }
 

@@ -15,10 +15,12 @@ use ept_virt_core::process::Process;
 use ept_virt_core::sampler::{Sampler, SamplerError};
 use ept_virt_core::wire::{DomainState, RoundStatus};
 use log::{debug, info, warn};
+use nix::time::{ClockId, clock_gettime};
 
 use crate::attach::{self, Attached, Unattached};
 
 use super::guest::{Guest, Moves, Orders, Pace};
+use super::keep::{Keeper, Recalled, Saver};
 use super::state::Cell;
 
 /// The part of a round's time that the first look at all pages may take.
@@ -38,15 +40,31 @@ pub struct Attachment {
     process: Arc<Process>,
     sampler: Box<dyn Sampler>,
     mover: Box<dyn Mover>,
+    /// None: the heat is not kept.
+    saver: Option<Saver>,
 }
 
 /// Finds the domain's process and VM, and binds the kernel module to it; or says
 /// why it can not be observed.
-pub fn attach(domain: &RunningDomain) -> Result<Attachment, Unattached> {
+pub fn attach(domain: &RunningDomain, keeper: Option<&Arc<Keeper>>) -> Result<Attachment, Unattached> {
     let Attached { process, sampler } = attach::attach(domain)?;
     let process = Arc::new(process);
     let mover = KernelMover::new(Arc::clone(&process), Path::new("/sys").into());
-    Ok(Attachment { process, sampler: Box::new(sampler), mover: Box::new(mover) })
+    let saver = keeper.and_then(|keeper| match process.identity() {
+        Ok(identity) => Some(Saver::new(keeper.file(&domain.uuid, identity), monotonic())),
+        Err(error) => {
+            warn!("the heat of domain {:?} is not kept: {error}", domain.name);
+            None
+        }
+    });
+    Ok(Attachment { process, sampler: Box::new(sampler), mover: Box::new(mover), saver })
+}
+
+/// CLOCK_MONOTONIC, which all of a boot share, and which stands still while the
+/// host sleeps.
+fn monotonic() -> Duration {
+    // The kernel refuses no process this clock.
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from)
 }
 
 /// How a worker ended.
@@ -96,9 +114,8 @@ pub struct Worker {
 impl Worker {
     /// Starts the worker of a domain.
     pub fn spawn(attachment: Attachment, cell: Arc<Cell>, orders: Orders, name: &str) -> io::Result<Self> {
-        let Attachment { process, sampler, mover } = attachment;
-        let started = Instant::now();
-        let guest = Guest::new(sampler, mover, cell.memory(), orders, started.elapsed());
+        let Attachment { process, sampler, mover, saver } = attachment;
+        let guest = Guest::new(sampler, mover, cell.memory(), orders, monotonic());
         let (sender, receiver) = mpsc::channel();
         let stop = Arc::new(AtomicBool::new(false));
         let run = Run {
@@ -107,7 +124,7 @@ impl Worker {
             cell,
             orders: receiver,
             stop: Arc::clone(&stop),
-            started,
+            saver,
             round: None,
             name: name.to_owned(),
         };
@@ -165,7 +182,7 @@ struct Run {
     cell: Arc<Cell>,
     orders: Receiver<Orders>,
     stop: Arc<AtomicBool>,
-    started: Instant,
+    saver: Option<Saver>,
     round: Option<RoundStatus>,
     name: String,
 }
@@ -179,6 +196,13 @@ impl Run {
             End::Gone => info!("domain {:?}: its QEMU has ended", self.name),
             End::Failed(reason) => warn!("domain {:?} can not be observed: {reason}", self.name),
         }
+        if let Some(mut saver) = self.saver.take() {
+            match end {
+                // No one will ask for the heat of a guest that is gone.
+                End::Gone => saver.join(),
+                _ => saver.finish(self.guest.harvested_at(self.now()), &self.cell.memory()),
+            }
+        }
         // At once, not when somebody looks for the thread.
         self.cell.clear(DomainState::Unobserved, Some(end.reason()));
         end
@@ -186,6 +210,9 @@ impl Run {
 
     /// Round after round; returns how it ended.
     fn rounds(&mut self) -> End {
+        if let Err(end) = self.recall() {
+            return end;
+        }
         let mut next = Instant::now();
         loop {
             match self.rest_until(next).and_then(|()| self.one_round(&mut next)) {
@@ -195,11 +222,40 @@ impl Run {
         }
     }
 
+    /// Goes on with the heat that an earlier daemon kept, if there is any.
+    fn recall(&mut self) -> Result<(), End> {
+        let Some(saver) = &self.saver else { return Ok(()) };
+        let (now, half_life) = (self.now(), self.guest.orders().policy.half_life);
+        let slots = self.guest.learn_slots()?;
+        let recalled = saver.file().recall(half_life, now, |slot| slots.contains(slot));
+        let Some(Recalled { harvested_at, slots: heat }) = recalled else { return Ok(()) };
+        let found = self.guest.recall(heat, harvested_at);
+        let age = now.saturating_sub(harvested_at).as_secs();
+        let (name, all) = (&self.name, slots.len());
+        info!("domain {name:?}: its heat of {age} s ago came back, for {found} of {all} memory slots");
+        self.cell.update(|status| status.restored_s = Some(age));
+        Ok(())
+    }
+
+    fn keep(&mut self) {
+        let (now, half_life) = (self.now(), self.guest.orders().policy.half_life);
+        if let Some(saver) = &mut self.saver {
+            saver.save_if_due(now, half_life, self.guest.harvested_at(now), &self.cell.memory());
+        }
+    }
+
     /// One round and what moves until the next, which begins at `next`.
     fn one_round(&mut self, next: &mut Instant) -> Result<(), End> {
         let begun = Instant::now();
         if !self.process.is_alive() {
             return Err(End::Gone);
+        }
+        self.keep();
+        if self.guest.rests() {
+            // Only to see whether the guest is still there.
+            *next = begun + AUTO_INTERVAL;
+            self.publish();
+            return Ok(());
         }
         self.round = Some(self.guest.round(self.now())?);
         let asked = self.guest.orders().policy.sampling.interval;
@@ -268,127 +324,10 @@ impl Run {
     }
 
     fn now(&self) -> Duration {
-        self.started.elapsed()
+        monotonic()
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::process::{Child, Command};
-
-    use ept_virt_core::migrate::MoveOutcome;
-    use ept_virt_core::plan::MoveUnit;
-    use ept_virt_core::policy::Policy;
-    use ept_virt_core::sampler::{EntryFormat, Harvest, HarvestRequest, MemSlot, ModuleInfo};
-    use ept_virt_core::topology::{NodeSet, Tiers};
-
-    use super::*;
-
-    /// A guest without memory: what counts here is the thread.
-    struct NoMemory {
-        fails: bool,
-    }
-
-    impl Sampler for NoMemory {
-        fn info(&self) -> ModuleInfo {
-            ModuleInfo { abi: (1, 0), format: EntryFormat::Ept, clear_dirty: false, keep_young: false }
-        }
-
-        fn memslots(&mut self) -> Result<(u64, Vec<MemSlot>), SamplerError> {
-            if self.fails { Err(SamplerError::Unsupported("a test says no")) } else { Ok((1, Vec::new())) }
-        }
-
-        fn harvest(&mut self, _: &HarvestRequest, _: &NodeSet, _: &mut Harvest) -> Result<(), SamplerError> {
-            Ok(())
-        }
-    }
-
-    impl Mover for NoMemory {
-        fn places(&mut self, _: &[u64], nodes: &mut Vec<Option<u32>>) -> Result<(), ProcessGone> {
-            nodes.clear();
-            Ok(())
-        }
-
-        fn room(&self, _: &NodeSet) -> u64 {
-            0
-        }
-
-        fn apply(&mut self, _: &[MoveUnit], _: &NodeSet, _: &AtomicBool) -> Result<MoveOutcome, ProcessGone> {
-            Ok(MoveOutcome::default())
-        }
-    }
-
-    fn orders(interval: Duration) -> Orders {
-        let mut policy = Policy::default();
-        policy.sampling.interval = Some(interval);
-        Orders { policy, tiers: Tiers::default(), obstacle: None }
-    }
-
-    /// A worker for a process that only sleeps.
-    fn start(interval: Duration, fails: bool) -> (Worker, Child, Arc<Cell>) {
-        let child = Command::new("sleep").arg("600").spawn().unwrap();
-        let process = Arc::new(Process::open(child.id() as i32).unwrap());
-        let (sampler, mover) = (Box::new(NoMemory { fails }), Box::new(NoMemory { fails }));
-        let cell = Arc::new(Cell::new("vm1", "6695eb01"));
-        let attachment = Attachment { process, sampler, mover };
-        let worker = Worker::spawn(attachment, Arc::clone(&cell), orders(interval), "vm1").unwrap();
-        (worker, child, cell)
-    }
-
-    fn wait_for(what: &str, condition: impl Fn() -> bool) {
-        let started = Instant::now();
-        while !condition() {
-            assert!(started.elapsed() < Duration::from_secs(20), "waited in vain: {what}");
-            thread::sleep(Duration::from_millis(5));
-        }
-    }
-
-    fn rounds(cell: &Cell) -> u64 {
-        cell.status().round.map_or(0, |round| round.number)
-    }
-
-    #[test]
-    fn holds_rounds_until_it_is_stopped() {
-        let (worker, mut child, cell) = start(SHORTEST_INTERVAL, false);
-        wait_for("three rounds", || rounds(&cell) >= 3);
-        assert_eq!(cell.status().pid, Some(child.id() as i32));
-        assert_eq!(cell.status().state, DomainState::Observing);
-        assert_eq!(worker.finish(), End::Stopped);
-        child.kill().unwrap();
-        child.wait().unwrap();
-    }
-
-    #[test]
-    fn stops_and_obeys_in_the_middle_of_a_long_interval() {
-        let (worker, mut child, cell) = start(Duration::from_secs(3600), false);
-        wait_for("the first round", || rounds(&cell) == 1);
-        worker.order(Orders { obstacle: Some("a test".into()), ..orders(Duration::from_secs(3600)) });
-        wait_for("the orders", || cell.status().reason.as_deref() == Some("a test"));
-        let asked = Instant::now();
-        drop(worker);
-        assert!(asked.elapsed() < Duration::from_secs(20));
-        child.kill().unwrap();
-        child.wait().unwrap();
-    }
-
-    #[test]
-    fn ends_with_the_guest() {
-        let (worker, mut child, cell) = start(SHORTEST_INTERVAL, false);
-        wait_for("the first round", || rounds(&cell) >= 1);
-        child.kill().unwrap();
-        wait_for("the end", || worker.has_ended());
-        let status = cell.status();
-        assert_eq!((status.state, status.pid, status.round), (DomainState::Unobserved, None, None));
-        assert_eq!(worker.finish(), End::Gone);
-        child.wait().unwrap();
-    }
-
-    #[test]
-    fn says_why_it_can_not_go_on() {
-        let (worker, mut child, _) = start(SHORTEST_INTERVAL, true);
-        wait_for("the end", || worker.has_ended());
-        assert_eq!(worker.finish(), End::Failed("a test says no".into()));
-        child.kill().unwrap();
-        child.wait().unwrap();
-    }
-}
+#[path = "worker_tests.rs"]
+mod tests;

@@ -1,0 +1,295 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Files that keep heat over a restart of the daemon: one for each domain.
+//!
+//! They are written anew and renamed, never synced: heat is of no use after the
+//! host booted, so what a power cut leaves is not believed anyhow. No lock of a
+//! guest's memory is held while a file is read or written.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, BufReader, BufWriter, ErrorKind as Io};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use ept_virt_core::heat::store::{BLOCK_CELLS, Decoder, Encoder, Header, SlotRange, StoreError};
+use ept_virt_core::process::ProcessIdentity;
+use log::{debug, info, warn};
+use nix::fcntl::{Flock, FlockArg};
+
+use super::memory::GuestMemory;
+use super::state::lock;
+
+/// Where the files stand unless told otherwise.
+pub const DEFAULT_STATE_DIR: &str = "/var/lib/ept-virt";
+
+/// The most that is written for one domain in the mean, in bytes a second.
+const WRITE_RATE: u64 = 4 << 20;
+
+/// Shortest time between two writes of one domain's heat.
+const SHORTEST_PAUSE: Duration = Duration::from_secs(10);
+
+/// Ends of file names: good, being written, set aside.
+const SUFFIXES: [&str; 3] = [".heat", ".heat.new", ".heat.bad"];
+
+/// A directory of files of heat, for this daemon alone.
+pub struct Keeper {
+    dir: PathBuf,
+    /// Two daemons would remove each other's files.
+    _lock: Flock<File>,
+}
+
+impl Keeper {
+    /// Takes the directory, which is made if it is missing.
+    pub fn open(dir: &Path) -> io::Result<Self> {
+        DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+        let file =
+            OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(dir.join("lock"))?;
+        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+            nix::errno::Errno::EWOULDBLOCK => io::Error::other("another daemon keeps its heat there"),
+            other => other.into(),
+        })?;
+        Ok(Self { dir: dir.to_owned(), _lock: lock })
+    }
+
+    /// The file of a domain's process.
+    pub fn file(self: &Arc<Self>, uuid: &str, process: ProcessIdentity) -> HeatFile {
+        HeatFile { keeper: Arc::clone(self), uuid: uuid.to_owned(), process }
+    }
+
+    /// Removes the files of domains other than the running ones.
+    pub fn retain(&self, running: &BTreeSet<&str>) {
+        let entries = match fs::read_dir(&self.dir) {
+            Ok(entries) => entries,
+            Err(error) => return warn!("cannot list {}: {error}", self.dir.display()),
+        };
+        for name in entries.filter_map(|entry| Some(entry.ok()?.file_name())) {
+            if owner(&name).is_some_and(|uuid| !running.contains(uuid)) {
+                remove(&self.dir.join(name));
+            }
+        }
+    }
+
+    fn path(&self, uuid: &str, suffix: &str) -> PathBuf {
+        self.dir.join(format!("{uuid}{suffix}"))
+    }
+}
+
+/// The UUID in a name that is one of ours.
+fn owner(name: &OsStr) -> Option<&str> {
+    let name = name.to_str()?;
+    SUFFIXES.iter().find_map(|suffix| name.strip_suffix(suffix))
+}
+
+fn remove(path: &Path) {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != Io::NotFound => warn!("cannot remove {}: {error}", path.display()),
+        _ => {}
+    }
+}
+
+/// Heat that came back.
+pub struct Recalled {
+    /// When its last round was, by CLOCK_MONOTONIC.
+    pub harvested_at: Duration,
+    /// The cells of each slot that was wanted.
+    pub slots: Vec<(SlotRange, Vec<u16>)>,
+}
+
+/// The file of one domain's process.
+pub struct HeatFile {
+    keeper: Arc<Keeper>,
+    uuid: String,
+    process: ProcessIdentity,
+}
+
+impl HeatFile {
+    /// Reads what an earlier daemon wrote about this process not longer than
+    /// `half_life` ago, of the slots that are wanted. What can not be used is
+    /// removed, and what is damaged set aside.
+    pub fn recall(
+        &self,
+        half_life: Duration,
+        now: Duration,
+        wanted: impl Fn(&SlotRange) -> bool,
+    ) -> Option<Recalled> {
+        let path = self.keeper.path(&self.uuid, ".heat");
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == Io::NotFound => return None,
+            Err(error) => {
+                warn!("cannot read {}: {error}", path.display());
+                return None;
+            }
+        };
+        match self.read(file, half_life, now, wanted) {
+            Ok(Ok(recalled)) => return Some(recalled),
+            Ok(Err(reason)) => {
+                debug!("{} is of no use: {reason}", path.display());
+                remove(&path);
+            }
+            // The disk may do better next time.
+            Err(error @ StoreError::Io(_)) => warn!("{}: {error}", path.display()),
+            Err(error) => {
+                let bad = self.keeper.path(&self.uuid, ".heat.bad");
+                warn!("{}: {error}; set aside as {}", path.display(), bad.display());
+                if let Err(error) = fs::rename(&path, &bad) {
+                    warn!("cannot rename {}: {error}", path.display());
+                }
+            }
+        }
+        None
+    }
+
+    /// The heat, or why it is of no use.
+    fn read(
+        &self,
+        file: File,
+        half_life: Duration,
+        now: Duration,
+        wanted: impl Fn(&SlotRange) -> bool,
+    ) -> Result<Result<Recalled, &'static str>, StoreError> {
+        let decoder = Decoder::new(BufReader::with_capacity(1 << 20, file))?;
+        let Header { uuid, process, harvested_at, .. } = decoder.header();
+        if *uuid != self.uuid || *process != self.process {
+            return Ok(Err("the domain was started again since"));
+        }
+        let harvested_at = *harvested_at;
+        if now.checked_sub(harvested_at).is_none_or(|age| age > half_life) {
+            return Ok(Err("it is older than a half-life"));
+        }
+        let slots = decoder.cells(wanted)?;
+        Ok(if slots.is_empty() {
+            Err("the guest has other memory slots now")
+        } else {
+            Ok(Recalled { harvested_at, slots })
+        })
+    }
+
+    /// Writes what is known of the memory; the length of the file in bytes. The
+    /// memory is locked for one block after the other.
+    pub fn save(&self, harvested_at: Duration, memory: &Mutex<GuestMemory>) -> io::Result<u64> {
+        let slots = lock(memory).settle();
+        let (uuid, process) = (self.uuid.clone(), self.process.clone());
+        let header = Header { uuid, process, harvested_at, slots };
+        let new = self.keeper.path(&self.uuid, ".heat.new");
+        let written = self.write(&new, &header, memory).and_then(|length| {
+            fs::rename(&new, self.keeper.path(&self.uuid, ".heat"))?;
+            Ok(length)
+        });
+        written.inspect_err(|_| remove(&new))
+    }
+
+    fn write(&self, path: &Path, header: &Header, memory: &Mutex<GuestMemory>) -> io::Result<u64> {
+        let file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(path)?;
+        let mut encoder = Encoder::new(BufWriter::with_capacity(1 << 20, file), header)?;
+        let mut block = Vec::with_capacity(BLOCK_CELLS);
+        for slot in &header.slots {
+            for start in (0..slot.page_count as usize).step_by(BLOCK_CELLS) {
+                if !lock(memory).copy_cells(slot, start..start + BLOCK_CELLS, &mut block) {
+                    return Err(io::Error::other("the guest's memory slots have just changed"));
+                }
+                encoder.block(&block)?;
+            }
+        }
+        encoder.finish().map(|(_, length)| length)
+    }
+}
+
+/// Writes one domain's heat now and then, in threads of their own: a disk that
+/// hangs must not keep the domain from its rounds.
+pub struct Saver {
+    file: Arc<HeatFile>,
+    /// When it was written last, by CLOCK_MONOTONIC, or begun with.
+    saved_at: Duration,
+    last_bytes: u64,
+    writing: Option<JoinHandle<io::Result<u64>>>,
+    failed: bool,
+}
+
+impl Saver {
+    /// Nothing is written yet.
+    pub fn new(file: HeatFile, now: Duration) -> Self {
+        Self { file: Arc::new(file), saved_at: now, last_bytes: 0, writing: None, failed: false }
+    }
+
+    /// The file that is written.
+    pub fn file(&self) -> &HeatFile {
+        &self.file
+    }
+
+    /// Begins to write if it is time to: once a half-life, or less often if that
+    /// would be more than [`WRITE_RATE`].
+    pub fn save_if_due(
+        &mut self,
+        now: Duration,
+        half_life: Duration,
+        harvested_at: Option<Duration>,
+        memory: &Arc<Mutex<GuestMemory>>,
+    ) {
+        let Some(harvested_at) = harvested_at else { return };
+        if now.saturating_sub(self.saved_at) < pause(half_life, self.last_bytes) {
+            return;
+        }
+        if self.writing.as_ref().is_some_and(|writing| !writing.is_finished()) {
+            return;
+        }
+        self.join();
+        self.saved_at = now;
+        let (file, memory) = (Arc::clone(&self.file), Arc::clone(memory));
+        let thread = thread::Builder::new().name("heat".into());
+        match thread.spawn(move || file.save(harvested_at, &memory)) {
+            Ok(writing) => self.writing = Some(writing),
+            Err(error) => warn!("cannot start a thread that keeps heat: {error}"),
+        }
+    }
+
+    /// Writes for the last time, before the memory is forgotten.
+    pub fn finish(mut self, harvested_at: Option<Duration>, memory: &Mutex<GuestMemory>) {
+        self.join();
+        if let Some(harvested_at) = harvested_at {
+            let saved = self.file.save(harvested_at, memory);
+            self.take_note(saved);
+        }
+    }
+
+    /// Waits for the thread that writes.
+    pub fn join(&mut self) {
+        match self.writing.take().map(JoinHandle::join) {
+            None => {}
+            Some(Ok(saved)) => self.take_note(saved),
+            Some(Err(_)) => warn!("keeping heat failed by a fault in ept-virt"),
+        }
+    }
+
+    fn take_note(&mut self, saved: io::Result<u64>) {
+        let domain = &self.file.uuid;
+        match saved {
+            Ok(bytes) => {
+                debug!("kept the heat of domain {domain}: {bytes} bytes");
+                if std::mem::replace(&mut self.failed, false) {
+                    info!("the heat of domain {domain} is kept again");
+                }
+                self.last_bytes = bytes;
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut self.failed, true) {
+                    let dir = self.file.keeper.dir.display();
+                    warn!("cannot keep the heat of domain {domain} in {dir}: {error}");
+                }
+            }
+        }
+    }
+}
+
+/// Time between two writes.
+fn pause(half_life: Duration, last_bytes: u64) -> Duration {
+    half_life.max(SHORTEST_PAUSE).max(Duration::from_secs(last_bytes / WRITE_RATE))
+}
+
+#[cfg(test)]
+#[path = "keep_tests.rs"]
+mod tests;

@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+use std::process::{Child, Command};
+
+use ept_virt_core::migrate::MoveOutcome;
+use ept_virt_core::plan::MoveUnit;
+use ept_virt_core::policy::Policy;
+use ept_virt_core::sampler::{EntryFormat, Harvest, HarvestRequest, MemSlot, ModuleInfo};
+use ept_virt_core::topology::{NodeSet, Tiers};
+
+use super::*;
+
+/// A guest without memory: what counts here is the thread.
+struct NoMemory {
+    fault: Fault,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    None,
+    /// The module refuses.
+    Refused,
+    /// A mistake of ours.
+    Panic,
+}
+
+impl Sampler for NoMemory {
+    fn info(&self) -> ModuleInfo {
+        ModuleInfo { abi: (1, 0), format: EntryFormat::Ept, clear_dirty: false, keep_young: false }
+    }
+
+    fn memslots(&mut self) -> Result<(u64, Vec<MemSlot>), SamplerError> {
+        match self.fault {
+            Fault::None => Ok((1, Vec::new())),
+            Fault::Refused => Err(SamplerError::Unsupported("a test says no")),
+            Fault::Panic => panic!("a test panics; this is no failure"),
+        }
+    }
+
+    fn harvest(&mut self, _: &HarvestRequest, _: &NodeSet, _: &mut Harvest) -> Result<(), SamplerError> {
+        Ok(())
+    }
+}
+
+impl Mover for NoMemory {
+    fn places(&mut self, _: &[u64], nodes: &mut Vec<Option<u32>>) -> Result<(), ProcessGone> {
+        nodes.clear();
+        Ok(())
+    }
+
+    fn room(&self, _: &NodeSet) -> u64 {
+        0
+    }
+
+    fn apply(&mut self, _: &[MoveUnit], _: &NodeSet, _: &AtomicBool) -> Result<MoveOutcome, ProcessGone> {
+        Ok(MoveOutcome::default())
+    }
+}
+
+fn orders(interval: Duration) -> Orders {
+    let mut policy = Policy::default();
+    policy.sampling.interval = Some(interval);
+    Orders { policy, tiers: Tiers::default(), obstacle: None, suspended: false }
+}
+
+/// A worker for a process that only sleeps.
+fn start(interval: Duration, fault: Fault) -> (Worker, Child, Arc<Cell>) {
+    let child = Command::new("sleep").arg("600").spawn().unwrap();
+    let process = Arc::new(Process::open(child.id() as i32).unwrap());
+    let (sampler, mover) = (Box::new(NoMemory { fault }), Box::new(NoMemory { fault }));
+    let cell = Arc::new(Cell::new("vm1", "6695eb01"));
+    let attachment = Attachment { process, sampler, mover, saver: None };
+    let worker = Worker::spawn(attachment, Arc::clone(&cell), orders(interval), "vm1").unwrap();
+    (worker, child, cell)
+}
+
+fn wait_for(what: &str, condition: impl Fn() -> bool) {
+    let started = Instant::now();
+    while !condition() {
+        assert!(started.elapsed() < Duration::from_secs(20), "waited in vain: {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn rounds(cell: &Cell) -> u64 {
+    cell.status().round.map_or(0, |round| round.number)
+}
+
+#[test]
+fn holds_rounds_until_it_is_stopped() {
+    let (worker, mut child, cell) = start(SHORTEST_INTERVAL, Fault::None);
+    wait_for("three rounds", || rounds(&cell) >= 3);
+    assert_eq!(cell.status().pid, Some(child.id() as i32));
+    assert_eq!(cell.status().state, DomainState::Observing);
+    assert_eq!(worker.finish(), End::Stopped);
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn stops_and_obeys_in_the_middle_of_a_long_interval() {
+    let (worker, mut child, cell) = start(Duration::from_secs(3600), Fault::None);
+    wait_for("the first round", || rounds(&cell) == 1);
+    worker.order(Orders { obstacle: Some("a test".into()), ..orders(Duration::from_secs(3600)) });
+    wait_for("the orders", || cell.status().reason.as_deref() == Some("a test"));
+    let asked = Instant::now();
+    drop(worker);
+    assert!(asked.elapsed() < Duration::from_secs(20));
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn ends_with_the_guest() {
+    let (worker, mut child, cell) = start(SHORTEST_INTERVAL, Fault::None);
+    wait_for("the first round", || rounds(&cell) >= 1);
+    child.kill().unwrap();
+    wait_for("the end", || worker.has_ended());
+    let status = cell.status();
+    assert_eq!((status.state, status.pid, status.round), (DomainState::Unobserved, None, None));
+    assert_eq!(worker.finish(), End::Gone);
+    child.wait().unwrap();
+}
+
+#[test]
+fn says_why_it_can_not_go_on() {
+    let (worker, mut child, _) = start(SHORTEST_INTERVAL, Fault::Refused);
+    wait_for("the end", || worker.has_ended());
+    assert_eq!(worker.finish(), End::Failed("a test says no".into()));
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn one_domain_s_fault_is_no_other_s() {
+    let (good, mut good_child, good_cell) = start(SHORTEST_INTERVAL, Fault::None);
+    let (bad, mut bad_child, _) = start(SHORTEST_INTERVAL, Fault::Panic);
+    wait_for("the end", || bad.has_ended());
+    assert!(bad.finish().reason().contains("a fault in ept-virt"));
+    let before = rounds(&good_cell);
+    wait_for("more rounds", || rounds(&good_cell) > before);
+    assert_eq!(good.finish(), End::Stopped);
+    for child in [&mut good_child, &mut bad_child] {
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+}
+
+#[test]
+fn a_suspended_guest_goes_on_and_its_end_is_noticed() {
+    let (worker, mut child, cell) = start(SHORTEST_INTERVAL, Fault::None);
+    let suspend = |suspended| worker.order(Orders { suspended, ..orders(SHORTEST_INTERVAL) });
+    let is_suspended = || cell.status().reason.is_some_and(|reason| reason.contains("suspended"));
+    suspend(true);
+    wait_for("the suspension", is_suspended);
+    let before = rounds(&cell);
+    suspend(false);
+    wait_for("more rounds", || rounds(&cell) > before + 2);
+    assert!(!is_suspended());
+    suspend(true);
+    wait_for("the suspension", is_suspended);
+    child.kill().unwrap();
+    wait_for("the end", || worker.has_ended());
+    assert_eq!(worker.finish(), End::Gone);
+    child.wait().unwrap();
+}
