@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! libvirt: which domains run, what their XML says, and which process each is.
 //!
-//! The only module that calls libvirt, with the two below it. libvirtd may restart at any time: a
+//! The only module that calls libvirt, with those below it. libvirtd may restart at any time: a
 //! broken connection is opened anew, and running guests are not touched by it.
 
 mod events;
+mod jobs;
 mod metadata;
+mod run_dir;
 
 use std::fs;
 use std::io;
@@ -14,14 +16,14 @@ use std::sync::Once;
 
 use log::{debug, info};
 use virt::connect::Connect;
+use virt::domain::{DomainRunningReason, DomainState, DomainStateReason};
+use virt::enumutil::Enum;
 use virt::error::ErrorNumber;
 use virt::sys;
 
 pub use events::watch;
+pub use jobs::Jobs;
 pub use metadata::{DefinedDomain, Description};
-
-/// Where libvirt's system daemons keep the pid files of their QEMU processes.
-const QEMU_RUN_DIR: &str = "/run/libvirt/qemu";
 
 /// Why libvirt could not be asked.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +66,23 @@ pub struct RunningDomain {
     /// The live XML, metadata included; what was wrong when libvirt, though
     /// answering, could not tell it.
     pub xml: Result<String, String>,
+    /// What its CPUs do.
+    pub activity: Activity,
+    /// Where its libvirt daemon keeps pid files.
+    pub run_dir: PathBuf,
+}
+
+/// What the CPUs of a running domain do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Activity {
+    /// They run, as far as is known.
+    #[default]
+    Runs,
+    /// They stand still: suspended by someone, by the guest itself, by an error of
+    /// its disks, or for a while by libvirt.
+    Suspended,
+    /// They run while memory still comes from the host that the guest was on.
+    Arrives,
 }
 
 impl RunningDomain {
@@ -86,8 +105,9 @@ impl RunningDomain {
 
     /// The file that [`RunningDomain::read_pid`] reads.
     pub fn pid_file(&self) -> PathBuf {
-        // libvirt allows no slash in a name, so this stays in the directory.
-        PathBuf::from(format!("{QEMU_RUN_DIR}/{}.pid", self.name))
+        // libvirt allows no slash in a name, so this stays in the directory; and
+        // renames no domain that runs, so the file has the name of its start.
+        self.run_dir.join(format!("{}.pid", self.name))
     }
 }
 
@@ -134,7 +154,7 @@ impl Libvirt {
         let listed = listed.map_err(|error| call_error(&self.uri, "list the running domains", &error))?;
         let mut domains = Vec::with_capacity(listed.len());
         for domain in &listed {
-            match describe(domain) {
+            match describe(domain, &self.uri) {
                 Ok(domain) => domains.push(domain),
                 // It ended between the two calls.
                 Err(error) if error.code() == ErrorNumber::NoDomain.into() => {}
@@ -168,7 +188,7 @@ fn open(uri: &str, read_only: bool) -> Result<Connect, LibvirtError> {
     opened.map_err(|error| LibvirtError::Connect { uri: uri.to_owned(), message: error.message().to_owned() })
 }
 
-fn describe(domain: &virt::domain::Domain) -> Result<RunningDomain, virt::error::Error> {
+fn describe(domain: &virt::domain::Domain, uri: &str) -> Result<RunningDomain, virt::error::Error> {
     let (uuid, name) = (domain.uuid_string()?, domain.name()?);
     let xml = match domain.xml_desc(0) {
         Err(error) if error.code() == ErrorNumber::NoDomain.into() => return Err(error),
@@ -176,7 +196,20 @@ fn describe(domain: &virt::domain::Domain) -> Result<RunningDomain, virt::error:
         // the next call that is not about one domain.
         xml => xml.map_err(|error| error.message().to_owned()),
     };
-    Ok(RunningDomain { uuid, name, xml })
+    Ok(RunningDomain { uuid, name, xml, activity: activity(domain), run_dir: run_dir::of(uri) })
+}
+
+fn activity(domain: &virt::domain::Domain) -> Activity {
+    use DomainRunningReason::{PostCopy, PostCopyFailed};
+    let Ok((state, reason)) = domain.state() else { return Activity::Runs };
+    match (state, reason) {
+        (Enum::Known(DomainState::Paused | DomainState::PMSuspended), _) => Activity::Suspended,
+        (
+            Enum::Known(DomainState::Running),
+            Enum::Known(DomainStateReason::Running(Enum::Known(PostCopy | PostCopyFailed))),
+        ) => Activity::Arrives,
+        _ => Activity::Runs,
+    }
 }
 
 fn call_error(uri: &str, operation: &'static str, error: &virt::error::Error) -> LibvirtError {
@@ -207,8 +240,21 @@ mod tests {
         assert_eq!(domain.kind().as_deref(), Some("test"));
         assert_eq!(domain.pid_file().to_str(), Some("/run/libvirt/qemu/test.pid"));
         assert_eq!(domain.read_pid().unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert_eq!(domain.activity, Activity::Runs);
         // A second call uses the same connection.
         assert_eq!(libvirt.running().unwrap(), domains);
+    }
+
+    #[test]
+    fn tells_whether_a_domain_is_suspended() {
+        let _alone = alone();
+        let mut libvirt = Libvirt::new("test:///default");
+        let other = Connect::open(Some("test:///default")).unwrap();
+        let domain = other.lookup_domain_by_name("test").unwrap();
+        domain.suspend().unwrap();
+        assert_eq!(libvirt.running().unwrap()[0].activity, Activity::Suspended);
+        domain.resume().unwrap();
+        assert_eq!(libvirt.running().unwrap()[0].activity, Activity::Runs);
     }
 
     #[test]
@@ -223,7 +269,13 @@ mod tests {
 
     #[test]
     fn kind_of_broken_xml_is_unknown() {
-        let domain = |xml: &str| RunningDomain { uuid: String::new(), name: "a".into(), xml: Ok(xml.into()) };
+        let domain = |xml: &str| RunningDomain {
+            uuid: String::new(),
+            name: "a".into(),
+            xml: Ok(xml.into()),
+            activity: Activity::Runs,
+            run_dir: PathBuf::new(),
+        };
         assert_eq!(domain("<domain type='qemu'><name>a</name></domain>").kind().as_deref(), Some("qemu"));
         assert_eq!(domain("<domain").kind(), None);
         assert_eq!(domain("<domain/>").kind(), None);

@@ -22,7 +22,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use ept_virt_core::domain;
+use ept_virt_core::domain::{self, Jobs};
 use ept_virt_core::policy::{Config, DEFAULT_CONFIG};
 use ept_virt_core::wire::DEFAULT_SOCKET;
 use log::{error, info, warn};
@@ -91,13 +91,17 @@ pub fn run(args: DaemonArgs) -> Result<(), Failure> {
     watch_signals(sender.clone()).map_err(failed("watch for signals"))?;
     let shared = Arc::new(Shared::new(&args.connect));
     let server = Server::bind(&args.socket, config.group.as_deref())?;
-    let look = sender.clone();
-    let watching = domain::watch(&args.connect, move || {
-        let _ = look.send(Event::Look);
-    });
-    watching.map_err(failed("start a thread"))?;
+    let look = || {
+        let sender = sender.clone();
+        move || {
+            let _ = sender.send(Event::Look);
+        }
+    };
+    domain::watch(&args.connect, look()).map_err(failed("start a thread"))?;
+    let jobs = Jobs::watch(&args.connect, look()).map_err(failed("start a thread"))?;
     server.start(Arc::clone(&shared), sender).map_err(failed("start a thread"))?;
     let mut reconciler = Reconciler::new(&args.connect, shared, config, keeper(&args.state_dir));
+    reconciler.ask(jobs);
     info!("ept-virt {} follows {}", env!("CARGO_PKG_VERSION"), args.connect);
     follow(&mut reconciler, &receiver, &args);
     info!("stopping");

@@ -3,16 +3,17 @@
 //! matter how often it looks, or which nudges were lost: each look is complete.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use ept_virt_core::domain::{Libvirt, RunningDomain};
+use ept_virt_core::domain::{Activity, Jobs, Libvirt, RunningDomain};
 use ept_virt_core::policy::{Config, Effective, Layer, Mode, Policy};
 use ept_virt_core::sampler::{EntryFormat, KernelSampler, ModuleInfo, Sampler};
 use ept_virt_core::topology::{NumaBalancing, Tiers, numa_balancing};
 use ept_virt_core::wire::{DomainState, ModuleStatus};
-use log::{info, warn};
+use log::{error, info, warn};
 
 use super::guest::Orders;
 use super::keep::Keeper;
@@ -41,6 +42,7 @@ pub struct Reconciler {
     tiers: Tiers,
     config: Config,
     keeper: Option<Arc<Keeper>>,
+    jobs: Option<Jobs>,
     /// Files of domains that ended while nobody looked were removed.
     tidied: bool,
 }
@@ -49,7 +51,12 @@ impl Reconciler {
     /// Nothing is observed yet. Without a keeper no heat is kept.
     pub fn new(uri: &str, shared: Arc<Shared>, config: Config, keeper: Option<Keeper>) -> Self {
         let (entries, tiers, keeper) = (BTreeMap::new(), Tiers::default(), keeper.map(Arc::new));
-        Self { libvirt: Libvirt::new(uri), shared, entries, tiers, config, keeper, tidied: false }
+        Self { libvirt: Libvirt::new(uri), shared, entries, tiers, config, keeper, jobs: None, tidied: false }
+    }
+
+    /// Also asks which domains have jobs under way.
+    pub fn ask(&mut self, jobs: Jobs) {
+        self.jobs = Some(jobs);
     }
 
     /// Goes on with another configuration, from the next look on.
@@ -111,7 +118,20 @@ impl Reconciler {
                 self.shared.insert(&domain.uuid, Arc::clone(&entry.cell));
                 entry
             });
-            entry.follow(domain, &self.tiers, &self.config, self.keeper.as_ref());
+            let around = Around {
+                host: &self.tiers,
+                config: &self.config,
+                keeper: self.keeper.as_ref(),
+                job: self.jobs.as_ref().is_some_and(|jobs| jobs.is_busy(&domain.uuid)),
+            };
+            if let Err(fault) = contain(|| entry.follow(domain, &around)) {
+                error!("domain {:?} is not observed: {fault}", domain.name);
+                entry.fail(fault);
+            }
+        }
+        if let Some(jobs) = &self.jobs {
+            let places = |entry: &&Entry| entry.policy.mode == Mode::Place;
+            jobs.ask(self.entries.values().filter(places).map(|entry| entry.cell.uuid()).collect());
         }
     }
 
@@ -166,6 +186,21 @@ fn module_status(info: ModuleInfo) -> ModuleStatus {
     }
 }
 
+/// What an entry needs to know beside its domain.
+struct Around<'a> {
+    host: &'a Tiers,
+    config: &'a Config,
+    keeper: Option<&'a Arc<Keeper>>,
+    /// libvirt has a job on the domain.
+    job: bool,
+}
+
+/// Does what concerns one domain. A fault of ours in it must not reach the others.
+fn contain(work: impl FnOnce()) -> Result<(), String> {
+    catch_unwind(AssertUnwindSafe(work))
+        .map_err(|_| "a fault in ept-virt, please report it; see the daemon's log".into())
+}
+
 impl Entry {
     fn new(domain: &RunningDomain, config: &Config) -> Self {
         let cell = Arc::new(Cell::new(&domain.name, &domain.uuid));
@@ -176,26 +211,24 @@ impl Entry {
     }
 
     /// Brings the worker in line with the domain as it is now.
-    fn follow(
-        &mut self,
-        domain: &RunningDomain,
-        host: &Tiers,
-        config: &Config,
-        keeper: Option<&Arc<Keeper>>,
-    ) {
+    fn follow(&mut self, domain: &RunningDomain, around: &Around<'_>) {
         self.cell.update(|status| status.name.clone_from(&domain.name));
         match &domain.xml {
             Ok(xml) if self.xml.as_ref() == Some(xml) => {}
             Ok(xml) => {
                 self.said = Layer::from_domain_xml(xml).map_err(|error| error.to_string());
-                self.judge(config);
+                self.judge(around.config);
                 self.xml = Some(xml.clone());
             }
             // The policy that was read before holds.
             Err(error) => warn!("the XML of domain {:?} can not be read: {error}", domain.name),
         }
         self.reap();
-        let mut orders = orders(&self.policy, host);
+        let mut orders = orders(&self.policy, around.host);
+        orders.suspended = domain.activity == Activity::Suspended;
+        if self.policy.mode == Mode::Place {
+            orders.obstacle = orders.obstacle.or_else(|| migrates(domain, around.job));
+        }
         match self.cell.hold() {
             Hold::Paused if self.policy.mode == Mode::Place => {
                 orders.obstacle = Some("nothing is moved: paused; `ept-virt resume` goes on".into());
@@ -210,7 +243,7 @@ impl Entry {
             _ if self.policy.mode == Mode::Off => self.switch_off(None),
             Some(worker) if self.orders.as_ref() != Some(&orders) => worker.order(orders.clone()),
             Some(_) => {}
-            None => self.start(domain, &orders, keeper),
+            None => self.start(domain, &orders, around.keeper),
         }
         self.orders = Some(orders);
     }
@@ -239,6 +272,12 @@ impl Entry {
     fn reap(&mut self) {
         let Some(worker) = self.worker.take_if(|worker| worker.has_ended()) else { return };
         self.cell.clear(DomainState::Unobserved, Some(worker.finish().reason()));
+    }
+
+    /// Ends the worker after a fault of ours; the next look tries again.
+    fn fail(&mut self, fault: String) {
+        self.worker = None;
+        self.cell.clear(DomainState::Unobserved, Some(fault));
     }
 
     fn switch_off(&mut self, reason: Option<String>) {
@@ -274,6 +313,17 @@ fn from(said: &Result<Option<Layer>, String>, config: &Config) -> &'static str {
     }
 }
 
+/// Whether the guest's memory is on its way, or about to be, so that it is left
+/// where it is. Dirty logging, which the worker sees, begins after the job.
+fn migrates(domain: &RunningDomain, job: bool) -> Option<String> {
+    let what = match domain.activity {
+        Activity::Arrives => "the guest's memory still comes from another host",
+        _ if job => "libvirt works on the guest's memory, as for a migration or a save",
+        _ => return None,
+    };
+    Some(format!("placement pauses: {what}"))
+}
+
 /// What a worker does under this policy on this host.
 fn orders(policy: &Policy, host: &Tiers) -> Orders {
     let (tiers, obstacle) = policy.tiers(host);
@@ -289,6 +339,18 @@ mod tests {
 
     fn host() -> Tiers {
         Tiers { fast: NodeSet::from_iter([0]), slow: NodeSet::from_iter([1]), from: "a test".into() }
+    }
+
+    const UUID: &str = "6695eb01-f6a4-8304-79aa-97f2502e193f";
+
+    fn domain(xml: &str) -> RunningDomain {
+        let (uuid, name, xml) = (UUID.into(), "vm1".into(), Ok(xml.into()));
+        RunningDomain { uuid, name, xml, activity: Activity::Runs, run_dir: "/nonexistent".into() }
+    }
+
+    fn look(entry: &mut Entry, domain: &RunningDomain, job: bool) {
+        let config = Config::default();
+        entry.follow(domain, &Around { host: &host(), config: &config, keeper: None, job });
     }
 
     fn placing(fast: Option<u32>, slow: Option<u32>) -> Policy {
@@ -316,13 +378,8 @@ mod tests {
         let xml = "<domain type='qemu'><metadata>\n\
             <p:placement xmlns:p='https://ept-virt.org/xmlns/placement/1.0' mode='plaice'/>\n\
             </metadata></domain>";
-        let domain = |xml: &str| RunningDomain {
-            uuid: "6695eb01-f6a4-8304-79aa-97f2502e193f".into(),
-            name: "vm1".into(),
-            xml: Ok(xml.into()),
-        };
         let mut entry = Entry::new(&domain(xml), &Config::default());
-        entry.follow(&domain(xml), &host(), &Config::default(), None);
+        look(&mut entry, &domain(xml), false);
         let status = entry.cell.status();
         assert_eq!(status.policy_from, "default");
         assert!(status.policy_error.unwrap().contains("place"));
@@ -331,7 +388,7 @@ mod tests {
         assert!(!entry.orders.as_ref().unwrap().place());
 
         let off = xml.replace("plaice", "off");
-        entry.follow(&domain(&off), &host(), &Config::default(), None);
+        look(&mut entry, &domain(&off), false);
         let status = entry.cell.status();
         assert_eq!((status.state, status.reason), (DomainState::Off, None));
         assert_eq!((status.policy_from.as_str(), status.policy_error), ("domain XML", None));
@@ -341,19 +398,50 @@ mod tests {
     fn what_a_person_asked_for_goes_before_the_policy() {
         let xml = "<domain type='qemu'><metadata>\
             <p:placement xmlns:p='https://ept-virt.org/xmlns/placement/1.0' mode='place'/></metadata></domain>";
-        let (uuid, name) = ("6695eb01-f6a4-8304-79aa-97f2502e193f".into(), "vm1".into());
-        let domain = RunningDomain { uuid, name, xml: Ok(xml.into()) };
+        let domain = domain(xml);
         let mut entry = Entry::new(&domain, &Config::default());
-        let mut look = |hold| {
-            let held = entry.cell.hold();
-            entry.cell.set_hold(&[held], hold).unwrap();
-            entry.follow(&domain, &host(), &Config::default(), None);
+        let mut held = |hold| {
+            let before = entry.cell.hold();
+            entry.cell.set_hold(&[before], hold).unwrap();
+            look(&mut entry, &domain, false);
             (entry.cell.status().state, entry.orders.as_ref().is_some_and(Orders::place))
         };
-        assert_eq!(look(Hold::None), (DomainState::Unobserved, true));
-        assert_eq!(look(Hold::Paused), (DomainState::Unobserved, false));
-        assert_eq!(look(Hold::Stopped).0, DomainState::Off);
-        assert_eq!(look(Hold::None), (DomainState::Unobserved, true));
+        assert_eq!(held(Hold::None), (DomainState::Unobserved, true));
+        assert_eq!(held(Hold::Paused), (DomainState::Unobserved, false));
+        assert_eq!(held(Hold::Stopped).0, DomainState::Off);
+        assert_eq!(held(Hold::None), (DomainState::Unobserved, true));
+    }
+
+    #[test]
+    fn jobs_and_arriving_memory_pause_placement() {
+        let placing = "<domain type='qemu'><metadata>\
+            <p:placement xmlns:p='https://ept-virt.org/xmlns/placement/1.0' mode='place'/></metadata></domain>";
+        let mut running = domain(placing);
+        let mut entry = Entry::new(&running, &Config::default());
+        let orders = |entry: &Entry| entry.orders.clone().unwrap();
+        look(&mut entry, &running, true);
+        assert!(orders(&entry).obstacle.unwrap().contains("as for a migration"));
+        look(&mut entry, &running, false);
+        assert!(orders(&entry).place());
+        running.activity = Activity::Arrives;
+        look(&mut entry, &running, false);
+        assert!(orders(&entry).obstacle.unwrap().contains("from another host"));
+        running.activity = Activity::Suspended;
+        look(&mut entry, &running, false);
+        assert!(orders(&entry).suspended && orders(&entry).obstacle.is_none());
+        // Who does not place has nothing to pause.
+        let mut observed = Entry::new(&domain("<domain type='qemu'/>"), &Config::default());
+        look(&mut observed, &domain("<domain type='qemu'/>"), true);
+        assert_eq!(observed.orders.unwrap().obstacle, None);
+    }
+
+    #[test]
+    fn a_fault_is_contained() {
+        assert_eq!(contain(|| {}), Ok(()));
+        assert!(contain(|| panic!("a test panics; this is no failure")).unwrap_err().contains("a fault"));
+        let mut entry = Entry::new(&domain("<domain/>"), &Config::default());
+        entry.fail("a fault".into());
+        assert_eq!(entry.cell.status().reason.as_deref(), Some("a fault"));
     }
 
     /// libvirt's own test driver has one running domain, without KVM.

@@ -68,6 +68,11 @@ impl Cell {
         Self { hold, status: Mutex::new(status), memory }
     }
 
+    /// The domain's UUID.
+    pub fn uuid(&self) -> String {
+        lock(&self.status).uuid.clone()
+    }
+
     /// Changes the status.
     pub fn update(&self, change: impl FnOnce(&mut DomainStatus)) {
         change(&mut lock(&self.status));

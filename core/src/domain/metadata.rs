@@ -63,7 +63,7 @@ impl DefinedDomain {
 
     /// The domain as one that runs; `None` when it does not.
     pub fn running(&self) -> Result<Option<RunningDomain>, LibvirtError> {
-        let described = self.is_active.then(|| describe(&self.domain)).transpose();
+        let described = self.is_active.then(|| describe(&self.domain, &self.uri)).transpose();
         described.map_err(|error| call_error(&self.uri, "describe the domain", &error))
     }
 
