@@ -135,7 +135,8 @@ impl HeatFile {
             Err(error @ StoreError::Io(_)) => warn!("{}: {error}", path.display()),
             Err(error) => {
                 let bad = self.keeper.path(&self.uuid, ".heat.bad");
-                warn!("{}: {error}; set aside as {}", path.display(), bad.display());
+                let (from, to) = (path.display(), bad.display());
+                warn!(EPT_VIRT_UUID:% = self.uuid; "{from}: {error}; set aside as {to}");
                 if let Err(error) = fs::rename(&path, &bad) {
                     warn!("cannot rename {}: {error}", path.display());
                 }
@@ -269,16 +270,16 @@ impl Saver {
         let domain = &self.file.uuid;
         match saved {
             Ok(bytes) => {
-                debug!("kept the heat of domain {domain}: {bytes} bytes");
+                debug!(EPT_VIRT_UUID:% = domain; "kept the heat of domain {domain}: {bytes} bytes");
                 if std::mem::replace(&mut self.failed, false) {
-                    info!("the heat of domain {domain} is kept again");
+                    info!(EPT_VIRT_UUID:% = domain; "the heat of domain {domain} is kept again");
                 }
                 self.last_bytes = bytes;
             }
             Err(error) => {
                 if !std::mem::replace(&mut self.failed, true) {
                     let dir = self.file.keeper.dir.display();
-                    warn!("cannot keep the heat of domain {domain} in {dir}: {error}");
+                    warn!(EPT_VIRT_UUID:% = domain; "cannot keep the heat of domain {domain} in {dir}: {error}");
                 }
             }
         }

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `ept-virt daemon`: observes what libvirt says is running, and places it.
 //!
-//! The main thread reconciles: at start, when the hook nudges, and on a slow
-//! timer. Each observed domain has a thread, the socket has one, and signals
-//! have one.
+//! The main thread reconciles: at start, when the hook nudges, on libvirt's events,
+//! and on a slow timer. Each observed domain has a thread; so have the socket,
+//! signals, libvirt's events, its jobs, and the watchdog.
 
 mod guest;
 mod keep;
+mod logging;
 mod memory;
 mod reconcile;
 mod server;
+mod service;
 mod state;
 mod worker;
 
@@ -27,12 +29,13 @@ use ept_virt_core::policy::{Config, DEFAULT_CONFIG};
 use ept_virt_core::wire::DEFAULT_SOCKET;
 use log::{error, info, warn};
 use nix::sys::signal::{SigSet, Signal};
+use sd_notify::NotifyState;
 
 use crate::failure::Failure;
 use keep::{DEFAULT_STATE_DIR, Keeper};
 use reconcile::Reconciler;
 use server::Server;
-use state::Shared;
+use state::{Phase, Shared};
 
 /// After a nudge libvirt needs a moment: the hook runs before the domain has
 /// wholly come or gone.
@@ -77,11 +80,7 @@ pub enum Event {
 /// Every guest runs on when it ends, however it ends: all state in the kernel
 /// dies with the daemon's descriptors, and pages stay where they are.
 pub fn run(args: DaemonArgs) -> Result<(), Failure> {
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
-        // journald has the time; the level is what it can not know.
-        .format_timestamp(None)
-        .format_target(false)
-        .init();
+    logging::start();
     let config = Config::read(&args.config_file).map_err(|error| {
         Failure::unreachable(error.to_string()).hint("mend it; `ept-virt policy validate` checks it too")
     })?;
@@ -100,11 +99,15 @@ pub fn run(args: DaemonArgs) -> Result<(), Failure> {
     domain::watch(&args.connect, look()).map_err(failed("start a thread"))?;
     let jobs = Jobs::watch(&args.connect, look()).map_err(failed("start a thread"))?;
     server.start(Arc::clone(&shared), sender).map_err(failed("start a thread"))?;
-    let mut reconciler = Reconciler::new(&args.connect, shared, config, keeper(&args.state_dir));
+    service::watch(Arc::clone(&shared)).map_err(failed("start a thread"))?;
+    // Clients are answered from here on; libvirt may be away for long.
+    service::tell(&[NotifyState::Ready]);
+    let mut reconciler = Reconciler::new(&args.connect, Arc::clone(&shared), config, keeper(&args.state_dir));
     reconciler.ask(jobs);
     info!("ept-virt {} follows {}", env!("CARGO_PKG_VERSION"), args.connect);
-    follow(&mut reconciler, &receiver, &args);
+    follow(&mut reconciler, &shared, &receiver, &args);
     info!("stopping");
+    service::tell(&[NotifyState::Stopping]);
     reconciler.stop();
     Ok(())
 }
@@ -120,11 +123,13 @@ fn keeper(dir: &Path) -> Option<Keeper> {
 }
 
 /// Looks again and again until it is told to stop.
-fn follow(reconciler: &mut Reconciler, events: &Receiver<Event>, args: &DaemonArgs) {
+fn follow(reconciler: &mut Reconciler, shared: &Shared, events: &Receiver<Event>, args: &DaemonArgs) {
     let interval = Duration::from_secs(args.reconcile_interval);
     let mut second_look = None;
     loop {
+        shared.enter(Phase::Works(Instant::now()));
         reconciler.reconcile();
+        shared.enter(Phase::Waits);
         let timer = Instant::now() + interval;
         let wake = second_look.take().map_or(timer, |at: Instant| at.min(timer));
         match events.recv_timeout(wake.saturating_duration_since(Instant::now())) {
@@ -146,6 +151,7 @@ fn follow(reconciler: &mut Reconciler, events: &Receiver<Event>, args: &DaemonAr
 
 /// A configuration that can not be read changes nothing.
 fn reload(reconciler: &mut Reconciler, path: &Path) {
+    service::tell(&[NotifyState::Reloading]);
     match Config::read(path) {
         Ok(config) => {
             info!("read {}", path.display());
@@ -153,6 +159,7 @@ fn reload(reconciler: &mut Reconciler, path: &Path) {
         }
         Err(error) => error!("going on with the configuration as it was: {error}"),
     }
+    service::tell(&[NotifyState::Ready]);
 }
 
 /// Blocks the signals in this and all later threads, and takes them in one.

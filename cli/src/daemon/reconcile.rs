@@ -13,11 +13,12 @@ use ept_virt_core::policy::{Config, Effective, Layer, Mode, Policy};
 use ept_virt_core::sampler::{EntryFormat, KernelSampler, ModuleInfo, Sampler};
 use ept_virt_core::topology::{NumaBalancing, Tiers, numa_balancing};
 use ept_virt_core::wire::{DomainState, ModuleStatus};
-use log::{error, info, warn};
+use log::warn;
 
 use super::guest::Orders;
 use super::keep::Keeper;
-use super::state::{Cell, Hold, Shared};
+use super::logging::about;
+use super::state::{Cell, Hold, Phase, Shared};
 use super::worker::{self, Worker};
 use crate::attach::Unattached;
 
@@ -70,9 +71,9 @@ impl Reconciler {
     /// Looks at host and libvirt, and starts and stops workers accordingly.
     pub fn reconcile(&mut self) {
         self.look_at_host();
-        self.shared.facts().asking_since = Some(Instant::now());
+        self.shared.enter(Phase::Asks(Instant::now()));
         let running = self.libvirt.running();
-        self.shared.facts().asking_since = None;
+        self.shared.enter(Phase::Works(Instant::now()));
         let said = match &running {
             Ok(_) => "connected".to_owned(),
             Err(error) => error.to_string(),
@@ -113,7 +114,7 @@ impl Reconciler {
         }
         for domain in domains {
             let entry = self.entries.entry(domain.uuid.clone()).or_insert_with(|| {
-                info!("domain {:?} ({}) runs", domain.name, domain.uuid);
+                about!(info, domain.name, domain.uuid, "domain {:?} ({}) runs", domain.name, domain.uuid);
                 let entry = Entry::new(domain, &self.config);
                 self.shared.insert(&domain.uuid, Arc::clone(&entry.cell));
                 entry
@@ -125,7 +126,7 @@ impl Reconciler {
                 job: self.jobs.as_ref().is_some_and(|jobs| jobs.is_busy(&domain.uuid)),
             };
             if let Err(fault) = contain(|| entry.follow(domain, &around)) {
-                error!("domain {:?} is not observed: {fault}", domain.name);
+                about!(error, domain.name, domain.uuid, "domain {:?} is not observed: {fault}", domain.name);
                 entry.fail(fault);
             }
         }
@@ -221,7 +222,10 @@ impl Entry {
                 self.xml = Some(xml.clone());
             }
             // The policy that was read before holds.
-            Err(error) => warn!("the XML of domain {:?} can not be read: {error}", domain.name),
+            Err(error) => {
+                let (name, uuid) = (&domain.name, &domain.uuid);
+                about!(warn, name, uuid, "the XML of domain {name:?} can not be read: {error}");
+            }
         }
         self.reap();
         let mut orders = orders(&self.policy, around.host);
@@ -259,7 +263,8 @@ impl Entry {
         };
         self.cell.update(|status| {
             if let Some(error) = error.as_ref().filter(|error| status.policy_error.as_ref() != Some(error)) {
-                warn!("the policy of domain {:?} can not be read: {error}", status.name);
+                let (name, uuid) = (&status.name, &status.uuid);
+                about!(warn, name, uuid, "the policy of domain {name:?} can not be read: {error}");
             }
             status.policy_from = from.to_owned();
             status.policy = policy.describe();

@@ -139,13 +139,25 @@ fn empty_memory() -> GuestMemory {
     GuestMemory::new(Policy::default().heat_params())
 }
 
+/// What the main thread is at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Phase {
+    /// It waits for something to do.
+    #[default]
+    Waits,
+    /// It waits for libvirt's answer, since then.
+    Asks(Instant),
+    /// It works, since then.
+    Works(Instant),
+}
+
 /// The daemon's own facts.
 #[derive(Default)]
 pub struct Facts {
     /// "connected", or why not.
     pub libvirt: String,
-    /// Since when a call of libvirt is under way.
-    pub asking_since: Option<Instant>,
+    /// What the main thread is at.
+    phase: Phase,
     /// The kernel module, if it answers.
     pub module: Option<ModuleStatus>,
     /// Why it does not.
@@ -162,9 +174,9 @@ pub struct Facts {
 
 impl Facts {
     fn libvirt(&self) -> String {
-        match self.asking_since.map(|since| since.elapsed()) {
-            Some(waited) if waited > SLOW_LIBVIRT => {
-                format!("does not answer since {} s", waited.as_secs())
+        match self.phase {
+            Phase::Asks(since) if since.elapsed() > SLOW_LIBVIRT => {
+                format!("does not answer since {} s", since.elapsed().as_secs())
             }
             _ => self.libvirt.clone(),
         }
@@ -194,6 +206,27 @@ impl Shared {
     /// The daemon's own facts.
     pub fn facts(&self) -> MutexGuard<'_, Facts> {
         lock(&self.facts)
+    }
+
+    /// What the main thread is at.
+    pub fn phase(&self) -> Phase {
+        self.facts().phase
+    }
+
+    /// The main thread goes on to something else.
+    pub fn enter(&self, phase: Phase) {
+        self.facts().phase = phase;
+    }
+
+    /// How it goes, in a line.
+    pub fn summary(&self) -> String {
+        let domains: Vec<Arc<Cell>> = lock(&self.domains).values().cloned().collect();
+        let observed = |cell: &&Arc<Cell>| {
+            matches!(lock(&cell.status).state, DomainState::Observing | DomainState::Placing)
+        };
+        let observing = domains.iter().filter(observed).count();
+        let libvirt = self.facts().libvirt();
+        format!("{observing} of {} domains observed; libvirt: {libvirt}", domains.len())
     }
 
     /// Adds a domain, by UUID.

@@ -14,13 +14,13 @@ use ept_virt_core::migrate::{KernelMover, Mover, ProcessGone};
 use ept_virt_core::process::Process;
 use ept_virt_core::sampler::{Sampler, SamplerError};
 use ept_virt_core::wire::{DomainState, RoundStatus};
-use log::{debug, info, warn};
 use nix::time::{ClockId, clock_gettime};
 
 use crate::attach::{self, Attached, Unattached};
 
 use super::guest::{Guest, Moves, Orders, Pace};
 use super::keep::{Keeper, Recalled, Saver};
+use super::logging::about;
 use super::state::Cell;
 
 /// The part of a round's time that the first look at all pages may take.
@@ -53,7 +53,8 @@ pub fn attach(domain: &RunningDomain, keeper: Option<&Arc<Keeper>>) -> Result<At
     let saver = keeper.and_then(|keeper| match process.identity() {
         Ok(identity) => Some(Saver::new(keeper.file(&domain.uuid, identity), monotonic())),
         Err(error) => {
-            warn!("the heat of domain {:?} is not kept: {error}", domain.name);
+            let (name, uuid) = (&domain.name, &domain.uuid);
+            about!(warn, name, uuid, "the heat of domain {name:?} is not kept: {error}");
             None
         }
     });
@@ -189,12 +190,13 @@ struct Run {
 
 impl Run {
     fn run(mut self) -> End {
-        info!("domain {:?}: observing process {}", self.name, self.process.pid());
+        let (name, uuid) = (self.name.clone(), self.cell.uuid());
+        about!(info, name, uuid, "domain {name:?}: observing process {}", self.process.pid());
         let end = self.rounds();
         match &end {
-            End::Stopped => debug!("domain {:?}: no longer observed", self.name),
-            End::Gone => info!("domain {:?}: its QEMU has ended", self.name),
-            End::Failed(reason) => warn!("domain {:?} can not be observed: {reason}", self.name),
+            End::Stopped => about!(debug, name, uuid, "domain {name:?}: no longer observed"),
+            End::Gone => about!(info, name, uuid, "domain {name:?}: its QEMU has ended"),
+            End::Failed(reason) => about!(warn, name, uuid, "domain {name:?} can not be observed: {reason}"),
         }
         if let Some(mut saver) = self.saver.take() {
             match end {
@@ -231,8 +233,13 @@ impl Run {
         let Some(Recalled { harvested_at, slots: heat }) = recalled else { return Ok(()) };
         let found = self.guest.recall(heat, harvested_at);
         let age = now.saturating_sub(harvested_at).as_secs();
-        let (name, all) = (&self.name, slots.len());
-        info!("domain {name:?}: its heat of {age} s ago came back, for {found} of {all} memory slots");
+        let (name, uuid, all) = (&self.name, self.cell.uuid(), slots.len());
+        about!(
+            info,
+            name,
+            uuid,
+            "domain {name:?}: its heat of {age} s ago came back, for {found} of {all} memory slots"
+        );
         self.cell.update(|status| status.restored_s = Some(age));
         Ok(())
     }
