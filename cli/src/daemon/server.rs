@@ -28,6 +28,10 @@ use crate::failure::Failure;
 /// Clients served at once; one more is turned away.
 const MAX_CLIENTS: usize = 64;
 
+/// Of these, places that only those get who may change something: who may only
+/// ask can not lock root out.
+const KEPT_FOR_ROOT: usize = 8;
+
 /// How long a client may be silent, or not read its answer.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -134,12 +138,6 @@ fn admit(mut stream: UnixStream, clients: &Arc<()>, shared: &Arc<Shared>, events
         warn!("a client is turned away: {error}");
         return;
     }
-    // Each client's thread holds a reference; one is ours.
-    if Arc::strong_count(clients) > MAX_CLIENTS {
-        let refusal = error(ErrorKind::Internal, format!("more than {MAX_CLIENTS} clients are connected"));
-        let _ = stream.write_all(&encode(refusal));
-        return;
-    }
     let may_change = match getsockopt(&stream, PeerCredentials) {
         Ok(peer) => {
             debug!("client: pid {}, uid {}", peer.pid(), peer.uid());
@@ -150,6 +148,13 @@ fn admit(mut stream: UnixStream, clients: &Arc<()>, shared: &Arc<Shared>, events
             false
         }
     };
+    let most = if may_change { MAX_CLIENTS } else { MAX_CLIENTS - KEPT_FOR_ROOT };
+    // Each client's thread holds a reference; one is ours.
+    if Arc::strong_count(clients) > most {
+        let refusal = error(ErrorKind::Internal, format!("more than {most} clients are connected"));
+        let _ = stream.write_all(&encode(refusal));
+        return;
+    }
     let (place, shared, events) = (Arc::clone(clients), Arc::clone(shared), events.clone());
     let spawned = thread::Builder::new().name("client".into()).spawn(move || {
         match serve(&stream, may_change, &shared, &events) {
