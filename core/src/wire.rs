@@ -2,7 +2,7 @@
 //! What travels over the daemon's control socket, and what `--json` prints.
 //!
 //! One JSON object per line in each direction, at most [`MAX_LINE_BYTES`]; the
-//! daemon answers each line with one line, in order.
+//! daemon answers each line with one line, in order. docs/SOCKET.md is the manual.
 
 use serde::{Deserialize, Serialize};
 

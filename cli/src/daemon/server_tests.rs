@@ -234,3 +234,11 @@ fn an_answer_that_is_too_long_becomes_an_error() {
     let response: Response = serde_json::from_slice(&line).unwrap();
     assert_eq!(kind(response.reply), ErrorKind::Internal);
 }
+
+#[test]
+fn the_document_names_the_limits_that_hold() {
+    let document = include_str!("../../../docs/SOCKET.md");
+    let clients = format!("| {MAX_CLIENTS}, of which {KEPT_FOR_ROOT} places are kept for root |");
+    assert!(document.contains(&clients));
+    assert!(document.contains(&format!("| {} seconds |", CLIENT_TIMEOUT.as_secs())));
+}
