@@ -14,6 +14,7 @@ use ept_virt_core::migrate::{KernelMover, Mover, ProcessGone};
 use ept_virt_core::process::Process;
 use ept_virt_core::sampler::{Sampler, SamplerError};
 use ept_virt_core::wire::{DomainState, RoundStatus};
+use log::warn;
 use nix::time::{ClockId, clock_gettime};
 
 use crate::attach::{self, Attached, Unattached};
@@ -31,6 +32,13 @@ const SURVEY_DIVISOR: u32 = 64;
 
 /// Shortest time between the starts of two rounds, whatever a policy says.
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(10);
+
+/// How long a worker that was told to stop is waited for. One that hangs in the
+/// kernel, or on a disk, must not keep the other domains waiting for good.
+const STOP_LIMIT: Duration = Duration::from_secs(8);
+
+/// Between two looks whether it has stopped.
+const STOP_PAUSE: Duration = Duration::from_millis(5);
 
 /// Time between rounds for those who leave it to us.
 const AUTO_INTERVAL: Duration = Duration::from_secs(1);
@@ -109,6 +117,8 @@ impl From<SamplerError> for End {
 pub struct Worker {
     orders: Option<Sender<Orders>>,
     stop: Arc<AtomicBool>,
+    /// Nobody waits for it any longer: what it finds is not to be shown.
+    abandoned: Arc<AtomicBool>,
     thread: Option<JoinHandle<End>>,
 }
 
@@ -118,20 +128,21 @@ impl Worker {
         let Attachment { process, sampler, mover, saver } = attachment;
         let guest = Guest::new(sampler, mover, cell.memory(), orders, monotonic());
         let (sender, receiver) = mpsc::channel();
-        let stop = Arc::new(AtomicBool::new(false));
+        let (stop, abandoned) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
         let run = Run {
             guest,
             process,
             cell,
             orders: receiver,
             stop: Arc::clone(&stop),
+            abandoned: Arc::clone(&abandoned),
             saver,
             round: None,
             name: name.to_owned(),
         };
         // The kernel keeps 15 bytes of a thread's name.
         let thread = thread::Builder::new().name(format!("vm {name}")).spawn(move || run.run())?;
-        Ok(Self { orders: Some(sender), stop, thread: Some(thread) })
+        Ok(Self { orders: Some(sender), stop, abandoned, thread: Some(thread) })
     }
 
     /// Gives other orders. A worker that has ended does not mind.
@@ -159,14 +170,25 @@ impl Worker {
     }
 
     fn join(&mut self) -> End {
+        self.join_within(STOP_LIMIT)
+    }
+
+    fn join_within(&mut self, limit: Duration) -> End {
         self.stop();
-        match self.thread.take().map(JoinHandle::join) {
-            None => End::Stopped,
-            Some(Ok(end)) => end,
-            Some(Err(_)) => {
-                End::Failed("the worker failed by a fault in ept-virt; see the daemon's log".into())
+        let Some(thread) = self.thread.take() else { return End::Stopped };
+        let asked = Instant::now();
+        while !thread.is_finished() {
+            if asked.elapsed() > limit {
+                self.abandoned.store(true, Ordering::Relaxed);
+                let reason = format!("its worker did not stop within {limit:?}, and is left to itself");
+                warn!("{}: {reason}", thread.thread().name().unwrap_or_default());
+                return End::Failed(reason);
             }
+            thread::sleep(STOP_PAUSE);
         }
+        thread.join().unwrap_or_else(|_| {
+            End::Failed("the worker failed by a fault in ept-virt; see the daemon's log".into())
+        })
     }
 }
 
@@ -183,6 +205,7 @@ struct Run {
     cell: Arc<Cell>,
     orders: Receiver<Orders>,
     stop: Arc<AtomicBool>,
+    abandoned: Arc<AtomicBool>,
     saver: Option<Saver>,
     round: Option<RoundStatus>,
     name: String,
@@ -197,6 +220,9 @@ impl Run {
             End::Stopped => about!(debug, name, uuid, "domain {name:?}: no longer observed"),
             End::Gone => about!(info, name, uuid, "domain {name:?}: its QEMU has ended"),
             End::Failed(reason) => about!(warn, name, uuid, "domain {name:?} can not be observed: {reason}"),
+        }
+        if self.abandoned.load(Ordering::Relaxed) {
+            return end;
         }
         if let Some(mut saver) = self.saver.take() {
             match end {

@@ -10,6 +10,25 @@ use ept_virt_core::topology::{NodeSet, Tiers};
 
 use super::*;
 
+/// A worker met [`Fault::Hang`].
+static HANGS: AtomicBool = AtomicBool::new(false);
+
+/// A process that only sleeps, and ends with the test, also with one that fails.
+struct Sleeper(Child);
+
+impl Sleeper {
+    fn end(&mut self) {
+        self.0.kill().unwrap();
+    }
+}
+
+impl Drop for Sleeper {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// A guest without memory: what counts here is the thread.
 struct NoMemory {
     fault: Fault,
@@ -22,6 +41,8 @@ enum Fault {
     Refused,
     /// A mistake of ours.
     Panic,
+    /// The kernel does not come back, for a time that no test waits for.
+    Hang,
 }
 
 impl Sampler for NoMemory {
@@ -33,6 +54,12 @@ impl Sampler for NoMemory {
         match self.fault {
             Fault::None => Ok((1, Vec::new())),
             Fault::Refused => Err(SamplerError::Unsupported("a test says no")),
+            Fault::Hang => {
+                HANGS.store(true, Ordering::Relaxed);
+                loop {
+                    thread::park();
+                }
+            }
             Fault::Panic => panic!("a test panics; this is no failure"),
         }
     }
@@ -64,9 +91,9 @@ fn orders(interval: Duration) -> Orders {
 }
 
 /// A worker for a process that only sleeps.
-fn start(interval: Duration, fault: Fault) -> (Worker, Child, Arc<Cell>) {
-    let child = Command::new("sleep").arg("600").spawn().unwrap();
-    let process = Arc::new(Process::open(child.id() as i32).unwrap());
+fn start(interval: Duration, fault: Fault) -> (Worker, Sleeper, Arc<Cell>) {
+    let child = Sleeper(Command::new("sleep").arg("600").spawn().unwrap());
+    let process = Arc::new(Process::open(child.0.id() as i32).unwrap());
     let (sampler, mover) = (Box::new(NoMemory { fault }), Box::new(NoMemory { fault }));
     let cell = Arc::new(Cell::new("vm1", "6695eb01"));
     let attachment = Attachment { process, sampler, mover, saver: None };
@@ -88,62 +115,51 @@ fn rounds(cell: &Cell) -> u64 {
 
 #[test]
 fn holds_rounds_until_it_is_stopped() {
-    let (worker, mut child, cell) = start(SHORTEST_INTERVAL, Fault::None);
+    let (worker, child, cell) = start(SHORTEST_INTERVAL, Fault::None);
     wait_for("three rounds", || rounds(&cell) >= 3);
-    assert_eq!(cell.status().pid, Some(child.id() as i32));
+    assert_eq!(cell.status().pid, Some(child.0.id() as i32));
     assert_eq!(cell.status().state, DomainState::Observing);
     assert_eq!(worker.finish(), End::Stopped);
-    child.kill().unwrap();
-    child.wait().unwrap();
 }
 
 #[test]
 fn stops_and_obeys_in_the_middle_of_a_long_interval() {
-    let (worker, mut child, cell) = start(Duration::from_secs(3600), Fault::None);
+    let (worker, _child, cell) = start(Duration::from_secs(3600), Fault::None);
     wait_for("the first round", || rounds(&cell) == 1);
     worker.order(Orders { obstacle: Some("a test".into()), ..orders(Duration::from_secs(3600)) });
     wait_for("the orders", || cell.status().reason.as_deref() == Some("a test"));
     let asked = Instant::now();
     drop(worker);
     assert!(asked.elapsed() < Duration::from_secs(20));
-    child.kill().unwrap();
-    child.wait().unwrap();
 }
 
 #[test]
 fn ends_with_the_guest() {
     let (worker, mut child, cell) = start(SHORTEST_INTERVAL, Fault::None);
     wait_for("the first round", || rounds(&cell) >= 1);
-    child.kill().unwrap();
+    child.end();
     wait_for("the end", || worker.has_ended());
     let status = cell.status();
     assert_eq!((status.state, status.pid, status.round), (DomainState::Unobserved, None, None));
     assert_eq!(worker.finish(), End::Gone);
-    child.wait().unwrap();
 }
 
 #[test]
 fn says_why_it_can_not_go_on() {
-    let (worker, mut child, _) = start(SHORTEST_INTERVAL, Fault::Refused);
+    let (worker, _child, _) = start(SHORTEST_INTERVAL, Fault::Refused);
     wait_for("the end", || worker.has_ended());
     assert_eq!(worker.finish(), End::Failed("a test says no".into()));
-    child.kill().unwrap();
-    child.wait().unwrap();
 }
 
 #[test]
 fn one_domain_s_fault_is_no_other_s() {
-    let (good, mut good_child, good_cell) = start(SHORTEST_INTERVAL, Fault::None);
-    let (bad, mut bad_child, _) = start(SHORTEST_INTERVAL, Fault::Panic);
+    let (good, _good_child, good_cell) = start(SHORTEST_INTERVAL, Fault::None);
+    let (bad, _bad_child, _) = start(SHORTEST_INTERVAL, Fault::Panic);
     wait_for("the end", || bad.has_ended());
     assert!(bad.finish().reason().contains("a fault in ept-virt"));
     let before = rounds(&good_cell);
     wait_for("more rounds", || rounds(&good_cell) > before);
     assert_eq!(good.finish(), End::Stopped);
-    for child in [&mut good_child, &mut bad_child] {
-        child.kill().unwrap();
-        child.wait().unwrap();
-    }
 }
 
 #[test]
@@ -159,8 +175,18 @@ fn a_suspended_guest_goes_on_and_its_end_is_noticed() {
     assert!(!is_suspended());
     suspend(true);
     wait_for("the suspension", is_suspended);
-    child.kill().unwrap();
+    child.end();
     wait_for("the end", || worker.has_ended());
     assert_eq!(worker.finish(), End::Gone);
-    child.wait().unwrap();
+}
+
+#[test]
+fn a_worker_that_hangs_is_left_to_itself() {
+    let (mut worker, _child, cell) = start(SHORTEST_INTERVAL, Fault::Hang);
+    wait_for("the hang", || HANGS.load(Ordering::Relaxed));
+    let end = worker.join_within(Duration::from_millis(20));
+    assert!(end.reason().contains("did not stop"), "{end:?}");
+    assert!(worker.abandoned.load(Ordering::Relaxed));
+    assert_eq!(worker.finish(), End::Stopped, "nobody waits again");
+    assert_eq!(rounds(&cell), 0);
 }
