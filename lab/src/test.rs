@@ -39,6 +39,7 @@ const AMD_RUNS: &[(&str, &[&str])] = &[
             "bad-policy",
             "bad-numatune",
             "bad-daemon-killed",
+            "bad-daemon-restarted",
             "bad-libvirtd-restarted",
             "bad-module-removed",
             "bad-guest-dies",

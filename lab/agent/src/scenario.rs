@@ -43,6 +43,7 @@ const SCENARIOS: &[(&str, Test)] = &[
     ("bad-policy", bad_paths::broken_policy),
     ("bad-numatune", bad_paths::strict_numatune),
     ("bad-daemon-killed", bad_paths::daemon_killed),
+    ("bad-daemon-restarted", bad_paths::daemon_restarted),
     ("bad-libvirtd-restarted", bad_paths::libvirtd_restarted),
     ("bad-module-removed", bad_paths::module_removed),
     ("bad-guest-dies", bad_paths::guest_dies),

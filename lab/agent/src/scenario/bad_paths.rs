@@ -106,6 +106,23 @@ pub fn daemon_killed() -> Result<Outcome> {
     Ok(Outcome::Pass(String::new()))
 }
 
+/// A daemon that is stopped, as for an upgrade, leaves the heat with which the next
+/// one goes on.
+pub fn daemon_restarted() -> Result<Outcome> {
+    let first = Daemon::start()?;
+    let mut guest = DomainSpec::default().start()?;
+    guest.wait_ready()?;
+    daemon::wait_for(guest.name, "hot memory", 3 * TIMEOUT, |d| hot(d) > 0)?;
+    first.stop()?;
+    let second = Daemon::start()?;
+    let back = daemon::wait_for(guest.name, "a round", TIMEOUT, |d| rounds(d) > 0)?;
+    let age = back.restored_s.context("the heat of the daemon that was stopped did not come back")?;
+    ensure!(hot(&back) > 0, "of hot memory none came back");
+    second.stop()?;
+    guest.check_data()?;
+    Ok(Outcome::Pass(format!("{} KiB hot after {age} s", hot(&back) >> 10)))
+}
+
 /// While libvirtd is away rounds go on; when it is back all is as before.
 pub fn libvirtd_restarted() -> Result<Outcome> {
     let _daemon = Daemon::start()?;
@@ -164,4 +181,9 @@ fn wait_observed(name: &str) -> Result<DomainStatus> {
 
 fn rounds(domain: &DomainStatus) -> u64 {
     domain.round.as_ref().map_or(0, |round| round.number)
+}
+
+/// Bytes that are not cold.
+fn hot(domain: &DomainStatus) -> u64 {
+    domain.round.as_ref().map_or(0, |round| round.hot_bytes + round.warm_bytes)
 }
