@@ -19,7 +19,7 @@ use super::guest::Orders;
 use super::keep::Keeper;
 use super::logging::about;
 use super::state::{Cell, Hold, Phase, Shared};
-use super::worker::{self, Worker};
+use super::worker::{self, End, Worker};
 use crate::attach::Unattached;
 
 /// A domain that libvirt says is running.
@@ -276,7 +276,12 @@ impl Entry {
     /// Forgets a worker that has ended by itself.
     fn reap(&mut self) {
         let Some(worker) = self.worker.take_if(|worker| worker.has_ended()) else { return };
-        self.cell.clear(DomainState::Unobserved, Some(worker.finish().reason()));
+        let end = worker.finish();
+        if end == End::Gone {
+            // What was asked for was asked of that process, not of the next.
+            self.cell.release();
+        }
+        self.cell.clear(DomainState::Unobserved, Some(end.reason()));
     }
 
     /// Ends the worker after a fault of ours; the next look tries again.

@@ -96,6 +96,11 @@ impl Cell {
         }
     }
 
+    /// Forgets what a person asked for.
+    pub fn release(&self) {
+        *lock(&self.hold) = Hold::None;
+    }
+
     /// What is known of the guest's memory, for its worker.
     pub fn memory(&self) -> Arc<Mutex<GuestMemory>> {
         Arc::clone(&self.memory)
