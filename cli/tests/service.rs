@@ -3,6 +3,7 @@
 
 use std::env;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -78,9 +79,13 @@ fn tells_that_it_is_ready_alive_reloads_and_stops() {
     let seen = "STATUS=0 of 1 domains observed; libvirt: connected";
     daemon.hear(seen);
     daemon.hear("WATCHDOG=1");
+    let mode = || fs::metadata(daemon.dir.join("socket")).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(), 0o600);
+    fs::write(daemon.dir.join("ept-virt.toml"), "group = \"root\"").unwrap();
     daemon.signal(Signal::SIGHUP);
     daemon.hear("RELOADING=1");
     daemon.hear("READY=1");
+    assert_eq!(mode(), 0o660);
     // A configuration that can not be read changes nothing, and ends nothing.
     fs::write(daemon.dir.join("ept-virt.toml"), "nonsense").unwrap();
     daemon.signal(Signal::SIGHUP);

@@ -50,7 +50,7 @@ pub struct DaemonArgs {
     /// Where to listen.
     #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
     socket: PathBuf,
-    /// libvirt to follow.
+    /// libvirt to follow; qemu:///session for a user's own domains.
     #[arg(short, long, value_name = "URI", default_value = "qemu:///system")]
     connect: String,
     /// The host's configuration; SIGHUP reads it again.
@@ -105,7 +105,7 @@ pub fn run(args: DaemonArgs) -> Result<(), Failure> {
     let mut reconciler = Reconciler::new(&args.connect, Arc::clone(&shared), config, keeper(&args.state_dir));
     reconciler.ask(jobs);
     info!("ept-virt {} follows {}", env!("CARGO_PKG_VERSION"), args.connect);
-    follow(&mut reconciler, &shared, &receiver, &args);
+    follow(&mut reconciler, &shared, &server, &receiver, &args);
     info!("stopping");
     service::tell(&[NotifyState::Stopping]);
     reconciler.stop();
@@ -123,7 +123,13 @@ fn keeper(dir: &Path) -> Option<Keeper> {
 }
 
 /// Looks again and again until it is told to stop.
-fn follow(reconciler: &mut Reconciler, shared: &Shared, events: &Receiver<Event>, args: &DaemonArgs) {
+fn follow(
+    reconciler: &mut Reconciler,
+    shared: &Shared,
+    server: &Server,
+    events: &Receiver<Event>,
+    args: &DaemonArgs,
+) {
     let interval = Duration::from_secs(args.reconcile_interval);
     let mut second_look = None;
     loop {
@@ -136,25 +142,28 @@ fn follow(reconciler: &mut Reconciler, shared: &Shared, events: &Receiver<Event>
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) | Ok(Event::Stop) => return,
             Ok(Event::Look) => second_look = Some(Instant::now() + SECOND_LOOK),
-            Ok(Event::Reload) => reload(reconciler, &args.config_file),
+            Ok(Event::Reload) => reload(reconciler, server, &args.config_file),
         }
         // One look serves all that waited.
         while let Ok(event) = events.try_recv() {
             match event {
                 Event::Stop => return,
                 Event::Look => {}
-                Event::Reload => reload(reconciler, &args.config_file),
+                Event::Reload => reload(reconciler, server, &args.config_file),
             }
         }
     }
 }
 
 /// A configuration that can not be read changes nothing.
-fn reload(reconciler: &mut Reconciler, path: &Path) {
+fn reload(reconciler: &mut Reconciler, server: &Server, path: &Path) {
     service::tell(&[NotifyState::Reloading]);
     match Config::read(path) {
         Ok(config) => {
             info!("read {}", path.display());
+            if let Err(failure) = server.open_to(config.group.as_deref()) {
+                error!("{failure}");
+            }
             reconciler.configure(config);
         }
         Err(error) => error!("going on with the configuration as it was: {error}"),

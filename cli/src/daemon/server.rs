@@ -76,14 +76,23 @@ impl Server {
         let bound = UnixListener::bind(path);
         umask(before);
         let listener = bound.map_err(|error| cannot("listen on", error))?;
-        if let Some(group) = group {
-            open_to(path, group).map_err(|error| {
-                let problem = format!("cannot open {} to group \"{group}\": {error}", path.display());
-                Failure::unreachable(problem).hint("name another group in the configuration, or none")
-            })?;
+        let server = Self { listener, path: path.to_owned(), _lock: lock };
+        if group.is_some() {
+            server.open_to(group)?;
         }
         info!("listening on {}", path.display());
-        Ok(Self { listener, path: path.to_owned(), _lock: lock })
+        Ok(server)
+    }
+
+    /// Lets the members of `group` ask, or root alone. Clients that are connected
+    /// stay so.
+    pub fn open_to(&self, group: Option<&str>) -> Result<(), Failure> {
+        let path = &self.path;
+        open_to(path, group).map_err(|error| {
+            let group = group.unwrap_or("root");
+            let problem = format!("cannot open {} to group \"{group}\": {error}", path.display());
+            Failure::unreachable(problem).hint("name another group in the configuration, or none")
+        })
     }
 
     /// Starts the thread that serves clients.
@@ -115,9 +124,13 @@ impl Drop for Server {
     }
 }
 
-/// Lets the members of `group` ask.
-fn open_to(path: &Path, group: &str) -> io::Result<()> {
-    let found = nix::unistd::Group::from_name(group)?;
+fn open_to(path: &Path, group: Option<&str>) -> io::Result<()> {
+    let Some(name) = group else {
+        // The mode first: the group is nobody's concern then.
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+        return std::os::unix::fs::chown(path, None, Some(nix::unistd::getegid().as_raw()));
+    };
+    let found = nix::unistd::Group::from_name(name)?;
     let group = found.ok_or_else(|| io::Error::new(Io::NotFound, "there is no such group"))?;
     std::os::unix::fs::chown(path, None, Some(group.gid.as_raw()))?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o660))

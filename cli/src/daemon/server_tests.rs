@@ -137,7 +137,14 @@ fn a_group_may_be_let_in() {
     let test = Test::new();
     let socket = test.dir.join("run/open");
     let server = Server::bind(&socket, Some("root")).unwrap();
-    assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o660);
+    let mode = || fs::metadata(&socket).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(), 0o660);
+    server.open_to(None).unwrap();
+    assert_eq!(mode(), 0o600);
+    assert!(server.open_to(Some("no-such-group")).is_err());
+    assert_eq!(mode(), 0o600);
+    server.open_to(Some("root")).unwrap();
+    assert_eq!(mode(), 0o660);
     drop(server);
     let error = Server::bind(&socket, Some("no-such-group")).map(drop).unwrap_err();
     assert!(error.to_string().contains("no-such-group"), "{error}");
