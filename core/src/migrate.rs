@@ -80,7 +80,7 @@ impl Refused {
                 "no node of the target tier has room; a part of each node stays free for the host"
             }
             Self::NotPermitted => {
-                "the target node is outside of the domain's cpuset: <numatune> with mode='strict' allows only its nodeset. Add the node to it, or use mode='preferred'. If there is no <numatune>, the daemon lacks CAP_SYS_NICE or CAP_SYS_PTRACE"
+                "the target node is outside of the domain's cpuset: <numatune> with mode='strict' allows only its nodeset. Add the node to it, or use mode='preferred'. If there is no <numatune>, the daemon lacks CAP_SYS_PTRACE"
             }
             Self::NotPresent => "the page was freed, swapped out or never used",
             Self::Shared => {

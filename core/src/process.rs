@@ -91,7 +91,7 @@ impl ProcessError {
                 Some("use <domain type='kvm'>: without KVM there are no second-level page tables to read")
             }
             Self::NotPermitted { .. } => {
-                Some("run the daemon as root, or with CAP_SYS_PTRACE and CAP_SYS_NICE")
+                Some("run the daemon as root, or with CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH")
             }
             Self::Gone { .. } | Self::NotTheDomain { .. } | Self::SeveralVms { .. } | Self::Io { .. } => None,
         }
