@@ -14,6 +14,7 @@ use crate::style::{Style, harmless};
 pub struct Entry<'a> {
     name: &'a str,
     uuid: &'a str,
+    id: Option<u32>,
     pid: Option<i32>,
     state: DomainState,
     memory_bytes: u64,
@@ -38,6 +39,7 @@ pub fn entries(status: &Status) -> Vec<Entry<'_>> {
         .map(|domain| Entry {
             name: &domain.name,
             uuid: &domain.uuid,
+            id: domain.id,
             pid: domain.pid,
             state: domain.state,
             memory_bytes: domain.memory_bytes,
@@ -57,14 +59,16 @@ pub fn render(status: &Status, style: &Style) -> String {
     if status.domains.is_empty() {
         return "no domain is running\n".into();
     }
-    let mut rows =
-        vec![["Name", "State", "Pid", "Memory", "Hot", "Warm", "Cold", "DRAM", "NVM"].map(String::from)];
+    let mut rows = vec![
+        ["Name", "State", "Id", "Pid", "Memory", "Hot", "Warm", "Cold", "DRAM", "NVM"].map(String::from),
+    ];
     for domain in &status.domains {
         let round = domain.round.as_ref();
         let size = |bytes: Option<u64>| bytes.map_or("-".into(), |bytes| Bytes(bytes).to_string());
         rows.push([
             harmless(&domain.name),
             state_word(domain.state).into(),
+            domain.id.map_or("-".into(), |id| id.to_string()),
             domain.pid.map_or("-".into(), |pid| pid.to_string()),
             size(Some(domain.memory_bytes).filter(|bytes| *bytes > 0)),
             size(round.map(|round| round.hot_bytes)),

@@ -59,14 +59,14 @@ enum Command {
     List(Output),
     /// Show what is known about all domains, or one, and about the daemon.
     Status {
-        /// Name or UUID of one domain.
+        /// Name, id or UUID of one domain.
         domain: Option<String>,
         #[command(flatten)]
         output: Output,
     },
     /// Show the temperature and tier of all memory of a domain.
     Map {
-        /// Name or UUID.
+        /// Name, id or UUID.
         domain: String,
         #[command(flatten)]
         output: Output,
@@ -107,7 +107,7 @@ enum Command {
 /// Which domain.
 #[derive(Clone, Debug, Args)]
 struct Domain {
-    /// Name or UUID.
+    /// Name, id or UUID.
     domain: String,
 }
 

@@ -132,6 +132,9 @@ fn domain(page: &mut Page, domain: &DomainStatus) {
         page.alert("reason", reason);
     }
     page.field("uuid", &domain.uuid);
+    if let Some(id) = domain.id {
+        page.field("id", &id.to_string());
+    }
     if let Some(pid) = domain.pid {
         page.field("pid", &pid.to_string());
     }

@@ -63,6 +63,8 @@ pub struct RunningDomain {
     pub uuid: String,
     /// Its name.
     pub name: String,
+    /// libvirt's number for it until it ends; none when it has just ended.
+    pub id: Option<u32>,
     /// The live XML, metadata included; what was wrong when libvirt, though
     /// answering, could not tell it.
     pub xml: Result<String, String>,
@@ -196,7 +198,14 @@ fn describe(domain: &virt::domain::Domain, uri: &str) -> Result<RunningDomain, v
         // the next call that is not about one domain.
         xml => xml.map_err(|error| error.message().to_owned()),
     };
-    Ok(RunningDomain { uuid, name, xml, activity: activity(domain), run_dir: run_dir::of(uri) })
+    Ok(RunningDomain {
+        uuid,
+        name,
+        id: domain.id(),
+        xml,
+        activity: activity(domain),
+        run_dir: run_dir::of(uri),
+    })
 }
 
 fn activity(domain: &virt::domain::Domain) -> Activity {
@@ -237,6 +246,7 @@ mod tests {
         let [domain] = domains.as_slice() else { panic!("{domains:?}") };
         assert_eq!(domain.name, "test");
         assert_eq!(domain.uuid, "6695eb01-f6a4-8304-79aa-97f2502e193f");
+        assert_eq!(domain.id, Some(1));
         assert_eq!(domain.kind().as_deref(), Some("test"));
         assert_eq!(domain.pid_file().to_str(), Some("/run/libvirt/qemu/test.pid"));
         assert_eq!(domain.read_pid().unwrap_err().kind(), io::ErrorKind::NotFound);
@@ -272,6 +282,7 @@ mod tests {
         let domain = |xml: &str| RunningDomain {
             uuid: String::new(),
             name: "a".into(),
+            id: None,
             xml: Ok(xml.into()),
             activity: Activity::Runs,
             run_dir: PathBuf::new(),

@@ -34,38 +34,38 @@ pub struct Request {
 pub enum Command {
     /// Answered with [`Reply::Status`].
     Status {
-        /// Name or UUID; all domains without it.
+        /// Name, id or UUID; all domains without it.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         domain: Option<String>,
     },
     /// Answered with [`Reply::Map`]: the class and place of every page.
     Map {
-        /// Name or UUID.
+        /// Name, id or UUID.
         domain: String,
     },
     /// Observe the domain again after [`Command::Stop`]; answered with
     /// [`Reply::Done`]. This and the next three change what is done, and only
     /// root may ask for them.
     Start {
-        /// Name or UUID.
+        /// Name, id or UUID.
         domain: String,
     },
     /// Neither observe nor move the domain until it ends, or until
     /// [`Command::Start`]; answered with [`Reply::Done`].
     Stop {
-        /// Name or UUID.
+        /// Name, id or UUID.
         domain: String,
     },
     /// Move nothing of the domain until it ends, or until [`Command::Resume`];
     /// answered with [`Reply::Done`].
     Pause {
-        /// Name or UUID.
+        /// Name, id or UUID.
         domain: String,
     },
     /// Move its memory again after [`Command::Pause`]; answered with
     /// [`Reply::Done`].
     Resume {
-        /// Name or UUID.
+        /// Name, id or UUID.
         domain: String,
     },
     /// The hook's word that something happened; answered with [`Reply::Done`]
@@ -203,6 +203,9 @@ pub struct DomainStatus {
     pub name: String,
     /// libvirt's UUID.
     pub uuid: String,
+    /// libvirt's number for it while it runs; none when the daemon is older.
+    #[serde(default)]
+    pub id: Option<u32>,
     /// Process id of QEMU.
     pub pid: Option<i32>,
     /// What is done with it.

@@ -213,7 +213,10 @@ impl Entry {
 
     /// Brings the worker in line with the domain as it is now.
     fn follow(&mut self, domain: &RunningDomain, around: &Around<'_>) {
-        self.cell.update(|status| status.name.clone_from(&domain.name));
+        self.cell.update(|status| {
+            status.name.clone_from(&domain.name);
+            status.id = domain.id;
+        });
         match &domain.xml {
             Ok(xml) if self.xml.as_ref() == Some(xml) => {}
             Ok(xml) => {
@@ -355,7 +358,7 @@ mod tests {
 
     fn domain(xml: &str) -> RunningDomain {
         let (uuid, name, xml) = (UUID.into(), "vm1".into(), Ok(xml.into()));
-        RunningDomain { uuid, name, xml, activity: Activity::Runs, run_dir: "/nonexistent".into() }
+        RunningDomain { uuid, name, id: None, xml, activity: Activity::Runs, run_dir: "/nonexistent".into() }
     }
 
     fn look(entry: &mut Entry, domain: &RunningDomain, job: bool) {
@@ -465,7 +468,10 @@ mod tests {
         let [domain] = status.domains.as_slice() else { panic!("{status:?}") };
         assert_eq!((domain.name.as_str(), domain.state), ("test", DomainState::Unobserved));
         assert!(domain.reason.as_ref().unwrap().contains("type='test'"));
+        assert_eq!(domain.id, Some(1));
         assert!(shared.find("test").is_some());
+        assert!(shared.find("1").is_some());
+        assert!(shared.find("01").is_none());
         assert!(shared.find(&domain.uuid.to_uppercase()).is_some());
         assert!(shared.find("other").is_none());
     }

@@ -51,6 +51,7 @@ impl Cell {
         let status = DomainStatus {
             name: name.to_owned(),
             uuid: uuid.to_owned(),
+            id: None,
             pid: None,
             state: DomainState::Unobserved,
             reason: None,
@@ -244,13 +245,16 @@ impl Shared {
         lock(&self.domains).remove(uuid);
     }
 
-    /// The domain of this name or UUID.
+    /// The domain of this name, id or UUID, looked for in this order, as
+    /// [`DefinedDomain::find`](ept_virt_core::domain::DefinedDomain::find) does.
     pub fn find(&self, wanted: &str) -> Option<Arc<Cell>> {
         let domains = lock(&self.domains);
-        if let Some(cell) = domains.get(&wanted.to_ascii_lowercase()) {
-            return Some(Arc::clone(cell));
-        }
-        domains.values().find(|cell| lock(&cell.status).name == wanted).map(Arc::clone)
+        let is = |matches: &dyn Fn(&DomainStatus) -> bool| {
+            domains.values().find(|cell| matches(&lock(&cell.status))).map(Arc::clone)
+        };
+        is(&|status| status.name == wanted)
+            .or_else(|| is(&|status| status.id.is_some_and(|id| id.to_string() == wanted)))
+            .or_else(|| domains.get(&wanted.to_ascii_lowercase()).map(Arc::clone))
     }
 
     /// The status of the daemon, and of one domain or all.
