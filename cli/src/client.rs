@@ -24,9 +24,24 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 /// Pause before a busy socket is tried again.
 const BUSY_PAUSE: Duration = Duration::from_millis(20);
 
-/// The state of the daemon and of `domain`, or of all domains.
-pub fn status(path: &Path, domain: Option<&str>) -> Result<Status, Failure> {
-    match ask(path, Command::Status { domain: domain.map(Into::into) })? {
+/// The state of the daemon and of `domains`, each once and in this order; of all
+/// when none is named.
+pub fn status(path: &Path, domains: &[String]) -> Result<Status, Failure> {
+    let mut named = domains.iter().cloned();
+    let mut status = status_within(path, named.next(), ANSWER_TIMEOUT)?;
+    for domain in named {
+        for found in status_within(path, Some(domain), ANSWER_TIMEOUT)?.domains {
+            if status.domains.iter().all(|known| known.uuid != found.uuid) {
+                status.domains.push(found);
+            }
+        }
+    }
+    Ok(status)
+}
+
+/// The state of the daemon and of `domain`, or of all domains, if it comes in time.
+pub fn status_within(path: &Path, domain: Option<String>, timeout: Duration) -> Result<Status, Failure> {
+    match ask_within(path, Command::Status { domain }, timeout)? {
         Reply::Status(status) => Ok(*status),
         other => Err(misfit(&other)),
     }
@@ -277,7 +292,7 @@ mod tests {
         let long = vec![b'x'; MAX_LINE_BYTES + 100_000];
         assert!(Fake::answering("long", long).failure().contains("is longer than"));
         let fake = Fake::answering("misfit", "{\"v\":1,\"reply\":\"done\"}\n");
-        let message = status(&fake.0, None).unwrap_err().to_string();
+        let message = status(&fake.0, &[]).unwrap_err().to_string();
         assert_eq!(message, "the daemon gave an answer of another kind (done)");
     }
 }

@@ -11,23 +11,28 @@ mod golden;
 mod list;
 mod map;
 mod memslots;
+mod output;
 mod policy;
 mod samples;
 mod status;
 mod strip;
 mod style;
+mod watch;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use ept_virt_core::domain::DEFAULT_URI;
 use ept_virt_core::sampler::Sampler;
 use ept_virt_core::wire::{self, DEFAULT_SOCKET};
-use serde::Serialize;
 
 use failure::Failure;
+use output::{Output, json_line, print};
 use style::{ColorChoice, Style};
+use watch::Place;
 
 /// Keep the hot memory of KVM guests in DRAM and the cold memory in NVM or CXL.
 ///
@@ -36,6 +41,9 @@ use style::{ColorChoice, Style};
 #[derive(Debug, Parser)]
 #[command(version, after_help = EXIT_CODES, max_term_width = 100)]
 struct Cli {
+    /// libvirt to talk to, for the commands that do.
+    #[arg(short, long, global = true, value_name = "URI", env = "LIBVIRT_DEFAULT_URI", hide_env_values = true, default_value = DEFAULT_URI)]
+    connect: String,
     /// The daemon's control socket.
     #[arg(long, global = true, value_name = "PATH", default_value = DEFAULT_SOCKET)]
     socket: PathBuf,
@@ -57,13 +65,8 @@ Exit codes:
 enum Command {
     /// List the running domains with their heat and place.
     List(Output),
-    /// Show what is known about all domains, or one, and about the daemon.
-    Status {
-        /// Name, id or UUID of one domain.
-        domain: Option<String>,
-        #[command(flatten)]
-        output: Output,
-    },
+    /// Show what is known about all domains, or some, and about the daemon.
+    Status(StatusArgs),
     /// Show the temperature and tier of all memory of a domain.
     Map {
         /// Name, id or UUID.
@@ -78,15 +81,6 @@ enum Command {
     Memslots {
         /// Name, id or UUID.
         domain: String,
-        /// libvirt to talk to.
-        #[arg(
-            short,
-            long,
-            value_name = "URI",
-            env = "LIBVIRT_DEFAULT_URI",
-            default_value = "qemu:///system"
-        )]
-        connect: String,
         #[command(flatten)]
         output: Output,
     },
@@ -111,12 +105,25 @@ struct Domain {
     domain: String,
 }
 
-/// How the answer is printed.
-#[derive(Clone, Copy, Debug, Args)]
-struct Output {
-    /// One line of JSON for programs.
-    #[arg(long)]
-    json: bool,
+/// `status`.
+#[derive(Clone, Debug, Args)]
+struct StatusArgs {
+    /// Names, ids or UUIDs; without them all domains, and the daemon.
+    #[arg(value_name = "DOMAIN")]
+    domains: Vec<String>,
+    /// Show it again every so many seconds (2), until Ctrl-C; with --json a line
+    /// each time.
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "2",
+        value_parser = watch::seconds
+    )]
+    watch: Option<Duration>,
+    #[command(flatten)]
+    output: Output,
 }
 
 fn main() -> ExitCode {
@@ -131,28 +138,40 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: Cli) -> Result<(), Failure> {
+fn run(mut cli: Cli) -> Result<(), Failure> {
+    // As virsh has it: an empty variable says nothing.
+    if cli.connect.is_empty() {
+        cli.connect = DEFAULT_URI.to_owned();
+    }
     let style = Style::of_stdout(cli.color);
     match cli.command {
         Command::List(output) => {
-            let status = client::status(&cli.socket, None)?;
+            let status = client::status(&cli.socket, &[])?;
             print(output, &list::entries(&status), || list::render(&status, &style))
         }
-        Command::Status { domain: None, output } => {
-            let status = client::status(&cli.socket, None)?;
-            print(output, &status, || status::render(&status, &style))
-        }
-        Command::Status { domain: Some(name), output } => {
-            let status = client::status(&cli.socket, Some(&name))?;
-            print(output, &status, || status::render_domains(&status, &style))
+        Command::Status(args) => {
+            let answer = || {
+                let status = client::status(&cli.socket, &args.domains)?;
+                // A terminal may change its size while it is watched.
+                let style = Style::of_stdout(cli.color);
+                match (args.output.json, args.domains.is_empty()) {
+                    (true, _) => json_line(&status),
+                    (false, true) => Ok(status::render(&status, &style)),
+                    (false, false) => Ok(status::render_domains(&status, &style)),
+                }
+            };
+            match args.watch {
+                Some(every) => watch::watch(every, Place::of_stdout(args.output.json), answer),
+                None => output::write_text(&answer()?),
+            }
         }
         Command::Map { domain, output } => {
             let map = client::map(&cli.socket, &domain)?;
             print(output, &map, || map::render(&map, &style))
         }
-        Command::Samples(args) => samples::run(&args),
-        Command::Memslots { domain, connect, output } => {
-            let mut attached = attach::attach_named(&connect, &domain)?;
+        Command::Samples(args) => samples::run(&args, &cli.connect),
+        Command::Memslots { domain, output } => {
+            let mut attached = attach::attach_named(&cli.connect, &domain)?;
             let slots = attached.sampler.memslots().map_err(|error| Failure::refused(error.to_string()))?.1;
             let entries = memslots::entries(&slots);
             print(output, &entries, || memslots::render(&entries, &style))
@@ -161,31 +180,10 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Stop(Domain { domain }) => client::change(&cli.socket, wire::Command::Stop { domain }),
         Command::Pause(Domain { domain }) => client::change(&cli.socket, wire::Command::Pause { domain }),
         Command::Resume(Domain { domain }) => client::change(&cli.socket, wire::Command::Resume { domain }),
-        Command::Policy(args) => policy::run(&args, &style),
-        Command::Daemon(args) => daemon::run(args),
-    }
-}
-
-/// Prints `value` as JSON or as text.
-fn print<T: Serialize>(output: Output, value: &T, text: impl FnOnce() -> String) -> Result<(), Failure> {
-    let text = match output.json {
-        true => {
-            serde_json::to_string(value)
-                .map_err(|error| Failure::refused(format!("cannot write JSON: {error}")))?
-                + "\n"
+        Command::Policy(args) => policy::run(&args, &cli.connect, &style),
+        Command::Daemon(mut args) => {
+            args.connect = cli.connect;
+            daemon::run(args)
         }
-        false => text(),
-    };
-    write_text(&text)
-}
-
-/// A reader that closes the pipe early, as `head` does, has what it wanted.
-fn write_text(text: &str) -> Result<(), Failure> {
-    let mut stdout = io::stdout().lock();
-    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            Err(Failure::refused(format!("cannot write to standard output: {error}")))
-        }
-        _ => Ok(()),
     }
 }

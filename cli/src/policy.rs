@@ -14,8 +14,8 @@ use ept_virt_core::domain::{DefinedDomain, Description};
 use ept_virt_core::policy::{Config, DEFAULT_CONFIG, Effective, Layer, NAMESPACE};
 
 use crate::failure::Failure;
+use crate::output::{Output, print, write_text};
 use crate::style::Style;
-use crate::{Output, print, write_text};
 
 /// The grammar, as it is installed.
 const SCHEMA: &str = include_str!("../../xml-schemas/placement.rng");
@@ -23,9 +23,6 @@ const SCHEMA: &str = include_str!("../../xml-schemas/placement.rng");
 /// What to do with policies.
 #[derive(Debug, Args)]
 pub struct PolicyArgs {
-    /// libvirt to talk to.
-    #[arg(short, long, value_name = "URI", env = "LIBVIRT_DEFAULT_URI", default_value = "qemu:///system")]
-    connect: String,
     /// The host's configuration, with its profiles and defaults.
     #[arg(long, value_name = "PATH", default_value = DEFAULT_CONFIG)]
     config_file: PathBuf,
@@ -110,12 +107,12 @@ struct Scope {
     config: bool,
 }
 
-/// Runs one of the commands.
-pub fn run(args: &PolicyArgs, style: &Style) -> Result<(), Failure> {
+/// Runs one of the commands, with the libvirt at `uri`.
+pub fn run(args: &PolicyArgs, uri: &str, style: &Style) -> Result<(), Failure> {
     match &args.command {
         Command::Show { domain, config, xml, output } => {
             let layer = match domain {
-                Some(domain) => said(&find(args, domain, true)?, *config)?,
+                Some(domain) => said(&DefinedDomain::find(uri, domain, true)?, *config)?,
                 None => None,
             };
             if *xml {
@@ -126,11 +123,11 @@ pub fn run(args: &PolicyArgs, style: &Style) -> Result<(), Failure> {
             print(*output, &show::entries(&effective), || show::render(&effective, style))
         }
         Command::Set(set) => {
-            let domain = find(args, &set.domain, false)?;
+            let domain = DefinedDomain::find(uri, &set.domain, false)?;
             change(args, &domain, set.scope, |layer| set.apply(layer))
         }
         Command::Edit { domain, scope } => {
-            let domain = find(args, domain, false)?;
+            let domain = DefinedDomain::find(uri, domain, false)?;
             let scopes = scope.descriptions(&domain)?;
             let config = configuration(args)?;
             let layer = read(&domain, scopes[0])?.unwrap_or_default();
@@ -140,7 +137,7 @@ pub fn run(args: &PolicyArgs, style: &Style) -> Result<(), Failure> {
             }
         }
         Command::Clear { domain, scope } => {
-            let domain = find(args, domain, false)?;
+            let domain = DefinedDomain::find(uri, domain, false)?;
             write(&domain, &scope.descriptions(&domain)?, None)
         }
         Command::Validate { file } => validate(file, &configuration(args)),
@@ -246,10 +243,6 @@ fn write(domain: &DefinedDomain, scopes: &[Description], layer: Option<&Layer>) 
         ))?;
     }
     Ok(())
-}
-
-fn find(args: &PolicyArgs, wanted: &str, read_only: bool) -> Result<DefinedDomain, Failure> {
-    Ok(DefinedDomain::find(&args.connect, wanted, read_only)?)
 }
 
 /// What the running domain says, or with `config`, or when it does not run, what

@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use crate::attach::{Attached, attach_named};
 use crate::failure::Failure;
+use crate::output::{json_line, write_or_end};
 
 /// Between two looks at the domain's memory slots, which addresses come from.
 const SLOTS_AGE: Duration = Duration::from_secs(1);
@@ -33,9 +34,6 @@ pub struct SamplesArgs {
     /// One JSON object for each sample and line.
     #[arg(long)]
     json: bool,
-    /// libvirt to talk to.
-    #[arg(short, long, value_name = "URI", env = "LIBVIRT_DEFAULT_URI", default_value = "qemu:///system")]
-    connect: String,
 }
 
 fn access(text: &str) -> Result<AccessSet, String> {
@@ -61,11 +59,11 @@ struct Entry {
 }
 
 /// Prints samples until there were enough, the domain ends, or the reader goes.
-pub fn run(args: &SamplesArgs) -> Result<(), Failure> {
+pub fn run(args: &SamplesArgs, uri: &str) -> Result<(), Failure> {
     let refused = |error: ept_virt_core::sampler::SamplerError| Failure::refused(error.to_string());
-    let Attached { process, sampler } = attach_named(&args.connect, &args.domain)?;
+    let Attached { process, sampler } = attach_named(uri, &args.domain)?;
     // A second session: the one that samples is busy.
-    let Attached { sampler: mut slots, .. } = attach_named(&args.connect, &args.domain)?;
+    let Attached { sampler: mut slots, .. } = attach_named(uri, &args.domain)?;
     let mut sampling = Sampling::start(sampler, args.access, args.rate, 0).map_err(refused)?;
     let mut printer = Printer { json: args.json, first: None, left: args.count.unwrap_or(u64::MAX) };
     let mut known = (Instant::now(), slots.memslots().map_err(refused)?.1);
@@ -115,11 +113,9 @@ impl Printer {
             let first = *self.first.get_or_insert(sample.time);
             let entry = entry(sample, first, slots);
             text += &match self.json {
-                true => serde_json::to_string(&entry)
-                    .map_err(|error| Failure::refused(format!("cannot write JSON: {error}")))?,
-                false => line(&entry),
+                true => json_line(&entry)?,
+                false => line(&entry) + "\n",
             };
-            text.push('\n');
         }
         write_or_end(&text)
     }
@@ -159,16 +155,6 @@ fn line(entry: &Entry) -> String {
     let walk = if entry.page_walk { "  page walk" } else { "" };
     let Entry { seconds, vcpu, gpa, access, .. } = entry;
     format!("{seconds:>10.6}  {vcpu:>4}  {gpa:>#18x}  {hva:>18}  {access:<7}  {mapping}{walk}")
-}
-
-/// Whether the reader is still there: one that closes the pipe has enough.
-fn write_or_end(text: &str) -> Result<bool, Failure> {
-    let mut stdout = io::stdout().lock();
-    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
-        Err(error) => Err(Failure::refused(format!("cannot write to standard output: {error}"))),
-    }
 }
 
 #[cfg(test)]

@@ -114,3 +114,76 @@ fn a_reader_that_leaves_early_is_no_failure() {
     let output = child.wait_with_output().unwrap();
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), ""));
 }
+
+#[test]
+fn watching_goes_on_until_the_reader_has_enough() {
+    let daemon = Daemon::answering("watch", "status", &fixture("busy.json"));
+    let watch =
+        |args: &[&str]| daemon.command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // For programs: a line each time.
+    let mut child = watch(&["status", "--watch=0.1", "--json"]);
+    let mut reader = BufReader::new(child.stdout.take().unwrap());
+    for _ in 0..3 {
+        let mut line = String::new();
+        reader.read_line(&mut line).unwrap();
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&line).unwrap()["daemon"]["pid"], 812);
+    }
+    drop(reader);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), ""));
+
+    // For people who keep it: plain, with an empty line between. Ctrl-C is no failure.
+    let mut child = watch(&["status", "--watch=0.1"]);
+    let once = fixture("busy-status.txt");
+    let expected = format!("{once}\n{once}");
+    let mut first = vec![0; expected.len()];
+    child.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
+    assert_eq!(text(&first), expected);
+    signal(&child, nix::sys::signal::Signal::SIGINT);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), ""));
+    assert!(output.stdout.is_empty() || output.stdout.ends_with(b"\n"));
+}
+
+fn signal(child: &std::process::Child, signal: nix::sys::signal::Signal) {
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id() as i32), signal).unwrap();
+}
+
+#[test]
+fn domains_are_shown_once_and_watching_ends_without_an_answer() {
+    let daemon = Daemon::answering("several", "status", &fixture("busy.json"));
+    let json = daemon.run(&["status", "web-1", "12", "--json"]).stdout;
+    let status: serde_json::Value = serde_json::from_slice(&json).unwrap();
+    assert_eq!(status["domains"].as_array().unwrap().len(), 3);
+
+    let error = r#"{"kind":"no-domain","message":"no domain is called \"x\""}"#;
+    let daemon = Daemon::answering("gone", "error", error);
+    let output = daemon.run(&["status", "x", "--watch"]);
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(1), ""));
+    for wrong in ["--watch=0", "--watch=x", "--watch=1e9"] {
+        assert_eq!(daemon.run(&["status", wrong]).status.code(), Some(2));
+    }
+}
+
+/// libvirt's own test driver has a domain "test" with the id 1, and forgets all
+/// that was changed.
+#[test]
+fn libvirt_is_named_as_virsh_has_it() {
+    let run = |args: &[&str], variable: &str| {
+        Command::new(PROGRAM).args(args).env("LIBVIRT_DEFAULT_URI", variable).output().unwrap()
+    };
+    let show = ["policy", "show", "1"];
+    assert_eq!(run(&show, "test:///default").status.code(), Some(0));
+    for args in [
+        ["-c", "test:///default", "policy", "show", "test"],
+        ["policy", "-c", "test:///default", "show", "6695eb01-f6a4-8304-79aa-97f2502e193f"],
+        ["policy", "show", "test", "--connect", "test:///default"],
+    ] {
+        assert_eq!(run(&args, "qemu+unix:///system?socket=/nonexistent").status.code(), Some(0), "{args:?}");
+    }
+    let output = run(&show, "qemu+unix:///system?socket=/nonexistent");
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("Is libvirtd or virtqemud running?"));
+    let output = run(&["daemon", "--socket", "/proc/none", "--reconcile-interval", "1"], "test:///default");
+    assert_eq!(output.status.code(), Some(2));
+}

@@ -25,6 +25,9 @@ pub use events::watch;
 pub use jobs::Jobs;
 pub use metadata::{DefinedDomain, Description};
 
+/// libvirt's system daemon, which runs the guests that are to be observed.
+pub const DEFAULT_URI: &str = "qemu:///system";
+
 /// Why libvirt could not be asked.
 #[derive(Debug, thiserror::Error)]
 pub enum LibvirtError {

@@ -50,9 +50,10 @@ pub struct DaemonArgs {
     /// Where to listen.
     #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
     socket: PathBuf,
-    /// libvirt to follow; qemu:///session for a user's own domains.
-    #[arg(short, long, value_name = "URI", default_value = "qemu:///system")]
-    connect: String,
+    /// libvirt to follow, qemu:///session for a user's own domains; the option is
+    /// that of all commands.
+    #[arg(skip)]
+    pub connect: String,
     /// The host's configuration; SIGHUP reads it again.
     #[arg(long, value_name = "PATH", default_value = DEFAULT_CONFIG)]
     config_file: PathBuf,
