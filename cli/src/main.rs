@@ -8,6 +8,7 @@ mod daemon;
 mod failure;
 #[cfg(test)]
 mod golden;
+mod hook;
 mod list;
 mod map;
 mod memslots;
@@ -94,6 +95,8 @@ enum Command {
     Resume(Domain),
     /// Show, change and check policies.
     Policy(policy::PolicyArgs),
+    /// Install libvirt's hook, which tells the daemon of changes at once.
+    Hook(hook::HookArgs),
     /// Observe the running domains and place their memory.
     Daemon(daemon::DaemonArgs),
 }
@@ -129,7 +132,7 @@ struct StatusArgs {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match run(cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(failure) => {
             // When even standard error is gone there is nobody left to tell.
             let _ = writeln!(io::stderr(), "ept-virt: {}", style::harmless(&failure.to_string()));
@@ -138,13 +141,13 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(mut cli: Cli) -> Result<(), Failure> {
+fn run(mut cli: Cli) -> Result<ExitCode, Failure> {
     // As virsh has it: an empty variable says nothing.
     if cli.connect.is_empty() {
         cli.connect = DEFAULT_URI.to_owned();
     }
     let style = Style::of_stdout(cli.color);
-    match cli.command {
+    let done = match cli.command {
         Command::List(output) => {
             let status = client::status(&cli.socket, &[])?;
             print(output, &list::entries(&status), || list::render(&status, &style))
@@ -181,9 +184,11 @@ fn run(mut cli: Cli) -> Result<(), Failure> {
         Command::Pause(Domain { domain }) => client::change(&cli.socket, wire::Command::Pause { domain }),
         Command::Resume(Domain { domain }) => client::change(&cli.socket, wire::Command::Resume { domain }),
         Command::Policy(args) => policy::run(&args, &cli.connect, &style),
+        Command::Hook(args) => return hook::run(&args, &style),
         Command::Daemon(mut args) => {
             args.connect = cli.connect;
             daemon::run(args)
         }
-    }
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }

@@ -12,6 +12,10 @@ pub const PROTOCOL_VERSION: u32 = 1;
 /// Where the daemon listens unless it is told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/ept-virt/ept-virt.sock";
 
+/// Stands in the file of libvirt's hook, of whatever version: begins what it
+/// writes on standard error. `ept-virt hook` tells it by this from those of others.
+pub const HOOK_MARK: &str = "ept-virt-hook: ";
+
 /// Longest line either side accepts, in bytes, the newline included.
 pub const MAX_LINE_BYTES: usize = 4 << 20;
 

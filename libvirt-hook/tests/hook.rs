@@ -79,6 +79,14 @@ fn started(domain: &OsStr) -> [&OsStr; 4] {
     [domain, OsStr::new("started"), OsStr::new("begin"), OsStr::new("-")]
 }
 
+/// `ept-virt hook` replaces and removes no file without it.
+#[test]
+fn its_file_can_be_told_from_those_of_others() {
+    let bytes = std::fs::read(env!("CARGO_BIN_EXE_ept-virt-hook")).unwrap();
+    let mark = ept_virt_core::wire::HOOK_MARK.as_bytes();
+    assert!(bytes.starts_with(b"\x7fELF") && bytes.windows(mark.len()).any(|window| window == mark));
+}
+
 #[test]
 fn sends_one_line_to_the_daemon() {
     let scratch = Scratch::new();
