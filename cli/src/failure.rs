@@ -40,6 +40,16 @@ impl Failure {
         Failure { hint: Some(hint.into()), ..self }
     }
 
+    /// What failed.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// What the person can do, if that is known.
+    pub fn what_to_do(&self) -> Option<&str> {
+        self.hint.as_deref()
+    }
+
     /// The exit code that `--help` documents.
     pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(match self.kind {

@@ -3,8 +3,10 @@
 //! NVM or CXL, under a policy in the domain's own libvirt XML.
 
 mod attach;
+mod bounded;
 mod client;
 mod daemon;
+mod doctor;
 mod failure;
 #[cfg(test)]
 mod golden;
@@ -95,6 +97,9 @@ enum Command {
     Resume(Domain),
     /// Show, change and check policies.
     Policy(policy::PolicyArgs),
+    /// Look for what is wrong with this host, and say what mends it; exits with 1
+    /// when guests can not be observed so.
+    Doctor(Output),
     /// Install libvirt's hook, which tells the daemon of changes at once.
     Hook(hook::HookArgs),
     /// Observe the running domains and place their memory.
@@ -184,6 +189,7 @@ fn run(mut cli: Cli) -> Result<ExitCode, Failure> {
         Command::Pause(Domain { domain }) => client::change(&cli.socket, wire::Command::Pause { domain }),
         Command::Resume(Domain { domain }) => client::change(&cli.socket, wire::Command::Resume { domain }),
         Command::Policy(args) => policy::run(&args, &cli.connect, &style),
+        Command::Doctor(output) => return doctor::run(&cli.connect, &cli.socket, output, &style),
         Command::Hook(args) => return hook::run(&args, &style),
         Command::Daemon(mut args) => {
             args.connect = cli.connect;

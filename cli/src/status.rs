@@ -8,7 +8,7 @@ use ept_virt_core::units::Bytes;
 use ept_virt_core::wire::{DaemonStatus, DomainState, DomainStatus, MoveTotals, RoundStatus, Status};
 
 use crate::strip;
-use crate::style::{Style, harmless};
+use crate::style::{Style, harmless, wrapped};
 
 /// Width of the first column.
 const LABEL: usize = 10;
@@ -243,22 +243,6 @@ fn picture(page: &mut Page, domain: &DomainStatus) {
     let each = Bytes(domain.memory_bytes / cells.len() as u64);
     page.drawn_field("", &format!("each mark {each}, low addresses left"));
     page.drawn_field("", &strip::legend(page.style));
-}
-
-/// `text` in lines of at most `room` letters, broken between words.
-fn wrapped(text: &str, room: usize) -> Vec<String> {
-    let mut lines = vec![String::new()];
-    for word in text.split(' ') {
-        let last = lines.len() - 1;
-        let used = lines[last].chars().count();
-        if used > 0 && used + 1 + word.chars().count() > room {
-            lines.push(word.into());
-        } else {
-            let space = if used > 0 { " " } else { "" };
-            lines[last] += &format!("{space}{word}");
-        }
-    }
-    lines
 }
 
 /// `32 MiB (20% of memory)`.

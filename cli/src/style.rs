@@ -74,3 +74,19 @@ impl Style {
 pub fn harmless(text: &str) -> String {
     text.chars().map(|letter| if letter.is_control() { '?' } else { letter }).collect()
 }
+
+/// `text` in lines of at most `room` letters, broken between words.
+pub fn wrapped(text: &str, room: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in text.split(' ') {
+        let last = lines.len() - 1;
+        let used = lines[last].chars().count();
+        if used > 0 && used + 1 + word.chars().count() > room {
+            lines.push(word.into());
+        } else {
+            let space = if used > 0 { " " } else { "" };
+            lines[last] += &format!("{space}{word}");
+        }
+    }
+    lines
+}

@@ -187,3 +187,17 @@ fn libvirt_is_named_as_virsh_has_it() {
     let output = run(&["daemon", "--socket", "/proc/none", "--reconcile-interval", "1"], "test:///default");
     assert_eq!(output.status.code(), Some(2));
 }
+
+#[test]
+fn a_host_without_a_daemon_is_not_well() {
+    let args = ["--socket", "/nonexistent/socket", "-c", "test:///default", "doctor", "--json"];
+    let output = Command::new(PROGRAM).args(args).output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(1), ""));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["verdict"], "fail");
+    let verdict = |name: &str| {
+        let checks = report["checks"].as_array().unwrap();
+        checks.iter().find(|check| check["check"] == name).unwrap()["verdict"].clone()
+    };
+    assert_eq!((verdict("daemon"), verdict("libvirt")), ("fail".into(), "ok".into()));
+}

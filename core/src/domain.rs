@@ -8,6 +8,7 @@ mod events;
 mod jobs;
 mod metadata;
 mod run_dir;
+mod versions;
 
 use std::fs;
 use std::io;
@@ -24,6 +25,7 @@ use virt::sys;
 pub use events::watch;
 pub use jobs::Jobs;
 pub use metadata::{DefinedDomain, Description};
+pub use versions::{Version, Versions, names, versions};
 
 /// libvirt's system daemon, which runs the guests that are to be observed.
 pub const DEFAULT_URI: &str = "qemu:///system";

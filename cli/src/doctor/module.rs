@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Our kernel module: whether it is loaded, and of this version.
+
+use ept_virt_core::sampler::{EntryFormat, KernelSampler, ModuleInfo, Sampler, SamplerError};
+
+use super::report::Check;
+use super::root::Root;
+
+/// The module, as a try to open its file shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Module {
+    /// It answers.
+    Ready(ModuleInfo),
+    /// It is loaded; more only root may see.
+    NotForUs,
+    /// It is not loaded; whether it is built for the running kernel.
+    NotLoaded {
+        /// `modprobe` would find it.
+        is_installed: bool,
+    },
+    /// It is of another version, or broken; in plain words.
+    Unusable(String),
+}
+
+impl Module {
+    /// Asks it.
+    pub fn ask(root: &Root, release: &str) -> Self {
+        match KernelSampler::open().map(|sampler| sampler.info()) {
+            Ok(info) => Module::Ready(info),
+            Err(SamplerError::NotPermitted { .. }) => Module::NotForUs,
+            Err(SamplerError::ModuleMissing) => {
+                let known = root.text(format!("/lib/modules/{release}/modules.dep")).unwrap_or_default();
+                Module::NotLoaded { is_installed: known.contains("kvm_ept_sample.ko") }
+            }
+            Err(error) => Module::Unusable(error.to_string()),
+        }
+    }
+
+    /// Whether it is in the kernel.
+    pub fn is_loaded(&self) -> bool {
+        !matches!(self, Module::NotLoaded { .. })
+    }
+
+    /// Whether it can be used.
+    pub fn judge(&self) -> Check {
+        const NAME: &str = "module";
+        match self {
+            Module::Ready(info) => {
+                let format = match info.format {
+                    EntryFormat::Ept => "EPT",
+                    EntryFormat::Npt => "NPT",
+                };
+                let (major, minor) = info.abi;
+                Check::ok(NAME, format!("kvm_ept_sample is loaded, ABI {major}.{minor}, for {format}"))
+            }
+            Module::NotForUs => Check::warn(
+                NAME,
+                "kvm_ept_sample is loaded; its version only root may ask",
+                "run this as root",
+            ),
+            Module::NotLoaded { is_installed: true } => Check::fail(
+                NAME,
+                "kvm_ept_sample is installed, and not loaded",
+                "modprobe kvm_ept_sample; when that fails, `dmesg` says why",
+            ),
+            Module::NotLoaded { is_installed: false } => Check::fail(
+                NAME,
+                "kvm_ept_sample is not built for this kernel",
+                "`dkms install kvm-ept-sample/VERSION`, or in the sources `make -C kmod && make -C kmod \
+                 modules_install && depmod`; then `modprobe kvm_ept_sample`",
+            ),
+            Module::Unusable(problem) => Check::fail(
+                NAME,
+                problem.clone(),
+                "install module and ept-virt of one version, then `rmmod kvm_ept_sample; modprobe kvm_ept_sample`",
+            ),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::report::Verdict::{Fail, Ok, Warn};
+
+    #[test]
+    fn says_how_to_get_the_module() {
+        let info = ModuleInfo { abi: (1, 2), format: EntryFormat::Npt, clear_dirty: true };
+        for (module, verdict, words) in [
+            (Module::Ready(info), Ok, "ABI 1.2, for NPT"),
+            (Module::NotForUs, Warn, "only root"),
+            (Module::NotLoaded { is_installed: true }, Fail, "not loaded"),
+            (Module::NotLoaded { is_installed: false }, Fail, "not built"),
+            (Module::Unusable("ABI 9".into()), Fail, "ABI 9"),
+        ] {
+            let check = module.judge();
+            assert_eq!(check.verdict, verdict, "{check:?}");
+            assert!(check.text.contains(words), "{check:?}");
+            assert_eq!(check.mend.is_none(), verdict == Ok);
+        }
+    }
+}
