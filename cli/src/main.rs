@@ -20,6 +20,7 @@ mod samples;
 mod status;
 mod strip;
 mod style;
+mod version;
 mod watch;
 
 use std::io::{self, Write};
@@ -44,14 +45,24 @@ use watch::Place;
 #[derive(Debug, Parser)]
 #[command(version, after_help = EXIT_CODES, max_term_width = 100)]
 struct Cli {
-    /// libvirt to talk to, for the commands that do.
-    #[arg(short, long, global = true, value_name = "URI", env = "LIBVIRT_DEFAULT_URI", hide_env_values = true, default_value = DEFAULT_URI)]
+    /// libvirt to talk to, for the commands that do; the variable LIBVIRT_DEFAULT_URI
+    /// names it as well.
+    #[arg(
+        short,
+        long,
+        global = true,
+        value_name = "URI",
+        env = "LIBVIRT_DEFAULT_URI",
+        hide_env = true,
+        default_value = DEFAULT_URI,
+        display_order = 900
+    )]
     connect: String,
     /// The daemon's control socket.
-    #[arg(long, global = true, value_name = "PATH", default_value = DEFAULT_SOCKET)]
+    #[arg(long, global = true, value_name = "PATH", default_value = DEFAULT_SOCKET, display_order = 901)]
     socket: PathBuf,
     /// When to use colour; `auto` honours NO_COLOR.
-    #[arg(long, global = true, value_enum, value_name = "WHEN", default_value_t)]
+    #[arg(long, global = true, value_enum, value_name = "WHEN", default_value_t, display_order = 902)]
     color: ColorChoice,
     #[command(subcommand)]
     command: Command,
@@ -60,7 +71,8 @@ struct Cli {
 const EXIT_CODES: &str = "\
 Exit codes:
   0  done
-  1  the daemon was asked and the request failed, as for a domain that does not run
+  1  asked, and the answer is no: a request that failed, as for a domain that does
+     not run; a check of `doctor` that failed; no hook, for `hook status`
   2  wrong usage, or the request could not be made: no daemon, no permission,
      no kernel module where the command itself needs it";
 
@@ -102,6 +114,8 @@ enum Command {
     Doctor(Output),
     /// Install libvirt's hook, which tells the daemon of changes at once.
     Hook(hook::HookArgs),
+    /// Show the versions of all parts that have to fit together.
+    Version(Output),
     /// Observe the running domains and place their memory.
     Daemon(daemon::DaemonArgs),
 }
@@ -190,6 +204,10 @@ fn run(mut cli: Cli) -> Result<ExitCode, Failure> {
         Command::Resume(Domain { domain }) => client::change(&cli.socket, wire::Command::Resume { domain }),
         Command::Policy(args) => policy::run(&args, &cli.connect, &style),
         Command::Doctor(output) => return doctor::run(&cli.connect, &cli.socket, output, &style),
+        Command::Version(output) => {
+            let parts = version::Parts::ask(&cli.connect, &cli.socket);
+            print(output, &parts, || version::render(&parts, &style))
+        }
         Command::Hook(args) => return hook::run(&args, &style),
         Command::Daemon(mut args) => {
             args.connect = cli.connect;
