@@ -5,6 +5,7 @@
 mod attach;
 mod bounded;
 mod client;
+mod complete;
 mod daemon;
 mod doctor;
 mod failure;
@@ -12,6 +13,7 @@ mod failure;
 mod golden;
 mod hook;
 mod list;
+mod man;
 mod map;
 mod memslots;
 mod output;
@@ -85,6 +87,7 @@ enum Command {
     /// Show the temperature and tier of all memory of a domain.
     Map {
         /// Name, id or UUID.
+        #[arg(add = complete::running())]
         domain: String,
         #[command(flatten)]
         output: Output,
@@ -95,6 +98,7 @@ enum Command {
     /// Show a domain's memory slots, as KVM knows them.
     Memslots {
         /// Name, id or UUID.
+        #[arg(add = complete::running())]
         domain: String,
         #[command(flatten)]
         output: Output,
@@ -116,6 +120,17 @@ enum Command {
     Hook(hook::HookArgs),
     /// Show the versions of all parts that have to fit together.
     Version(Output),
+    /// Print the script that completes commands, options and domains in a shell.
+    Completion {
+        /// The shell; each says where its script goes.
+        shell: complete::Shell,
+    },
+    /// Write the manual pages, for packages.
+    #[command(hide = true)]
+    Man {
+        /// The directory to write to.
+        dir: PathBuf,
+    },
     /// Observe the running domains and place their memory.
     Daemon(daemon::DaemonArgs),
 }
@@ -124,6 +139,7 @@ enum Command {
 #[derive(Clone, Debug, Args)]
 struct Domain {
     /// Name, id or UUID.
+    #[arg(add = complete::running())]
     domain: String,
 }
 
@@ -131,7 +147,7 @@ struct Domain {
 #[derive(Clone, Debug, Args)]
 struct StatusArgs {
     /// Names, ids or UUIDs; without them all domains, and the daemon.
-    #[arg(value_name = "DOMAIN")]
+    #[arg(value_name = "DOMAIN", add = complete::running())]
     domains: Vec<String>,
     /// Show it again every so many seconds (2), until Ctrl-C; with --json a line
     /// each time.
@@ -149,6 +165,7 @@ struct StatusArgs {
 }
 
 fn main() -> ExitCode {
+    complete::answer_shell();
     let cli = Cli::parse();
     match run(cli) {
         Ok(code) => code,
@@ -208,6 +225,8 @@ fn run(mut cli: Cli) -> Result<ExitCode, Failure> {
             let parts = version::Parts::ask(&cli.connect, &cli.socket);
             print(output, &parts, || version::render(&parts, &style))
         }
+        Command::Completion { shell } => complete::script(shell),
+        Command::Man { dir } => man::write(&dir),
         Command::Hook(args) => return hook::run(&args, &style),
         Command::Daemon(mut args) => {
             args.connect = cli.connect;

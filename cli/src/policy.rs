@@ -13,6 +13,7 @@ use clap::{Args, Subcommand};
 use ept_virt_core::domain::{DefinedDomain, Description};
 use ept_virt_core::policy::{Config, DEFAULT_CONFIG, Effective, Layer, NAMESPACE};
 
+use crate::complete;
 use crate::failure::Failure;
 use crate::output::{Output, print, write_text};
 use crate::style::Style;
@@ -35,6 +36,7 @@ enum Command {
     /// Show what holds for a domain, and where each value comes from.
     Show {
         /// Name, id or UUID; without it, what holds for a domain that says nothing.
+        #[arg(add = complete::defined())]
         domain: Option<String>,
         /// The description for its next start, not the running one.
         #[arg(long)]
@@ -50,6 +52,7 @@ enum Command {
     /// Change a domain's policy in an editor ($VISUAL, $EDITOR, or vi).
     Edit {
         /// Name, id or UUID.
+        #[arg(add = complete::defined())]
         domain: String,
         #[command(flatten)]
         scope: Scope,
@@ -57,6 +60,7 @@ enum Command {
     /// Take the policy out of a domain's XML: it is observed, and nothing is moved.
     Clear {
         /// Name, id or UUID.
+        #[arg(add = complete::defined())]
         domain: String,
         #[command(flatten)]
         scope: Scope,
@@ -74,6 +78,7 @@ enum Command {
 #[derive(Debug, Args)]
 struct SetArgs {
     /// Name, id or UUID.
+    #[arg(add = complete::defined())]
     domain: String,
     /// Short for mode=MODE: off, observe or place.
     #[arg(long)]
@@ -90,7 +95,7 @@ struct SetArgs {
     file: Option<PathBuf>,
     /// Settings, as dram.min=512MiB; without a value the setting is taken away.
     /// `ept-virt policy show` lists them.
-    #[arg(value_name = "SETTING=VALUE")]
+    #[arg(value_name = "SETTING=VALUE", add = complete::settings())]
     settings: Vec<String>,
     #[command(flatten)]
     scope: Scope,

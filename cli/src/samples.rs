@@ -11,6 +11,7 @@ use ept_virt_core::units::PAGE_BYTES;
 use serde::Serialize;
 
 use crate::attach::{Attached, attach_named};
+use crate::complete;
 use crate::failure::Failure;
 use crate::output::{json_line, write_or_end};
 
@@ -21,6 +22,7 @@ const SLOTS_AGE: Duration = Duration::from_secs(1);
 #[derive(Clone, Debug, Args)]
 pub struct SamplesArgs {
     /// Name, id or UUID.
+    #[arg(add = complete::running())]
     domain: String,
     /// Kinds of access: some of the letters r (read), w (write), x (execute).
     #[arg(long, value_name = "RWX", default_value = "rwx", value_parser = access)]

@@ -201,3 +201,39 @@ fn a_host_without_a_daemon_is_not_well() {
     };
     assert_eq!((verdict("daemon"), verdict("libvirt")), ("fail".into(), "ok".into()));
 }
+
+/// What the script of a shell asks.
+fn completed(args: &[&str]) -> String {
+    let mut command = Command::new(PROGRAM);
+    command.args(["--", "ept-virt"]).args(args);
+    command.env("EPT_VIRT_COMPLETE", "fish").env("LIBVIRT_DEFAULT_URI", "test:///default");
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    text(&output.stdout).to_owned()
+}
+
+#[test]
+fn shells_complete_commands_options_and_domains() {
+    for shell in ["bash", "zsh", "fish"] {
+        let output = Command::new(PROGRAM).args(["completion", shell]).output().unwrap();
+        let script = text(&output.stdout);
+        assert!(script.contains("EPT_VIRT_COMPLETE") && script.contains("ept-virt"), "{script}");
+    }
+    assert!(completed(&["pol"]).contains("policy"));
+    assert!(completed(&["status", "--wat"]).contains("--watch"));
+    assert!(completed(&["policy", "set", "x", "dram.sh"]).contains("dram.share="));
+    // Names come only in time, which a busy machine may not have.
+    let finds = |args: &[&str], name: &str| (0..50).any(|_| completed(args).contains(name));
+    assert!(finds(&["policy", "show", ""], "test"));
+    let daemon = Daemon::answering("complete", "status", &fixture("busy.json"));
+    assert!(finds(&["--socket", daemon.0.to_str().unwrap(), "map", ""], "web-1"));
+}
+
+#[test]
+fn a_daemon_that_hangs_does_not_hang_the_shell() {
+    let path = std::env::temp_dir().join(format!("ept-virt-complete-{}.sock", std::process::id()));
+    let _hangs = UnixListener::bind(&path).unwrap();
+    let finds = (0..50).any(|_| completed(&["--socket", path.to_str().unwrap(), "map", ""]).contains("test"));
+    let _ = fs::remove_file(&path);
+    assert!(finds, "libvirt knows it");
+}

@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `ept-virt man DIR`, for packages: manual pages from what `--help` is made of.
+
+use std::fs;
+use std::path::Path;
+
+use clap::{Command, CommandFactory};
+use clap_mangen::Man;
+
+use crate::failure::Failure;
+use crate::{Cli, EXIT_CODES, output};
+
+/// A page: the name of its file, and its text.
+type Page = (String, Vec<u8>);
+
+/// What else there is to read.
+const SEE_ALSO: &str = ".SH SEE ALSO\n\\fBept\\-virt\\fR(1), \\fBkvm_ept_sample\\fR(4), \\fBvirsh\\fR(1)\n";
+
+/// Writes a page for each command that people use into `dir`.
+pub fn write(dir: &Path) -> Result<(), Failure> {
+    let cannot = |what: &str, error: std::io::Error| {
+        Failure::unreachable(format!("cannot {what} {}: {error}", dir.display()))
+    };
+    fs::create_dir_all(dir).map_err(|error| cannot("make the directory", error))?;
+    let pages = pages().map_err(|error| cannot("render the pages for", error))?;
+    for (name, text) in &pages {
+        fs::write(dir.join(name), text).map_err(|error| cannot("write into", error))?;
+    }
+    output::write_text(&format!("{} pages written to {}\n", pages.len(), dir.display()))
+}
+
+/// ept-virt(1), ept-virt-status(1), ept-virt-policy-set(1)...
+fn pages() -> Result<Vec<Page>, std::io::Error> {
+    let mut root = Cli::command().disable_help_subcommand(true);
+    root.build();
+    let mut pages = Vec::new();
+    add(&root, "ept-virt", &mut pages)?;
+    Ok(pages)
+}
+
+fn add(command: &Command, name: &str, pages: &mut Vec<Page>) -> Result<(), std::io::Error> {
+    let mut text = Vec::new();
+    let page = Man::new(command.clone())
+        .title(name.to_uppercase())
+        .source(format!("ept-virt {}", env!("CARGO_PKG_VERSION")))
+        .manual("ept-virt");
+    page.render_title(&mut text)?;
+    page.render_name_section(&mut text)?;
+    page.render_synopsis_section(&mut text)?;
+    page.render_description_section(&mut text)?;
+    page.render_options_section(&mut text)?;
+    if command.has_subcommands() {
+        page.render_subcommands_section(&mut text)?;
+    }
+    text.extend_from_slice(exit_status().as_bytes());
+    text.extend_from_slice(SEE_ALSO.as_bytes());
+    pages.push((format!("{name}.1"), text));
+    for below in command.get_subcommands().filter(|below| !below.is_hide_set()) {
+        add(below, &format!("{name}-{}", below.get_name()), pages)?;
+    }
+    Ok(())
+}
+
+/// What `--help` says about exit codes, as a section.
+fn exit_status() -> String {
+    let mut section = String::from(".SH EXIT STATUS\n");
+    for line in EXIT_CODES.lines().skip(1) {
+        section += &match line.trim().split_once("  ") {
+            Some((code, meaning)) => format!(".TP\n{code}\n{meaning}\n"),
+            None => format!("{}\n", line.trim()),
+        };
+    }
+    section
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The text of each page without roff's escapes.
+    fn plain() -> Vec<(String, String)> {
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap().replace("\\-", "-").replace("\\fB", "");
+        pages().unwrap().into_iter().map(|(name, bytes)| (name, text(bytes))).collect()
+    }
+
+    fn check(command: &Command, name: &str, pages: &[(String, String)]) {
+        let (_, text) = pages.iter().find(|(page, _)| *page == format!("{name}.1")).unwrap();
+        for section in [".SH NAME", ".SH SYNOPSIS", ".SH DESCRIPTION", ".SH OPTIONS"] {
+            assert!(text.contains(section), "{name} has no {section}");
+        }
+        for argument in command.get_arguments().filter(|argument| !argument.is_hide_set()) {
+            let word = match argument.get_long() {
+                Some(long) => format!("--{long}"),
+                None => argument.get_value_names().unwrap()[0].to_string(),
+            };
+            assert!(text.contains(&word), "{name} does not mention {word}");
+        }
+        for below in command.get_subcommands().filter(|below| !below.is_hide_set()) {
+            check(below, &format!("{name}-{}", below.get_name()), pages);
+        }
+    }
+
+    #[test]
+    fn every_command_has_a_page_with_every_option() {
+        let pages = plain();
+        let mut root = Cli::command().disable_help_subcommand(true);
+        root.build();
+        check(&root, "ept-virt", &pages);
+        for name in ["ept-virt.1", "ept-virt-status.1", "ept-virt-policy-set.1", "ept-virt-hook-install.1"] {
+            assert!(pages.iter().any(|(page, _)| page == name), "{name}");
+        }
+        // What only packages use has none.
+        assert!(pages.iter().all(|(page, _)| page != "ept-virt-man.1"));
+        let (_, main) = &pages[0];
+        assert!(main.contains(".SH EXIT STATUS\n.TP\n0\ndone\n.TP\n1\n"), "{main}");
+    }
+
+    #[test]
+    fn pages_do_not_depend_on_who_makes_them() {
+        for (name, text) in plain() {
+            assert!(!text.contains("LIBVIRT_DEFAULT_URI="), "{name}");
+        }
+    }
+}
