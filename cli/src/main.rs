@@ -19,6 +19,8 @@ mod memslots;
 mod output;
 mod policy;
 mod samples;
+#[cfg(test)]
+mod schema_tests;
 mod status;
 mod strip;
 mod style;

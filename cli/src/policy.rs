@@ -3,7 +3,7 @@
 //! that is invalid is ever written.
 
 mod edit;
-mod show;
+pub mod show;
 
 use std::fs;
 use std::io::{self, Read};

@@ -44,7 +44,7 @@ fn access(text: &str) -> Result<AccessSet, String> {
 
 /// A sample, as `--json` prints it.
 #[derive(Debug, Serialize)]
-struct Entry {
+pub struct Entry {
     /// Seconds since the first sample.
     seconds: f64,
     vcpu: u32,
@@ -123,7 +123,8 @@ impl Printer {
     }
 }
 
-fn entry(sample: &Sample, first: Duration, slots: &[MemSlot]) -> Entry {
+/// The sample, with what the slots tell about its address.
+pub fn entry(sample: &Sample, first: Duration, slots: &[MemSlot]) -> Entry {
     let slot =
         slots.iter().find(|slot| (slot.gfn_start..slot.gfn_start + slot.page_count).contains(&sample.gfn));
     Entry {
