@@ -8,6 +8,9 @@ use serde::Serialize;
 use crate::status::state_word;
 use crate::style::{Style, harmless};
 
+/// Letters of a name that are shown whatever the width.
+const SHORTEST_NAME: usize = 8;
+
 /// One domain of `list --json`: a part of what `status --json` tells, under the
 /// same names.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -81,11 +84,17 @@ pub fn render(status: &Status, style: &Style) -> String {
     table(&rows, style)
 }
 
-/// Aligned columns: the first two are words, the others numbers.
+/// Aligned columns: the first two are words, the others numbers. On a terminal
+/// that is too narrow the first is cut.
 fn table<const N: usize>(rows: &[[String; N]], style: &Style) -> String {
     const WORDS: usize = 2;
-    let width: [usize; N] =
+    const BETWEEN: usize = 2;
+    let mut width: [usize; N] =
         std::array::from_fn(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0));
+    if style.wrap {
+        let others: usize = width[1..].iter().map(|width| BETWEEN + width).sum();
+        width[0] = width[0].min(style.width.saturating_sub(others).max(SHORTEST_NAME));
+    }
     let mut text = String::new();
     for (index, row) in rows.iter().enumerate() {
         let cells: Vec<String> = row
@@ -93,13 +102,38 @@ fn table<const N: usize>(rows: &[[String; N]], style: &Style) -> String {
             .zip(width)
             .enumerate()
             .map(|(column, (cell, width))| match column < WORDS {
-                true => format!("{cell:<width$}"),
+                true => format!("{:<width$}", cut(cell, width)),
                 false => format!("{cell:>width$}"),
             })
             .collect();
-        let line = cells.join("  ");
+        let line = cells.join(&" ".repeat(BETWEEN));
         text += &if index == 0 { style.paint("1", &line) } else { line };
         text.push('\n');
     }
     text
+}
+
+/// `text` in at most `width` letters; a tilde stands for what was cut.
+fn cut(text: &str, width: usize) -> String {
+    match text.chars().count() > width {
+        true => text.chars().take(width.saturating_sub(1)).chain(['~']).collect(),
+        false => text.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_give_way_where_a_terminal_is_narrow() {
+        let rows =
+            [["Name", "State", "Pid"], ["a-rather-long-name", "off", "12"]].map(|row| row.map(String::from));
+        let style = |width| Style { width, wrap: true, ..Style::PLAIN };
+        assert_eq!(table(&rows, &style(24)), "Name          State  Pid\na-rather-lo~  off     12\n");
+        // Less is not readable: the terminal breaks the lines then.
+        assert!(table(&rows, &style(1)).contains("a-rathe~  off"));
+        // Programs get all of it.
+        assert!(table(&rows, &Style::PLAIN).contains("a-rather-long-name  off"));
+    }
 }
