@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use ept_virt_core::wire::{DomainState, Status};
+use ept_virt_core::wire::{DomainState, DomainStatus, Status};
 use nix::errno::Errno;
 use nix::unistd::{AccessFlags, access};
 
@@ -85,23 +85,18 @@ impl Daemon {
         let Some(status) = self.status() else {
             return Check::warn(NAME, "not known without the daemon", "see daemon above");
         };
-        let is_unobserved = |domain: &&_| {
-            matches!(domain, &&ept_virt_core::wire::DomainStatus { state: DomainState::Unobserved, .. })
+        let names = |is_in_trouble: fn(&DomainStatus) -> bool| {
+            let troubled = status.domains.iter().filter(|domain| is_in_trouble(domain));
+            troubled.map(|domain| format!("{:?}", domain.name)).collect::<Vec<_>>().join(", ")
         };
-        let unobserved: Vec<_> =
-            status.domains.iter().filter(is_unobserved).map(|domain| &domain.name).collect();
-        let broken: Vec<_> = status
-            .domains
-            .iter()
-            .filter(|domain| domain.policy_error.is_some())
-            .map(|domain| &domain.name)
-            .collect();
+        let unobserved = names(|domain| domain.state == DomainState::Unobserved);
+        let broken = names(|domain| domain.policy_error.is_some());
         let mut problems = Vec::new();
         if !unobserved.is_empty() {
-            problems.push(format!("not observed: {}", list(&unobserved)));
+            problems.push(format!("not observed: {unobserved}"));
         }
         if !broken.is_empty() {
-            problems.push(format!("whose own policy is not in force: {}", list(&broken)));
+            problems.push(format!("whose own policy is not in force: {broken}"));
         }
         match (problems.as_slice(), status.domains.len()) {
             ([], 0) => Check::ok(NAME, "none runs"),
@@ -113,10 +108,6 @@ impl Daemon {
             ),
         }
     }
-}
-
-fn list(names: &[&String]) -> String {
-    names.iter().map(|name| format!("{name:?}")).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]

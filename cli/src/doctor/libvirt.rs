@@ -83,7 +83,7 @@ impl LibvirtSays {
         let kept: Vec<String> = guests.iter().filter_map(forbidden).collect();
         match (kept.as_slice(), guests.len()) {
             ([], 0) => Check::ok(NAME, "no domain runs"),
-            ([], _) => Check::ok(NAME, "running domains may use all nodes"),
+            ([], _) => Check::ok(NAME, "no running domain is kept from a node, as far as is known"),
             (kept, _) => Check::warn(
                 NAME,
                 format!("domains that may not use a node, and so not be moved there: {}", kept.join(", ")),
