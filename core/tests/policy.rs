@@ -162,6 +162,14 @@ fn layers_lie_upon_each_other() {
     );
 }
 
+/// An attribute reads its white space as blanks, unless it is written otherwise.
+#[test]
+fn an_alias_is_written_so_that_it_is_read_again() {
+    let mut layer = Layer::default();
+    layer.exclude = Some(vec![Exclusion::Device("a\tb\nc\rd\"<&'> e".into())]);
+    assert_eq!(Layer::from_element_xml(&layer.to_xml()).unwrap(), layer);
+}
+
 /// Each setting, with its default in words, is documented in the grammar.
 #[test]
 fn the_grammar_knows_every_setting() {

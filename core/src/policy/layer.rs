@@ -255,5 +255,8 @@ fn write_exclusions(xml: &mut String, exclude: &[Exclusion]) {
 
 /// `text` as an attribute's value.
 fn escaped(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('"', "&quot;")
+    // Bare white space would be read as blanks.
+    let references =
+        [('&', "&amp;"), ('<', "&lt;"), ('"', "&quot;"), ('\t', "&#9;"), ('\n', "&#10;"), ('\r', "&#13;")];
+    references.iter().fold(text.to_owned(), |text, (char, reference)| text.replace(*char, reference))
 }
