@@ -14,6 +14,7 @@ pub mod policy;
 pub mod process;
 pub mod sampler;
 pub mod samples;
+pub mod text;
 pub mod topology;
 pub mod uapi;
 pub mod units;

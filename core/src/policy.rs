@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use crate::heat::HeatParams;
 use crate::samples::AccessSet;
+use crate::text::word;
 use crate::topology::NodeSet;
 use crate::units::{Bytes, BytesPerSecond, Share, format_duration};
 
@@ -193,7 +194,8 @@ impl Effective {
         let said = self.layer.values().filter(|(setting, _)| setting.element == element);
         let words = said.map(|(setting, value)| (setting, value, self.origin(&setting.path())));
         let words = words.filter(|(.., origin)| **origin != Origin::BuiltIn);
-        let words: Vec<_> = words.map(|(s, v, origin)| format!("{} {v} ({origin})", s.name)).collect();
+        let words: Vec<_> =
+            words.map(|(s, v, origin)| format!("{} {} ({origin})", s.name, word(&v.to_string()))).collect();
         words.join(", ")
     }
 }

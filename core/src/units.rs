@@ -8,6 +8,8 @@
 use std::fmt;
 use std::time::Duration;
 
+use crate::text::word;
+
 /// Size of the page that everything counts in, in bytes.
 pub const PAGE_BYTES: u64 = 4096;
 
@@ -69,7 +71,7 @@ impl Bytes {
             "M" | "MiB" => 1 << 20,
             "G" | "GiB" => 1 << 30,
             "T" | "TiB" => 1 << 40,
-            _ => return Err(UnitError::UnknownUnit { unit: unit.into(), known: SIZE_UNITS }),
+            _ => return Err(UnitError::UnknownUnit { unit: word(unit), known: SIZE_UNITS }),
         };
         scaled(whole(number)?, factor, unit).map(Bytes)
     }
@@ -122,7 +124,7 @@ pub struct BytesPerSecond(pub u64);
 impl BytesPerSecond {
     /// Reads a number in `unit`, a unit of size with `/s` behind it.
     pub fn parse(number: &str, unit: &str) -> Result<Self, UnitError> {
-        let unknown = || UnitError::UnknownUnit { unit: unit.into(), known: RATE_UNITS };
+        let unknown = || UnitError::UnknownUnit { unit: word(unit), known: RATE_UNITS };
         let size_unit = unit.strip_suffix("/s").ok_or_else(unknown)?;
         match Bytes::parse(number, size_unit) {
             Ok(Bytes(bytes)) => Ok(BytesPerSecond(bytes)),
@@ -154,7 +156,7 @@ impl Share {
     /// Reads `40%` or `12.5%`, at most 100 and at most two decimals.
     pub fn parse(text: &str) -> Result<Self, UnitError> {
         let bad = || UnitError::BadNumber {
-            text: text.into(),
+            text: word(text),
             expected: "a percentage from 0% to 100%, as 40% or 12.5%",
         };
         let number = text.strip_suffix('%').ok_or_else(bad)?;
@@ -193,7 +195,7 @@ pub fn parse_duration(number: &str, unit: &str) -> Result<Duration, UnitError> {
         "s" => 1000,
         "min" => 60 * 1000,
         "h" => 60 * 60 * 1000,
-        _ => return Err(UnitError::UnknownUnit { unit: unit.into(), known: TIME_UNITS }),
+        _ => return Err(UnitError::UnknownUnit { unit: word(unit), known: TIME_UNITS }),
     };
     scaled(whole(number)?, ms_each, unit).map(Duration::from_millis)
 }
@@ -214,7 +216,7 @@ pub fn format_duration(time: Duration) -> String {
 
 fn whole(number: &str) -> Result<u64, UnitError> {
     let trimmed = number.trim();
-    digits(trimmed).ok_or_else(|| UnitError::BadNumber { text: trimmed.into(), expected: "a whole number" })
+    digits(trimmed).ok_or_else(|| UnitError::BadNumber { text: word(trimmed), expected: "a whole number" })
 }
 
 /// Digits only: the standard parsers also take a sign, which no quantity has.

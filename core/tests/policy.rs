@@ -170,6 +170,36 @@ fn an_alias_is_written_so_that_it_is_read_again() {
     assert_eq!(Layer::from_element_xml(&layer.to_xml()).unwrap(), layer);
 }
 
+/// What stands in the XML may be long, and drive a terminal.
+#[test]
+fn messages_are_short_and_printable() {
+    let long = "é".repeat(100_000);
+    let placement = |inside: &str| format!("<placement xmlns='{NAMESPACE}'{inside}</placement>");
+    for xml in [
+        placement(&format!(" mode='{long}'>")),
+        placement(" mode='&#10;&#x9b;31m'>"),
+        placement(&format!(" {long}='x'>")),
+        placement(&format!("><{long}/>")),
+        placement(&format!("><dram share='{long}'/>")),
+        placement(&format!("><dram><min unit='{long}'>1</min></dram>")),
+        placement(&format!("><dram><min>{long}</min></dram>")),
+        placement(&format!("><dram>a\u{9b}b\n{long}</dram>")),
+        placement(&format!("><exclude><range start='{long}' end='0'/></exclude>")),
+        placement(&format!("><tiers fast='{long}'/>")),
+        placement("><tiers fast='0-1023' slow='0,2,4,6,8,10,12,14,16,18,20,22,24,26,28,30,32,34,36,38,40'/>"),
+        placement(&format!(" profile='{long}'>")),
+        format!("<x:placement xmlns:x='{long}'/>"),
+        format!("<{long}:placement xmlns:{long}='{NAMESPACE}' modee='x'/>"),
+        format!("<{long}:placement/>"),
+        "<placement\u{7f}/>".into(),
+        "<placement mode\n\u{9b}/>".into(),
+        "<placement>\n</\n>".into(),
+    ] {
+        let message = Layer::from_element_xml(&xml).unwrap_err().to_string();
+        assert!(message.chars().count() < 500 && !message.contains(char::is_control), "{message:?}");
+    }
+}
+
 /// Each setting, with its default in words, is documented in the grammar.
 #[test]
 fn the_grammar_knows_every_setting() {

@@ -6,6 +6,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
+use crate::text::word;
 use crate::topology::NodeSet;
 use crate::units::{Bytes, Share};
 
@@ -172,6 +173,7 @@ impl Layer {
         {
             let both = fast.intersection(slow);
             if !both.is_empty() {
+                let both = word(&both.to_string());
                 return Some(("tiers", format!("NUMA nodes {both} can not be both fast and slow")));
             }
         }
@@ -235,7 +237,7 @@ fn known(path: &str) -> Result<&'static Setting, String> {
     find(path).ok_or_else(|| {
         let paths: Vec<String> = SETTINGS.iter().map(Setting::path).collect();
         let known: Vec<&str> = paths.iter().map(String::as_str).collect();
-        format!("there is no setting \"{path}\"{}", suggestion(path, &known))
+        format!("there is no setting \"{}\"{}", word(path), suggestion(path, &known))
     })
 }
 

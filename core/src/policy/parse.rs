@@ -6,11 +6,11 @@ use std::fmt;
 
 use roxmltree::{Document, Node};
 
-use crate::units;
+use crate::{text, units};
 
 use super::layer::{Exclusion, Layer};
 use super::settings::{Kind, SETTINGS, Setting, Value};
-use super::words::{nearest, shortened, suggestion};
+use super::words::{nearest, suggestion};
 
 /// Namespace of the policy element, with the grammar's version.
 pub const NAMESPACE: &str = "https://ept-virt.org/xmlns/placement/1.0";
@@ -96,7 +96,8 @@ fn read(xml: &str) -> Result<Document<'_>> {
     Document::parse(xml).map_err(|cause| PolicyError {
         line: cause.pos().row,
         element: None,
-        problem: format!("the XML is not well-formed: {cause}"),
+        // It tells names and characters as they are.
+        problem: format!("the XML is not well-formed: {}", text::shown(&cause.to_string(), 200)),
     })
 }
 
@@ -105,7 +106,7 @@ fn placement(node: Node) -> Result<Layer> {
     if namespace != NAMESPACE {
         return Err(error(
             node,
-            format!("the namespace is \"{namespace}\"; this version reads \"{NAMESPACE}\""),
+            format!("the namespace is \"{}\"; this version reads \"{NAMESPACE}\"", text::word(namespace)),
         ));
     }
     if node.tag_name().name() != ROOT {
@@ -188,6 +189,7 @@ fn exclusion(node: Node) -> Result<Exclusion> {
     let address = |name: &str| {
         let text = needed(name)?;
         hexadecimal(&text).ok_or_else(|| {
+            let text = text::word(&text);
             error(node, format!("{name}: \"{text}\" is not a guest physical address, as 0x100000000"))
         })
     };
@@ -239,7 +241,7 @@ fn check_children(node: Node, attributes: &[&str], children: &[&str], repeat: Re
     for inner in node.children() {
         if inner.text().is_some_and(|text| inner.is_text() && !text.trim().is_empty()) {
             let text = inner.text().unwrap_or_default().trim();
-            return Err(error(node, format!("text \"{}\" has no meaning here", shortened(text))));
+            return Err(error(node, format!("text \"{}\" has no meaning here", text::word(text))));
         }
         if !inner.is_element() {
             continue;
@@ -277,7 +279,7 @@ fn check_attributes(node: Node, known: &[&str], children: &[&str]) -> Result<()>
                 (None, Some(child)) => format!("; did you mean the element <{}>?", beside(node, child)),
                 _ => suggestion(name, known),
             };
-            let problem = format!("unknown attribute \"{name}\"{meant}");
+            let problem = format!("unknown attribute \"{}\"{meant}", text::word(name));
             return Err(PolicyError { line, ..error(node, problem) });
         }
     }
@@ -310,7 +312,7 @@ fn beside(node: Node, name: &str) -> String {
 
 fn prefixed(prefix: Option<&str>, name: &str) -> String {
     match prefix {
-        Some(prefix) if !prefix.is_empty() => format!("{prefix}:{name}"),
-        _ => name.into(),
+        Some(prefix) if !prefix.is_empty() => format!("{}:{}", text::word(prefix), text::word(name)),
+        _ => text::word(name),
     }
 }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Whether a host can do what a policy asks for.
 
-use crate::topology::Tiers;
+use crate::text::word;
+use crate::topology::{NodeSet, Tiers};
 
 use super::{Config, Effective, Layer, Mode, Policy, Value, parse};
 
@@ -12,15 +13,16 @@ impl Policy {
         let tiers = host.with_policy(self.fast_nodes.as_ref(), self.slow_nodes.as_ref());
         let unknown = tiers.unknown_nodes(host);
         let both = tiers.fast.intersection(&tiers.slow);
+        let words = |nodes: &NodeSet| word(&nodes.to_string());
         let obstacle = if self.mode != Mode::Place {
             None
         } else if !self.exclude.is_empty() {
             // Rather too little than what was to be left alone.
             Some("the policy excludes memory, which this version can not tell from the rest".into())
         } else if !unknown.is_empty() {
-            Some(format!("the policy's NUMA nodes {unknown} have no memory on this host"))
+            Some(format!("the policy's NUMA nodes {} have no memory on this host", words(&unknown)))
         } else if !both.is_empty() {
-            Some(format!("NUMA nodes {both} are in both tiers of the policy"))
+            Some(format!("NUMA nodes {} are in both tiers of the policy", words(&both)))
         } else if tiers.slow.is_empty() || tiers.fast.is_empty() {
             Some(tiers.from.clone())
         } else {
@@ -98,7 +100,6 @@ fn required(layer: &Layer) -> bool {
 mod tests {
     use super::*;
     use crate::policy::NAMESPACE;
-    use crate::topology::NodeSet;
 
     struct Fake {
         config: Result<Config, String>,

@@ -8,6 +8,7 @@ use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use crate::samples::AccessSet;
+use crate::text::word;
 use crate::topology::NodeSet;
 use crate::units::{self, Bytes, BytesPerSecond, Share, UnitError};
 
@@ -180,11 +181,11 @@ impl Setting {
             Kind::Size => Bytes::parse(text, unit).map(Value::Size).map_err(say),
             Kind::Rate(least) => rate(text, unit, *least),
             Kind::Hertz(range) if unit == "Hz" => number(text, range, " Hz").map(Value::Hertz),
-            Kind::Hertz(_) => Err(format!("unknown unit \"{unit}\": use Hz")),
+            Kind::Hertz(_) => Err(format!("unknown unit \"{}\": use Hz", word(unit))),
             Kind::Number(range) => number(text, range, "").map(Value::Number),
             Kind::Nodes => nodes(text),
             Kind::Access => AccessSet::from_letters(text).map(Value::Access).ok_or_else(|| {
-                format!("\"{text}\" is not some of the letters r, w and x, each once at most")
+                format!("\"{}\" is not some of the letters r, w and x, each once at most", word(text))
             }),
         }
     }
@@ -205,16 +206,17 @@ impl Setting {
 }
 
 fn unknown(text: &str, words: &[&str]) -> String {
-    format!("\"{text}\" is unknown{}", suggestion(text, words))
+    format!("\"{}\" is unknown{}", word(text), suggestion(text, words))
 }
 
 fn name(text: &str) -> Result<Value, String> {
     let fits = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     match !text.is_empty() && text.len() <= 64 && text.chars().all(fits) {
         true => Ok(Value::Word(text.into())),
-        false => {
-            Err(format!("\"{text}\" is not a profile's name: letters, digits, - _ and . only, 64 at most"))
-        }
+        false => Err(format!(
+            "\"{}\" is not a profile's name: letters, digits, - _ and . only, 64 at most",
+            word(text)
+        )),
     }
 }
 
@@ -241,7 +243,8 @@ fn rate(text: &str, unit: &str, least: u64) -> Result<Value, String> {
 }
 
 fn number(text: &str, range: &RangeInclusive<u32>, unit: &str) -> Result<u32, String> {
-    let out = || format!("\"{text}\" is not a number from {} to {}{unit}", range.start(), range.end());
+    let (low, high) = (range.start(), range.end());
+    let out = || format!("\"{}\" is not a number from {low} to {high}{unit}", word(text));
     units::digits(text).filter(|number| range.contains(number)).ok_or_else(out)
 }
 

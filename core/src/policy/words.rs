@@ -22,7 +22,9 @@ fn edit_distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.to_lowercase().chars().collect();
     // row[j]: distance of the part of `a` read so far to the first j letters of `b`.
     let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, from) in shortened(a).to_lowercase().chars().enumerate() {
+    // No word is so long that more of `a` would matter.
+    let a: String = a.chars().take(40).collect();
+    for (i, from) in a.to_lowercase().chars().enumerate() {
         let mut diagonal = row[0];
         row[0] = i + 1;
         for (j, to) in b.iter().enumerate() {
@@ -32,12 +34,4 @@ fn edit_distance(a: &str, b: &str) -> usize {
         }
     }
     row[b.len()]
-}
-
-/// At most 40 letters: what a stranger wrote should not fill a log.
-pub(super) fn shortened(text: &str) -> String {
-    match text.char_indices().nth(40) {
-        Some((end, _)) => format!("{}...", &text[..end]),
-        None => text.into(),
-    }
 }

@@ -86,7 +86,7 @@ impl FromStr for NodeSet {
 
     /// An empty text is the empty set, as in sysfs.
     fn from_str(text: &str) -> Result<Self, NodeSetError> {
-        let bad = || NodeSetError { text: text.into() };
+        let bad = || NodeSetError { text: crate::text::word(text) };
         let number = |text: &str| {
             let node: u32 = crate::units::digits(text.trim()).ok_or_else(bad)?;
             if node < MAX_NODES { Ok(node) } else { Err(bad()) }
