@@ -4,6 +4,7 @@
 //! and says more when something is wrong.
 
 mod config;
+mod document;
 mod layer;
 mod parse;
 mod serve;
@@ -20,6 +21,7 @@ use crate::topology::NodeSet;
 use crate::units::{Bytes, BytesPerSecond, Share, format_duration};
 
 pub use config::{Config, ConfigError, DEFAULT_CONFIG};
+pub use document::LONGEST_XML;
 pub use layer::{Exclusion, Layer};
 pub use parse::{NAMESPACE, PolicyError};
 pub use serve::{Host, refusal};

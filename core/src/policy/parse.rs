@@ -4,10 +4,11 @@
 
 use std::fmt;
 
-use roxmltree::{Document, Node};
+use roxmltree::Node;
 
 use crate::{text, units};
 
+use super::document::read;
 use super::layer::{Exclusion, Layer};
 use super::settings::{Kind, SETTINGS, Setting, Value};
 use super::words::{nearest, suggestion};
@@ -90,15 +91,6 @@ pub(super) fn says_required(xml: &str) -> bool {
 /// See [`Layer::from_element_xml`].
 pub(super) fn element(xml: &str) -> Result<Layer> {
     placement(read(xml)?.root_element())
-}
-
-fn read(xml: &str) -> Result<Document<'_>> {
-    Document::parse(xml).map_err(|cause| PolicyError {
-        line: cause.pos().row,
-        element: None,
-        // It tells names and characters as they are.
-        problem: format!("the XML is not well-formed: {}", text::shown(&cause.to_string(), 200)),
-    })
 }
 
 fn placement(node: Node) -> Result<Layer> {
