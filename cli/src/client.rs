@@ -90,10 +90,8 @@ fn ask_within(path: &Path, command: Command, timeout: Duration) -> Result<Reply,
 fn exchange(path: &Path, command: Command, timeout: Duration) -> io::Result<Vec<u8>> {
     let deadline = Instant::now() + timeout;
     let mut stream = open(path, deadline)?;
-    let mut line = serde_json::to_vec(&Request { v: PROTOCOL_VERSION, command })?;
-    line.push(b'\n');
     stream.set_write_timeout(Some(left(deadline)?))?;
-    stream.write_all(&line)?;
+    stream.write_all(&Request::line(command))?;
     read_line(&mut stream, deadline)
 }
 

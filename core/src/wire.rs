@@ -6,6 +6,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::text;
+
 /// Version of this protocol; a different major is refused.
 pub const PROTOCOL_VERSION: u32 = 1;
 
@@ -30,6 +32,29 @@ pub struct Request {
     /// What is asked.
     #[serde(flatten)]
     pub command: Command,
+}
+
+impl Request {
+    /// The line that asks for `command`, newline included.
+    pub fn line(command: Command) -> Vec<u8> {
+        to_line(&Request { v: PROTOCOL_VERSION, command })
+    }
+
+    /// Reads a line, with or without its newline, as the daemon does.
+    pub fn read(line: &[u8]) -> Result<Command, WireError> {
+        let bad = |message| WireError { kind: ErrorKind::BadRequest, message, hint: None };
+        if line.len() > MAX_REQUEST_BYTES {
+            return Err(bad(format!("a request is longer than {MAX_REQUEST_BYTES} bytes")));
+        }
+        let request: Request = serde_json::from_slice(line)
+            .map_err(|cause| bad(format!("not a request: {}", text::shown(&cause.to_string(), 200))))?;
+        match request.v {
+            PROTOCOL_VERSION => Ok(request.command),
+            v => Err(bad(format!(
+                "the request is of protocol version {v}, the daemon speaks {PROTOCOL_VERSION}"
+            ))),
+        }
+    }
 }
 
 /// What can be asked of the daemon.
@@ -90,6 +115,29 @@ pub struct Response {
     /// The result.
     #[serde(flatten)]
     pub reply: Reply,
+}
+
+impl Response {
+    /// The line that answers with `reply`, newline included; with an error when
+    /// that would be too long.
+    pub fn line(reply: Reply) -> Vec<u8> {
+        let line = to_line(&Response { v: PROTOCOL_VERSION, reply });
+        if line.len() <= MAX_LINE_BYTES {
+            return line;
+        }
+        let bytes = line.len();
+        let message =
+            format!("the answer has {bytes} bytes, more than the {MAX_LINE_BYTES} of this protocol");
+        let error = WireError { kind: ErrorKind::Internal, message, hint: None };
+        to_line(&Response { v: PROTOCOL_VERSION, reply: Reply::Error(error) })
+    }
+}
+
+/// These types have nothing that JSON can not hold, so there is no error to tell.
+fn to_line(message: &impl Serialize) -> Vec<u8> {
+    let mut line = serde_json::to_vec(message).unwrap_or_default();
+    line.push(b'\n');
+    line
 }
 
 /// The result of a request.
@@ -369,4 +417,39 @@ pub enum Place {
     Slow,
     /// Not resident, or not known yet.
     Absent,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_that_is_too_long_becomes_an_error() {
+        let error = |message| Reply::Error(WireError { kind: ErrorKind::BadRequest, message, hint: None });
+        let line = Response::line(error("x".repeat(MAX_LINE_BYTES)));
+        assert!(line.len() < 1000 && line.ends_with(b"\n"));
+        let response: Response = serde_json::from_slice(&line).unwrap();
+        let Reply::Error(told) = response.reply else { panic!("{response:?}") };
+        assert_eq!((response.v, told.kind), (PROTOCOL_VERSION, ErrorKind::Internal));
+        // The longest that fits is sent as it is.
+        let room = MAX_LINE_BYTES - Response::line(error(String::new())).len();
+        assert_eq!(Response::line(error("x".repeat(room))).len(), MAX_LINE_BYTES);
+    }
+
+    #[test]
+    fn a_request_is_read_as_it_is_written() {
+        let command = Command::Nudge { op: "started".into(), domain: "a\n\"}{".into() };
+        let line = Request::line(command.clone());
+        assert_eq!(line.iter().filter(|byte| **byte == b'\n').count(), 1);
+        assert_eq!(Request::read(&line), Ok(command));
+    }
+
+    #[test]
+    fn what_is_no_request_is_told_in_few_words() {
+        let told = |line: &str| Request::read(line.as_bytes()).unwrap_err().message;
+        assert!(told("{\"v\":2,\"cmd\":\"status\"}").contains("version 2"));
+        assert!(told(&" ".repeat(MAX_REQUEST_BYTES + 1)).contains("longer than 65536"));
+        let unknown = told(&format!("{{\"v\":1,\"cmd\":\"\\u001b[2J{}\"}}", "x".repeat(60_000)));
+        assert!(unknown.contains("\u{fffd}[2Jx") && unknown.chars().count() < 250, "{unknown}");
+    }
 }

@@ -12,10 +12,8 @@ use std::sync::mpsc::Sender;
 use std::thread;
 use std::time::Duration;
 
-use ept_virt_core::wire::{
-    Command, ErrorKind, MAX_LINE_BYTES, MAX_REQUEST_BYTES, PROTOCOL_VERSION, Reply, Request, Response,
-    WireError,
-};
+use ept_virt_core::text::shown;
+use ept_virt_core::wire::{Command, ErrorKind, MAX_REQUEST_BYTES, Reply, Request, Response, WireError};
 use log::{debug, info, warn};
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
@@ -34,6 +32,9 @@ const KEPT_FOR_ROOT: usize = 8;
 
 /// How long a client may be silent, or not read its answer.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Longest part of a nudge that is kept, in letters.
+const LONGEST_NUDGE: usize = 300;
 
 /// The socket of the only daemon that uses it.
 pub struct Server {
@@ -165,7 +166,7 @@ fn admit(mut stream: UnixStream, clients: &Arc<()>, shared: &Arc<Shared>, events
     // Each client's thread holds a reference; one is ours.
     if Arc::strong_count(clients) > most {
         let refusal = error(ErrorKind::Internal, format!("more than {most} clients are connected"));
-        let _ = stream.write_all(&encode(refusal));
+        let _ = stream.write_all(&Response::line(refusal));
         return;
     }
     let (place, shared, events) = (Arc::clone(clients), Arc::clone(shared), events.clone());
@@ -192,13 +193,9 @@ fn serve(stream: &UnixStream, may_change: bool, shared: &Shared, events: &Sender
         if line.is_empty() {
             return Ok(());
         }
-        let reply = if too_long {
-            error(ErrorKind::BadRequest, format!("a request is longer than {MAX_REQUEST_BYTES} bytes"))
-        } else {
-            answer(&line, may_change, shared, events)
-        };
+        let reply = answer(&line, may_change, shared, events);
         let mut writer = stream;
-        writer.write_all(&encode(reply))?;
+        writer.write_all(&Response::line(reply))?;
         if too_long {
             // Where the next line begins can not be told.
             return Ok(());
@@ -208,18 +205,11 @@ fn serve(stream: &UnixStream, may_change: bool, shared: &Shared, events: &Sender
 
 /// The answer to one line.
 fn answer(line: &[u8], may_change: bool, shared: &Shared, events: &Sender<Event>) -> Reply {
-    let request: Request = match serde_json::from_slice(line) {
-        Ok(request) => request,
-        Err(cause) => return error(ErrorKind::BadRequest, format!("not a request: {cause}")),
+    let command = match Request::read(line) {
+        Ok(command) => command,
+        Err(error) => return Reply::Error(error),
     };
-    if request.v != PROTOCOL_VERSION {
-        let v = request.v;
-        return error(
-            ErrorKind::BadRequest,
-            format!("the request is of protocol version {v}, the daemon speaks {PROTOCOL_VERSION}"),
-        );
-    }
-    match request.command {
+    match command {
         Command::Status { domain: None } => Reply::Status(Box::new(shared.status(None))),
         Command::Status { domain: Some(name) } => match find(shared, &name) {
             Ok(cell) => Reply::Status(Box::new(shared.status(Some(cell)))),
@@ -243,7 +233,7 @@ fn answer(line: &[u8], may_change: bool, shared: &Shared, events: &Sender<Event>
             debug!("nudge: {op:?} {domain:?}");
             let mut facts = shared.facts();
             facts.nudges += 1;
-            facts.last_nudge = Some(printable(&format!("{op} {domain}")));
+            facts.last_nudge = Some(shown(&format!("{op} {domain}"), LONGEST_NUDGE));
             drop(facts);
             // The receiver lives as long as the daemon does.
             let _ = events.send(Event::Look);
@@ -291,29 +281,8 @@ fn find(shared: &Shared, name: &str) -> Result<Arc<Cell>, Reply> {
     })
 }
 
-/// Without what could drive a terminal.
-fn printable(text: &str) -> String {
-    text.chars().map(|char| if char.is_control() { '\u{fffd}' } else { char }).collect()
-}
-
 fn error(kind: ErrorKind, message: String) -> Reply {
     Reply::Error(WireError { kind, message, hint: None })
-}
-
-/// The line of an answer, newline included.
-fn encode(reply: Reply) -> Vec<u8> {
-    let to_line = |reply| serde_json::to_vec(&Response { v: PROTOCOL_VERSION, reply });
-    let encoded = match to_line(reply) {
-        Ok(line) if line.len() < MAX_LINE_BYTES => Ok(line),
-        Ok(line) => to_line(error(
-            ErrorKind::Internal,
-            format!("the answer has {} bytes, more than the {MAX_LINE_BYTES} of this protocol", line.len()),
-        )),
-        Err(cause) => to_line(error(ErrorKind::Internal, format!("the answer can not be written: {cause}"))),
-    };
-    let mut line = encoded.unwrap_or_default();
-    line.push(b'\n');
-    line
 }
 
 #[cfg(test)]
