@@ -10,32 +10,27 @@
 //! start, when the domain's policy says `required` and is invalid or can not be
 //! served. A doubt is no veto.
 
-mod nudge;
-mod veto;
-
 use std::env;
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Instant;
 
+use ept_virt_core::policy::LONGEST_XML;
 use ept_virt_core::wire;
+use ept_virt_hook::{Action, TIME_LIMIT, TIME_TO_EXIT, TIME_TO_TELL, nudge, veto};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::read;
 
 /// Names the daemon's socket in place of [`wire::DEFAULT_SOCKET`].
 const SOCKET_VARIABLE: &str = "EPT_VIRT_SOCKET";
 
-/// More XML than this is not a domain's.
-const LONGEST_XML: usize = 16 << 20;
-
-/// All that this program may take.
-const TIME_LIMIT: Duration = Duration::from_millis(200);
-
 fn main() -> ExitCode {
-    let deadline = Instant::now() + TIME_LIMIT;
+    let deadline = Instant::now() + TIME_LIMIT - TIME_TO_EXIT;
     // libvirt calls: NAME OPERATION SUB-OPERATION EXTRA
     let mut arguments = env::args_os().skip(1);
     let (Some(domain), Some(operation)) = (arguments.next(), arguments.next()) else {
@@ -43,20 +38,21 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     };
     let socket = PathBuf::from(env::var_os(SOCKET_VARIABLE).unwrap_or(OsString::from(wire::DEFAULT_SOCKET)));
-    if operation == "prepare" {
-        return prepare(&socket, deadline);
-    }
-    if nudge::wanted(&operation)
-        && let Err(error) = nudge::send(&socket, &domain, &operation, deadline)
-    {
-        complain(&format!("cannot nudge the ept-virt daemon at {}: {error}", socket.display()));
+    match Action::of(&domain, &operation) {
+        Action::Judge => return judge(&socket, deadline),
+        Action::Nudge(line) => {
+            if let Err(error) = nudge::send(&socket, &line, deadline) {
+                complain(&format!("cannot nudge the ept-virt daemon at {}: {error}", socket.display()));
+            }
+        }
+        Action::Nothing => {}
     }
     read_all(io::stdin().as_fd(), deadline, |_| {});
     ExitCode::SUCCESS
 }
 
 /// Before a domain starts.
-fn prepare(socket: &Path, deadline: Instant) -> ExitCode {
+fn judge(socket: &Path, deadline: Instant) -> ExitCode {
     let mut xml = Vec::new();
     let whole = read_all(io::stdin().as_fd(), deadline, |part| {
         if xml.len() <= LONGEST_XML {
@@ -67,17 +63,40 @@ fn prepare(socket: &Path, deadline: Instant) -> ExitCode {
         complain("the domain's XML could not be read in time; it starts, whatever its policy says");
         return ExitCode::SUCCESS;
     }
-    match veto::reason(&String::from_utf8_lossy(&xml), socket, deadline) {
-        None => ExitCode::SUCCESS,
-        Some(reason) => {
+    match reason_until(xml, socket, deadline) {
+        Ok(None) => ExitCode::SUCCESS,
+        Ok(Some(reason)) => {
             complain(&format!("the domain's placement policy is required, and can not be served: {reason}"));
             ExitCode::FAILURE
+        }
+        Err(doubt) => {
+            complain(&format!("{doubt}; the domain starts, whatever its policy says"));
+            ExitCode::SUCCESS
         }
     }
 }
 
-/// libvirt shows stderr only when a hook fails, which this one does not; it is
-/// for those who try it by hand. That it can not be written changes nothing.
+/// Why the domain must not start, or why that could not be told. In a thread, so
+/// that neither an XML that is slow to read nor a mistake of ours, which would
+/// end this program with an error, keeps a domain from starting.
+fn reason_until(xml: Vec<u8>, socket: &Path, deadline: Instant) -> Result<Option<String>, String> {
+    let (sender, receiver) = mpsc::channel();
+    let socket = socket.to_owned();
+    let judging = thread::Builder::new().name("judge".into()).spawn(move || {
+        // Nobody listens any more when it comes too late.
+        let _ = sender.send(veto::reason(&String::from_utf8_lossy(&xml), &socket, deadline - TIME_TO_TELL));
+    });
+    judging.map_err(|error| format!("cannot start a thread: {error}"))?;
+    let left = deadline.saturating_duration_since(Instant::now());
+    receiver.recv_timeout(left).map_err(|error| match error {
+        mpsc::RecvTimeoutError::Timeout => "the domain's policy could not be judged in time".into(),
+        mpsc::RecvTimeoutError::Disconnected => "judging the domain's policy failed".into(),
+    })
+}
+
+/// libvirt shows stderr only when a hook fails, which this one does not but for
+/// its veto; the rest is for those who try it by hand. That it can not be
+/// written changes nothing.
 fn complain(message: &str) {
     let _ = writeln!(io::stderr(), "ept-virt-hook: {message}");
 }
