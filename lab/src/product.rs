@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The project's own binaries, built on the build machine.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::Lab;
 use crate::amd::Payload;
@@ -18,6 +18,7 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 pub const NEEDS: &[Need] = &[
     need("libvirt-dev", "the CLI links libvirt"),
     need("gcc", "links Rust programs"),
+    need("binutils", "tells whether they are static"),
     need("libc6-dev", "links Rust programs"),
     need("pkg-config", "finds libvirt"),
 ];
@@ -89,7 +90,7 @@ pub fn build_agent(lab: &Lab) -> Result<PathBuf> {
     build_static(lab, "ept-virt-lab-agent")
 }
 
-/// Builds a program that loads no libraries.
+/// Builds a program that loads no libraries, and makes sure of it.
 fn build_static(lab: &Lab, package: &str) -> Result<PathBuf> {
     let step = lab.progress.step(format!("building {package}"));
     // A folder of its own: other flags would rebuild everything each time.
@@ -102,8 +103,23 @@ fn build_static(lab: &Lab, package: &str) -> Result<PathBuf> {
         .arg("--target-dir")
         .arg(&target_dir);
     proc::run(&mut command, &lab.log(&format!("cargo-{package}")), BUILD_TIMEOUT)?;
+    let program = target_dir.join(TARGET).join("lab").join(package);
+    check_static(&program)?;
     step.done("");
-    Ok(target_dir.join(TARGET).join("lab").join(package))
+    Ok(program)
+}
+
+/// Fails for a program that loads a library or an interpreter.
+fn check_static(program: &Path) -> Result<()> {
+    let output =
+        Command::new("readelf").args(["--wide", "--program-headers", "--dynamic"]).arg(program).output();
+    let output = output.context("running readelf, of Debian's binutils")?;
+    let headers = String::from_utf8_lossy(&output.stdout);
+    ensure!(output.status.success() && headers.contains("LOAD"), "{} is not a program", program.display());
+    match headers.lines().find(|line| line.contains("INTERP") || line.contains("(NEEDED)")) {
+        None => Ok(()),
+        Some(line) => bail!("{} is not static: {}", program.display(), line.trim()),
+    }
 }
 
 /// Cargo in the project's root. The variables that our own `cargo run` set for
