@@ -5,8 +5,16 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{self, Receiver};
 
 use ept_virt_core::wire::{PROTOCOL_VERSION, Status};
+use proptest::prelude::*;
 
 use super::*;
+
+#[path = "../../../fuzz/invariants/corpus.rs"]
+mod corpus;
+#[path = "../../../fuzz/invariants/message.rs"]
+mod message;
+#[path = "../../../fuzz/invariants/socket_message.rs"]
+mod socket_message;
 
 /// A server in a directory of its own.
 struct Test {
@@ -239,4 +247,49 @@ fn the_document_names_the_limits_that_hold() {
     let clients = format!("| {MAX_CLIENTS}, of which {KEPT_FOR_ROOT} places are kept for root |");
     assert!(document.contains(&clients));
     assert!(document.contains(&format!("| {} seconds |", CLIENT_TIMEOUT.as_secs())));
+}
+
+/// What `fuzz/` checks of the reading for hours holds of the whole answer.
+fn check_answers(input: &[u8]) {
+    let shared = Shared::new("test:///default");
+    shared.insert("6695eb01-f6a4-8304-79aa-97f2502e193f", Arc::new(Cell::new("vm1", "6695eb01")));
+    let (events, _receiver) = mpsc::channel();
+    for may_change in [true, false] {
+        socket_message::check(input, |line| Response::line(answer(line, may_change, &shared, &events)));
+    }
+    let nudge = shared.facts().last_nudge.clone().unwrap_or_default();
+    assert!(nudge.chars().count() <= LONGEST_NUDGE + 3 && !nudge.contains(char::is_control), "{nudge:?}");
+}
+
+#[test]
+fn the_corpus_of_messages_is_answered() {
+    corpus::replay("socket_message", check_answers);
+}
+
+#[test]
+fn the_longest_request_is_answered() {
+    for char in ["\"", "\\", "\u{1}", "\u{9b}", "é", "\u{10ffff}"] {
+        for cmd in ["nudge", "map", "status", "stop"] {
+            let line = |count: usize| {
+                let domain = char.repeat(count);
+                serde_json::json!({"v": 1, "cmd": cmd, "op": "", "domain": domain}).to_string().into_bytes()
+            };
+            let (least, each) = (line(0).len(), line(1).len() - line(0).len());
+            let longest = line((MAX_REQUEST_BYTES - least) / each);
+            assert!(longest.len() > MAX_REQUEST_BYTES - each && longest.len() <= MAX_REQUEST_BYTES);
+            check_answers(&longest);
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_request_is_answered_in_one_line(
+        cmd in "(status|map|start|stop|pause|resume|nudge|reboot|.{0,3})",
+        domain in prop_oneof![Just("vm1".to_owned()), Just("6695EB01-F6A4-8304-79AA-97F2502E193F".to_owned()), any::<String>()],
+        op: Option<String>, end in "(\n|\r\n| |x|)",
+    ) {
+        let line = serde_json::json!({"v": 1, "cmd": cmd, "domain": domain, "op": op}).to_string() + &end;
+        check_answers(line.as_bytes());
+    }
 }
