@@ -164,6 +164,17 @@ pub fn numa_balancing(proc: &Path) -> Result<NumaBalancing, TopologyError> {
     }
 }
 
+/// Whether the kernel takes memory away from processes by its own judgement of what
+/// they do not use: it has somewhere to swap, or demotes pages to slower nodes. Reads
+/// `swaps` below `proc` and `kernel/mm/numa/demotion_enabled` below `sys`; a kernel
+/// without one of them does not do that.
+pub fn reclaims(proc: &Path, sys: &Path) -> bool {
+    // The first line is the heading of a table.
+    let swaps = read(&proc.join("swaps")).is_ok_and(|text| text.lines().count() > 1);
+    let demotes = read(&sys.join("kernel/mm/numa/demotion_enabled")).is_ok_and(|text| text.trim() == "true");
+    swaps || demotes
+}
+
 /// The kernel's memory tiers that have nodes, fastest first.
 fn memory_tiers(dir: &Path) -> Result<Vec<(u32, NodeSet)>, TopologyError> {
     let entries = match fs::read_dir(dir) {

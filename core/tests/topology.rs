@@ -3,7 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
-use ept_virt_core::topology::{NodeMemory, NodeSet, NumaBalancing, Tiers, node_memory, numa_balancing};
+use ept_virt_core::topology::{
+    NodeMemory, NodeSet, NumaBalancing, Tiers, node_memory, numa_balancing, reclaims,
+};
 
 fn host(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/topology").join(name)
@@ -75,6 +77,15 @@ fn numa_balancing_is_told_apart() {
         ("one-node", NumaBalancing::Off),
     ] {
         assert_eq!(numa_balancing(&host(name).join("proc")).unwrap(), expected, "{name}");
+    }
+}
+
+#[test]
+fn a_host_that_takes_memory_away_is_known() {
+    // The first has swap, the second demotes; the third could swap and has nowhere to.
+    for (name, expected) in [("hmat", true), ("three-tiers", true), ("one-node", false), ("fake", false)] {
+        let host = host(name);
+        assert_eq!(reclaims(&host.join("proc"), &host.join("sys")), expected, "{name}");
     }
 }
 

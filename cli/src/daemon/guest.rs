@@ -43,6 +43,9 @@ pub struct Orders {
     pub obstacle: Option<String>,
     /// The guest's CPUs stand still, and so does its heat.
     pub suspended: bool,
+    /// The host takes memory away by what it sees accessed: it must be told of what
+    /// harvests clear.
+    pub keep_young: bool,
 }
 
 impl Orders {
@@ -226,7 +229,7 @@ impl Guest {
                 clear_dirty: false,
                 // One flush, at the end, serves the whole VM.
                 flush: self.orders.policy.sampling.flush && index + 1 == slots.len(),
-                keep_young: false,
+                keep_young: self.orders.keep_young,
             };
             self.sampler.harvest(&request, &self.orders.tiers.slow, &mut self.harvest)?;
             stats.add(&self.harvest.stats);

@@ -162,7 +162,7 @@ fn orders(mode: Mode) -> Orders {
     };
     let tiers =
         Tiers { fast: NodeSet::from_iter([FAST]), slow: NodeSet::from_iter([SLOW]), from: "test".into() };
-    Orders { policy, tiers, obstacle: None, suspended: false }
+    Orders { policy, tiers, obstacle: None, suspended: false, keep_young: false }
 }
 
 impl Test {
@@ -568,4 +568,14 @@ fn heat_that_came_back_is_stepped_by_what_the_tables_still_know() {
     assert!(temperature(5) > temperature(15) && temperature(15) > 0);
     assert_eq!(temperature(50), 0);
     assert!(temperature(5) >= ept_virt_core::heat::HOT_FROM);
+}
+
+#[test]
+fn a_host_that_reclaims_is_told_of_accesses() {
+    for keep_young in [false, true] {
+        let mut test = Test::new(Orders { keep_young, ..orders(Mode::Observe) }, vec![slot(0, 64)]);
+        test.round();
+        assert!(test.world().requests.iter().all(|request| request.keep_young == keep_young));
+        assert!(!test.world().requests.is_empty());
+    }
 }

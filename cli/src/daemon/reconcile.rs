@@ -11,7 +11,7 @@ use std::time::Instant;
 use ept_virt_core::domain::{Activity, Jobs, Libvirt, RunningDomain};
 use ept_virt_core::policy::{Config, Effective, Layer, Mode, Policy};
 use ept_virt_core::sampler::{EntryFormat, KernelSampler, ModuleInfo, Sampler};
-use ept_virt_core::topology::{NumaBalancing, Tiers, numa_balancing};
+use ept_virt_core::topology::{NumaBalancing, Tiers, numa_balancing, reclaims};
 use ept_virt_core::wire::{DomainState, ModuleStatus};
 use log::warn;
 
@@ -112,6 +112,7 @@ impl Reconciler {
             keeper.retain(&running);
             self.tidied = true;
         }
+        let reclaims = reclaims(Path::new("/proc"), Path::new("/sys"));
         for domain in domains {
             let entry = self.entries.entry(domain.uuid.clone()).or_insert_with(|| {
                 about!(info, domain.name, domain.uuid, "domain {:?} ({}) runs", domain.name, domain.uuid);
@@ -124,6 +125,7 @@ impl Reconciler {
                 config: &self.config,
                 keeper: self.keeper.as_ref(),
                 job: self.jobs.as_ref().is_some_and(|jobs| jobs.is_busy(&domain.uuid)),
+                reclaims,
             };
             if let Err(fault) = contain(|| entry.follow(domain, &around)) {
                 about!(error, domain.name, domain.uuid, "domain {:?} is not observed: {fault}", domain.name);
@@ -194,6 +196,8 @@ struct Around<'a> {
     keeper: Option<&'a Arc<Keeper>>,
     /// libvirt has a job on the domain.
     job: bool,
+    /// The host takes memory away from its processes.
+    reclaims: bool,
 }
 
 /// Does what concerns one domain. A fault of ours in it must not reach the others.
@@ -233,6 +237,7 @@ impl Entry {
         self.reap();
         let mut orders = orders(&self.policy, around.host);
         orders.suspended = domain.activity == Activity::Suspended;
+        orders.keep_young = around.reclaims;
         if self.policy.mode == Mode::Place {
             orders.obstacle = orders.obstacle.or_else(|| migrates(domain, around.job));
         }
@@ -341,7 +346,7 @@ fn migrates(domain: &RunningDomain, job: bool) -> Option<String> {
 fn orders(policy: &Policy, host: &Tiers) -> Orders {
     let (tiers, obstacle) = policy.tiers(host);
     let obstacle = obstacle.map(|obstacle| format!("nothing is moved: {obstacle}"));
-    Orders { policy: policy.clone(), tiers, obstacle, suspended: false }
+    Orders { policy: policy.clone(), tiers, obstacle, suspended: false, keep_young: false }
 }
 
 #[cfg(test)]
@@ -363,7 +368,7 @@ mod tests {
 
     fn look(entry: &mut Entry, domain: &RunningDomain, job: bool) {
         let config = Config::default();
-        entry.follow(domain, &Around { host: &host(), config: &config, keeper: None, job });
+        entry.follow(domain, &Around { host: &host(), config: &config, keeper: None, job, reclaims: false });
     }
 
     fn placing(fast: Option<u32>, slow: Option<u32>) -> Policy {

@@ -87,7 +87,7 @@ impl Mover for NoMemory {
 fn orders(interval: Duration) -> Orders {
     let mut policy = Policy::default();
     policy.sampling.interval = Some(interval);
-    Orders { policy, tiers: Tiers::default(), obstacle: None, suspended: false }
+    Orders { policy, tiers: Tiers::default(), obstacle: None, suspended: false, keep_young: false }
 }
 
 /// A worker for a process that only sleeps.

@@ -85,7 +85,7 @@ mod tests {
 
     #[test]
     fn says_how_to_get_the_module() {
-        let info = ModuleInfo { abi: (1, 2), format: EntryFormat::Npt, clear_dirty: true };
+        let info = ModuleInfo { abi: (1, 2), format: EntryFormat::Npt, clear_dirty: true, keep_young: true };
         for (module, verdict, words) in [
             (Module::Ready(info), Ok, "ABI 1.2, for NPT"),
             (Module::NotForUs, Warn, "only root"),
