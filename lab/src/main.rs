@@ -31,6 +31,7 @@ mod test;
 mod verdict;
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -117,8 +118,12 @@ impl Lab {
     }
 }
 
+/// Removes a folder; another host that starts may do the same at the same time.
 fn remove_folder(path: &Path) -> Result<()> {
-    fs::remove_dir_all(path).with_context(|| format!("removing {}", path.display()))
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result.with_context(|| format!("removing {}", path.display())),
+    }
 }
 
 fn main() -> ExitCode {
