@@ -11,11 +11,9 @@
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
-#include <linux/hash.h>
 #include <linux/hrtimer.h>
 #include <linux/kthread.h>
 #include <linux/log2.h>
-#include <linux/mm.h>
 #include <linux/mutex.h>
 #include <linux/random.h>
 #include <linux/rculist.h>
@@ -25,21 +23,13 @@
 #include <asm/vmx.h>
 
 #include "compat.h"
+#include "leaves.h"
 #include "sample.h"
 #include "stats.h"
 #include "trace.h"
 #include "vm.h"
 
 #define RING_DEFAULT	(1U << 14)
-/* Entries drawn, and armed or released, in one hold of KVM's locks. */
-#define HOLD_TRIES	128
-#define HOLD_LEAVES	64
-/* Slots gone over to draw them: KVM lists slots by address only. */
-#define HOLD_SLOTS	8192
-/* Draws for each entry to arm, at most: guests are sparsely mapped. */
-#define TRIES_PER_LEAF	2048
-/* Draws of entries that are armed already, before that is taken for all. */
-#define TAKEN_PER_LEAF	4
 /* How often to look whether a VM that can not be sampled now can be again. */
 #define IDLE_NS		(100 * NSEC_PER_MSEC)
 
@@ -48,30 +38,6 @@ DECLARE_TRACEPOINT(kvm_page_fault);
 /* Samplers that run; the probe is registered as long as there is one. */
 static LIST_HEAD(samplers);
 static DEFINE_MUTEX(samplers_lock);
-
-static struct hlist_head *leaf_bucket(const struct kes_leaves *leaves, u64 gfn, int level)
-{
-	return &leaves->bucket[hash_64(gfn << 2 | level, leaves->bits)];
-}
-
-/* The armed leaf of @level that maps @gfn, or NULL. */
-static struct kes_leaf *leaf_find(const struct kes_sampler *sampler, u64 gfn, int level)
-{
-	struct kes_leaf *leaf;
-
-	gfn = ALIGN_DOWN(gfn, kes_entry_pages(level));
-	hlist_for_each_entry(leaf, leaf_bucket(&sampler->leaves, gfn, level), hash)
-		if (leaf->armed.gfn == gfn && leaf->armed.level == level)
-			return leaf;
-	return NULL;
-}
-
-static void leaf_free(struct kes_sampler *sampler, struct kes_leaf *leaf)
-{
-	hlist_del_init(&leaf->hash);
-	list_move(&leaf->list, &sampler->free);
-	sampler->armed_count--;
-}
 
 /* What kind of access faulted, from the exit qualification or the error code. */
 static u8 fault_access(const struct kes_entry_format *format, u64 code, u8 *flags)
@@ -107,12 +73,12 @@ static bool sampler_fault(struct kes_sampler *sampler, u32 vcpu, u64 gfn, u64 co
 	sample.access = fault_access(sampler->format, code, &sample.flags);
 	spin_lock(&sampler->lock);
 	for (level = PG_LEVEL_4K; sampler->armed_count && !leaf && level <= PG_LEVEL_1G; level++)
-		leaf = leaf_find(sampler, gfn, level);
+		leaf = kes_leaf_find(sampler, gfn, level);
 	if (leaf) {
 		/* Read under the lock: what is armed later is later. */
 		sample.time_ns = ktime_get_ns();
 		sample.level = leaf->armed.level;
-		leaf_free(sampler, leaf);
+		kes_leaf_free(sampler, leaf);
 		kes_rate_fault(&sampler->rate, leaf->armed_ns, sample.time_ns);
 		if (!(sample.access & sampler->access))
 			sampler->stats.unwanted++;
@@ -187,154 +153,6 @@ static void samplers_remove(struct kes_sampler *sampler)
 	synchronize_rcu();
 }
 
-static struct kes_arming sampler_arming(const struct kes_sampler *sampler)
-{
-	return (struct kes_arming){
-		.kvm = sampler->kvm,
-		.format = sampler->format,
-		.write_only = sampler->access == KES_ACCESS_WRITE,
-	};
-}
-
-/*
- * Releases armed leaves, oldest first, that were armed before @before_ns: a few.
- * Returns whether there may be more.
- */
-static bool leaves_release_some(struct kes_sampler *sampler, u64 before_ns)
-{
-	struct kes_arming arming = sampler_arming(sampler);
-	/* Tables that can not be held any more are not the guest's either. */
-	bool held = !kes_arming_begin(&arming), more = true;
-	struct kes_leaf *leaf;
-	int i;
-
-	for (i = 0; more && i < HOLD_LEAVES; i++) {
-		spin_lock(&sampler->lock);
-		leaf = list_first_entry_or_null(&sampler->armed, struct kes_leaf, list);
-		more = leaf && leaf->armed_ns < before_ns;
-		if (more) {
-			if (held)
-				kes_arming_restore(&arming, &leaf->armed);
-			leaf_free(sampler, leaf);
-			kes_rate_release(&sampler->rate);
-			sampler->stats.released++;
-		}
-		spin_unlock(&sampler->lock);
-	}
-	if (held)
-		kes_arming_end(&arming);
-	return more;
-}
-
-static void leaves_release(struct kes_sampler *sampler, u64 before_ns)
-{
-	while (leaves_release_some(sampler, before_ns))
-		cond_resched();
-}
-
-/* What came of a draw. */
-enum leaf_draw {
-	DRAW_GONE,
-	DRAW_TAKEN,	/* armed before, or not to be armed */
-	DRAW_ARMED,
-};
-
-/* Arms the leaf of a page that was drawn. */
-static enum leaf_draw leaf_arm(struct kes_sampler *sampler, struct kes_arming *arming,
-			       const struct kes_draw *draw, u64 now_ns)
-{
-	enum leaf_draw result = DRAW_TAKEN;
-	struct kes_armed armed;
-	struct kes_leaf *leaf;
-	u64 *entry = kes_arming_find(arming, draw, &armed);
-
-	if (!entry)
-		return DRAW_GONE;
-	if (!armed.changed)
-		return DRAW_TAKEN;
-	spin_lock(&sampler->lock);
-	leaf = list_first_entry_or_null(&sampler->free, struct kes_leaf, list);
-	if (leaf && !leaf_find(sampler, armed.gfn, armed.level) &&
-	    kes_arming_revoke(arming, entry, &armed)) {
-		leaf->armed = armed;
-		leaf->armed_ns = now_ns;
-		hlist_add_head(&leaf->hash, leaf_bucket(&sampler->leaves, armed.gfn, armed.level));
-		list_move_tail(&leaf->list, &sampler->armed);
-		sampler->armed_count++;
-		sampler->stats.armed++;
-		result = DRAW_ARMED;
-	}
-	spin_unlock(&sampler->lock);
-	return result;
-}
-
-/* Arms what was drawn, with one flush. Returns how many leaves. */
-static u32 leaves_arm_drawn(struct kes_sampler *sampler, const struct kes_draw *draw,
-			    u32 count, s64 *taken)
-{
-	struct kes_arming arming = sampler_arming(sampler);
-	u64 now_ns = ktime_get_ns();
-	u32 armed = 0, i;
-
-	if (kes_arming_begin(&arming))
-		return 0;
-	for (i = 0; i < count && *taken > 0; i++) {
-		enum leaf_draw result = leaf_arm(sampler, &arming, &draw[i], now_ns);
-
-		armed += result == DRAW_ARMED;
-		*taken -= result == DRAW_TAKEN;
-	}
-	spin_lock(&sampler->lock);
-	sampler->stats.flushes += arming.flush;
-	spin_unlock(&sampler->lock);
-	kes_arming_end(&arming);
-	return armed;
-}
-
-/* Draws up to @count mapped pages, in a few tries. Returns how many. */
-static u32 leaves_draw(struct kes_sampler *sampler, struct kes_draw *draw, u32 count,
-		       s64 *tries)
-{
-	struct kes_arming arming = sampler_arming(sampler);
-	u32 found = 0, most, i;
-
-	if (kes_arming_look(&arming)) {
-		*tries = 0;
-		return 0;
-	}
-	most = clamp_t(u32, HOLD_SLOTS / max(arming.slot_count, 1U), 1, HOLD_TRIES);
-	for (i = 0; i < most && found < count; i++)
-		found += kes_arming_draw(&arming, &sampler->random, &draw[found]);
-	kes_arming_end(&arming);
-	*tries -= i;
-	return found;
-}
-
-/*
- * Arms up to @want leaves until @end_ns. Fewer, if that many are not found soon
- * or nearly all are armed. Returns how many. They are drawn without mmu_lock,
- * so that it is held only for what there is to arm.
- */
-static u32 leaves_arm(struct kes_sampler *sampler, u32 want, u64 end_ns)
-{
-	s64 tries = (s64)want * TRIES_PER_LEAF + HOLD_TRIES;
-	s64 taken = (s64)want * TAKEN_PER_LEAF + HOLD_LEAVES;
-	struct kes_draw draw[HOLD_LEAVES];
-	u32 left = want;
-
-	while (left && tries > 0 && taken > 0 && ktime_get_ns() < end_ns) {
-		u32 count = min_t(u32, left, HOLD_LEAVES), found = 0;
-
-		while (found < count && tries > 0 && ktime_get_ns() < end_ns) {
-			found += leaves_draw(sampler, draw + found, count - found, &tries);
-			cond_resched();
-		}
-		left -= leaves_arm_drawn(sampler, draw, found, &taken);
-		cond_resched();
-	}
-	return want - left;
-}
-
 /* One round of the worker. Returns for how long to sleep. */
 static u64 worker_round(struct kes_sampler *sampler)
 {
@@ -350,13 +168,13 @@ static u64 worker_round(struct kes_sampler *sampler)
 	spin_lock(&sampler->lock);
 	hold_ns = sampler->rate.hold_ns;
 	spin_unlock(&sampler->lock);
-	leaves_release(sampler, start_ns - hold_ns);
+	kes_leaves_release(sampler, start_ns - hold_ns);
 
 	spin_lock(&sampler->lock);
 	want = kes_rate_want(&sampler->rate, sampler->armed_count, ktime_get_ns());
 	period_ns = kes_rate_period_ns(&sampler->rate);
 	spin_unlock(&sampler->lock);
-	got = leaves_arm(sampler, want, start_ns + period_ns);
+	got = kes_leaves_arm(sampler, want, start_ns + period_ns);
 	armed = sampler->stats.armed - armed;
 	released = sampler->stats.released - released;
 	if (armed || released)
@@ -386,25 +204,6 @@ static int worker(void *data)
 		__set_current_state(TASK_RUNNING);
 	}
 	return 0;
-}
-
-static void leaves_destroy(struct kes_leaves *leaves)
-{
-	kvfree(leaves->leaf);
-	kvfree(leaves->bucket);
-	*leaves = (struct kes_leaves){};
-}
-
-static int leaves_create(struct kes_leaves *leaves, u32 count)
-{
-	leaves->bits = order_base_2(count);
-	leaves->leaf = kvcalloc(count, sizeof(*leaves->leaf), GFP_KERNEL_ACCOUNT);
-	leaves->bucket = kvcalloc(1UL << leaves->bits, sizeof(*leaves->bucket),
-				  GFP_KERNEL_ACCOUNT);
-	if (leaves->leaf && leaves->bucket)
-		return 0;
-	leaves_destroy(leaves);
-	return -ENOMEM;
 }
 
 static u32 ring_size(const struct kes_sample_set *arg)
@@ -501,7 +300,7 @@ long kes_sampler_set(struct kes_sampler *sampler, struct kvm *kvm,
 		kes_sampler_stop(sampler);
 		return 0;
 	}
-	ret = leaves_create(&leaves, kes_rate_cap(arg->freq_hz));
+	ret = kes_leaves_create(&leaves, kes_rate_cap(arg->freq_hz));
 	if (ret)
 		return ret;
 	/* All that can fail comes first: a call that fails changes nothing. */
@@ -511,7 +310,7 @@ long kes_sampler_set(struct kes_sampler *sampler, struct kvm *kvm,
 		goto destroy_leaves;
 	if (sampler->running) {
 		worker_stop(sampler);
-		leaves_release(sampler, U64_MAX);
+		kes_leaves_release(sampler, U64_MAX);
 	} else {
 		ret = sampler_begin(sampler, kvm, format, arg);
 		if (ret) {
@@ -523,7 +322,7 @@ long kes_sampler_set(struct kes_sampler *sampler, struct kvm *kvm,
 	sampler->worker = task;
 	wake_up_process(task);
 destroy_leaves:
-	leaves_destroy(&leaves);
+	kes_leaves_destroy(&leaves);
 	return ret;
 }
 
@@ -533,9 +332,9 @@ void kes_sampler_stop(struct kes_sampler *sampler)
 	if (!sampler->running)
 		return;
 	worker_stop(sampler);
-	leaves_release(sampler, U64_MAX);
+	kes_leaves_release(sampler, U64_MAX);
 	samplers_remove(sampler);
-	leaves_destroy(&sampler->leaves);
+	kes_leaves_destroy(&sampler->leaves);
 	WRITE_ONCE(sampler->running, false);
 	wake_up_interruptible(&sampler->wait);
 }
