@@ -17,9 +17,11 @@ use nix::sys::time::TimeVal;
 const LONGEST_NAME: usize = 255;
 
 /// Whether the daemon wants to know of this operation: QEMU is there, is gone,
-/// or libvirt found it again.
+/// or libvirt found it again. What only announces a QEMU (prepare, start, migrate,
+/// restore) has nothing to look at yet. `attach` is in libvirt's manual; those of
+/// today never call it.
 pub fn wanted(operation: &OsStr) -> bool {
-    ["started", "stopped", "release", "reconnect"].iter().any(|name| operation == *name)
+    ["started", "stopped", "release", "reconnect", "attach"].iter().any(|name| operation == *name)
 }
 
 /// Sends a nudge's line, and does not wait for the answer.
@@ -78,6 +80,14 @@ mod tests {
         assert_eq!(parsed(b"a\nb\"}{\0"), "a\nb\"}{\0");
         assert_eq!(parsed(b"\xff\xfe"), "\u{fffd}\u{fffd}");
         assert_eq!(parsed(&vec![b'\x01'; 100_000]).len(), LONGEST_NAME);
+    }
+
+    #[test]
+    fn nudges_when_a_process_comes_or_goes() {
+        let all =
+            "prepare start started stopped release migrate restore reconnect attach".split(' ').chain([""]);
+        let wanted: Vec<_> = all.filter(|operation| wanted(OsStr::new(operation))).collect();
+        assert_eq!(wanted, ["started", "stopped", "release", "reconnect", "attach"]);
     }
 
     #[test]
