@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The AMD host with libvirt: SVM with nested paging and two memory tiers, emulated by QEMU
 //! without any help of the machine's own processor (TCG). It boots once; every
-//! use starts from a snapshot in which libvirt is up.
+//! use starts from a snapshot in which libvirt is up. There is one for each Debian
+//! suite, with the libvirt and the QEMU of that suite.
 
 mod image;
 mod payload;
@@ -19,6 +20,7 @@ use anyhow::{Context, Result, bail};
 use crate::Lab;
 use crate::apt::{self, Need, need};
 use crate::cache::Key;
+use crate::debian::Suite;
 use crate::kernel::Kernel;
 use crate::proc::{self, Child, log_tail};
 use crate::verdict::Follower;
@@ -85,6 +87,7 @@ pub const NEEDS: &[Need] = &[
 
 /// The host's files, all in the cache.
 pub struct AmdHost {
+    suite: Suite,
     kernel: PathBuf,
     initramfs: PathBuf,
     root: PathBuf,
@@ -111,12 +114,13 @@ pub struct Machine {
 
 impl AmdHost {
     /// Makes all that is not in the cache: images, then the snapshot.
-    pub fn prepare(lab: &Lab, kernel: &Kernel) -> Result<Self> {
+    pub fn prepare(lab: &Lab, kernel: &Kernel, suite: Suite) -> Result<Self> {
         apt::ensure(lab, NEEDS)?;
         let mut host = Self {
+            suite,
             kernel: kernel.image.clone(),
-            initramfs: image::initramfs(lab, kernel)?,
-            root: image::root(lab)?,
+            initramfs: image::initramfs(lab, kernel, suite)?,
+            root: image::root(lab, suite)?,
             ready: PathBuf::new(),
         };
         let key = Key::new("ready 1")
@@ -126,7 +130,8 @@ impl AmdHost {
             .item(&kernel.root)
             .item(&host.initramfs)
             .item(&host.root);
-        host.ready = lab.cache.get_or_build("amd-ready", &key, |state| host.boot_and_save(lab, state))?;
+        let name = suite.item("amd-ready");
+        host.ready = lab.cache.get_or_build(&name, &key, |state| host.boot_and_save(lab, state))?;
         Ok(host)
     }
 
@@ -171,13 +176,14 @@ impl AmdHost {
     }
 
     fn boot_and_save(&self, lab: &Lab, state: &Path) -> Result<()> {
-        let step = lab.progress.step("booting the AMD host for the first time");
-        let work = lab.run_folder("amd-boot")?;
+        let name = self.suite.item("amd-boot");
+        let step = lab.progress.step(format!("booting the AMD host for the first time ({})", self.suite));
+        let work = lab.run_folder(&name)?;
         payload::write_empty(&work.join("payload"))?;
-        let wire = lab.log("amd-boot-wire");
-        let mut command = self.command(&work, lab, "amd-boot", &Wire::File(wire.clone()))?;
+        let wire = lab.log(&format!("{name}-wire"));
+        let mut command = self.command(&work, lab, &name, &Wire::File(wire.clone()))?;
         command.env("SAVED", state);
-        let mut machine = Machine::spawn(lab, "amd-boot", &mut command, work)?;
+        let mut machine = Machine::spawn(lab, &name, &mut command, work)?;
         machine.wait_for_line(&wire, READY, BOOT_TIMEOUT)?;
         step.note("saving the snapshot");
         let mut monitor = machine.monitor()?;

@@ -45,7 +45,7 @@ pub fn run(lab: &Lab, options: &Options) -> Result<bool> {
 /// Measurements that count instructions.
 fn intel(lab: &Lab, chosen: impl Fn(&Boot) -> bool) -> Result<bool> {
     let chosen: Vec<&Boot> = boots::BENCHES.iter().filter(|boot| chosen(boot)).collect();
-    prepare::packages(lab, &Plan { libvirt: false, boots: chosen.clone() })?;
+    prepare::packages(lab, &Plan { suites: Vec::new(), boots: chosen.clone() })?;
     let agent = product::build_agent(lab)?;
     let hosts = MicroHosts::new(lab, &agent);
     let tally = Tally::new(&lab.progress);

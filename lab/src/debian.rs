@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Folder trees of Debian systems: those with a kernel, in which the module is
-//! built for it, and the one that the emulated AMD host with libvirt runs.
+//! built for it, and those that emulated AMD hosts with libvirt run.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
 
 use crate::Lab;
 use crate::apt::{self, Need, need};
@@ -14,8 +16,14 @@ use crate::cache::Key;
 use crate::kernel::{Kernel, Line};
 use crate::proc;
 
-/// The suite of the host with libvirt.
-const HOST_SUITES: &[&str] = &["trixie"];
+/// The Debian that a host with libvirt runs, whatever its kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum Suite {
+    /// libvirt 11.3, QEMU 10.0.
+    Trixie,
+    /// libvirt 9.0, QEMU 7.2.
+    Bookworm,
+}
 
 const BOOTSTRAP_TIMEOUT: Duration = Duration::from_secs(15 * 60);
 
@@ -45,12 +53,57 @@ const HOST_PACKAGES: [&str; 7] = [
     "qemu-system-x86",
 ];
 
+/// Bookworm makes these users only with the package that brings systemd. The
+/// numbers are those of trixie.
+const BOOKWORM_USERS: &str = "groupadd --system libvirt && groupadd --system --force kvm \
+    && groupadd --system --gid 64055 libvirt-qemu \
+    && useradd --system --uid 64055 --gid kvm --groups libvirt-qemu \
+    --home-dir /var/lib/libvirt --shell /usr/sbin/nologin libvirt-qemu";
+
 /// What unpacking a tree takes.
 pub const NEEDS: &[Need] = &[
     need("mmdebstrap", "unpacks Debian trees for the emulated hosts"),
     need("gpg", "checks the archive's signatures for mmdebstrap"),
     need("debian-archive-keyring", "holds the archive's keys"),
 ];
+
+impl Suite {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Trixie, Self::Bookworm];
+
+    /// That of whoever does not ask for another.
+    pub const MAIN: Self = Self::Trixie;
+
+    /// As Debian calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Trixie => "trixie",
+            Self::Bookworm => "bookworm",
+        }
+    }
+
+    /// The name in the cache of something that each suite has one of.
+    pub fn item(self, what: &str) -> String {
+        match self {
+            Self::MAIN => what.to_owned(),
+            other => format!("{what}-{other}"),
+        }
+    }
+
+    /// What is done in its host's tree when all is unpacked.
+    fn setup(self) -> Option<&'static str> {
+        match self {
+            Self::Trixie => None,
+            Self::Bookworm => Some(BOOKWORM_USERS),
+        }
+    }
+}
+
+impl fmt::Display for Suite {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
 
 /// The suites that a kernel line's tree is made of. What the last of them has is
 /// taken from there.
@@ -65,7 +118,7 @@ fn suites(line: Line) -> &'static [&'static str] {
 /// A stock kernel with headers and compiler; its tree is unpacked when it is not
 /// in the cache (about 75 s).
 pub fn kernel(lab: &Lab, line: Line) -> Result<Kernel> {
-    let root = tree(lab, &format!("build-tree-{line}"), suites(line), &BUILD_PACKAGES)?;
+    let root = tree(lab, &format!("build-tree-{line}"), suites(line), &BUILD_PACKAGES, None)?;
     let folder = root.join("lib/modules");
     let release = std::fs::read_dir(&folder)
         .with_context(|| format!("reading {}", folder.display()))?
@@ -82,14 +135,22 @@ pub fn kernel(lab: &Lab, line: Line) -> Result<Kernel> {
     Ok(Kernel { line, root, release, image, modules, build, build_reads_proc: line == Line::V7_3 })
 }
 
-/// The tree of the AMD host with libvirt (about 80 s).
-pub fn host_tree(lab: &Lab) -> Result<PathBuf> {
-    tree(lab, "host-tree", HOST_SUITES, &HOST_PACKAGES)
+/// The tree of an AMD host with libvirt (about 80 s).
+pub fn host_tree(lab: &Lab, suite: Suite) -> Result<PathBuf> {
+    tree(lab, &suite.item("host-tree"), &[suite.name()], &HOST_PACKAGES, suite.setup())
 }
 
-/// A tree of `packages`, unpacked when it is not in the cache.
-pub fn tree(lab: &Lab, name: &str, suites: &[&str], packages: &[&str]) -> Result<PathBuf> {
+/// A tree of `packages`, unpacked when it is not in the cache; `setup` is a shell's
+/// command that is then run in it.
+pub fn tree(
+    lab: &Lab,
+    name: &str,
+    suites: &[&str],
+    packages: &[&str],
+    setup: Option<&str>,
+) -> Result<PathBuf> {
     let key = Key::new("debian tree 2").texts(suites).texts(&LEFT_OUT).texts(packages);
+    let key = setup.into_iter().fold(key, Key::text);
     lab.cache.get_or_build(name, &key, |root| {
         if !nix::unistd::geteuid().is_root() {
             bail!(
@@ -107,6 +168,9 @@ pub fn tree(lab: &Lab, name: &str, suites: &[&str], packages: &[&str]) -> Result
         command.args(["--variant=minbase", "--mode=root", "--format=directory"]);
         for pattern in LEFT_OUT {
             command.arg(format!("--dpkgopt=path-exclude={pattern}"));
+        }
+        if let Some(setup) = setup {
+            command.arg(format!("--customize-hook=chroot \"$1\" sh -c '{setup}'"));
         }
         command
             .arg("--aptopt=APT::Install-Recommends \"false\"")

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `cargo xtask test`: everything that must hold.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -16,6 +16,7 @@ use clap::builder::PossibleValuesParser;
 use crate::Lab;
 use crate::amd::{AmdHost, Wire};
 use crate::boots::{self, Boot, Host, Wishes};
+use crate::debian::Suite;
 use crate::kernel::Line;
 use crate::micro::{MicroHosts, Target};
 use crate::once::Once;
@@ -26,12 +27,20 @@ use crate::{native, proc};
 
 const CARGO_TIMEOUT: Duration = Duration::from_secs(20 * 60);
 
-/// Scenarios that share one start of the AMD host. Those that must not see each
-/// other's traces stand apart.
-const AMD_RUNS: &[(&str, &[&str])] = &[
-    ("amd-place", &["boot", "e2e-memfd", "e2e-thp"]),
+/// Scenarios that share one start of an AMD host, under a name for their logs.
+#[derive(Clone)]
+struct Run<'a> {
+    name: &'a str,
+    suite: Suite,
+    scenarios: Vec<&'a str>,
+}
+
+/// All runs. Scenarios that must not see each other's traces stand apart.
+const AMD_RUNS: &[(&str, Suite, &[&str])] = &[
+    ("amd-place", Suite::Trixie, &["boot", "e2e-memfd", "e2e-thp"]),
     (
         "amd-bad",
+        Suite::Trixie,
         &[
             "bad-no-module",
             "bad-no-daemon",
@@ -45,8 +54,9 @@ const AMD_RUNS: &[(&str, &[&str])] = &[
             "bad-guest-dies",
         ],
     ),
-    ("amd-policy", &["policy-live", "policy-required"]),
-    ("amd-libvirt-fire", &["fire-memory", "fire-life", "fire-migrate", "fire-hugetlbfs"]),
+    ("amd-policy", Suite::Trixie, &["policy-live", "policy-required"]),
+    ("amd-bookworm", Suite::Bookworm, &["boot", "policy-live", "policy-required"]),
+    ("amd-libvirt-fire", Suite::Trixie, &["fire-memory", "fire-life", "fire-migrate", "fire-hugetlbfs"]),
 ];
 const SCENARIO_TIMEOUT: Duration = Duration::from_secs(240);
 
@@ -56,9 +66,12 @@ const WORKERS: usize = 2;
 /// What to run: without any option all tests.
 #[derive(Args)]
 pub struct Options {
-    /// Only these scenarios of the AMD host with libvirt, none of the rest.
+    /// Only these scenarios of an AMD host with libvirt, none of the rest.
     #[arg(long, value_name = "SCENARIO", num_args = 1.., conflicts_with_all = ["intel", "boot"])]
     amd: Vec<String>,
+    /// Run them on a host with this Debian's libvirt.
+    #[arg(long, value_enum, default_value_t = Suite::MAIN, requires = "amd")]
+    suite: Suite,
     /// Only the boots of micro hosts whose names begin with intel.
     #[arg(long, conflicts_with = "boot")]
     intel: bool,
@@ -96,7 +109,27 @@ impl Options {
             _ if self.intel => boots::TESTS.iter().filter(|boot| boot.host != Host::Amd).collect(),
             _ => boots::named(&self.boot),
         };
-        Plan { libvirt: self.all() || !self.amd.is_empty(), boots }
+        Plan { suites: Suite::ALL.into_iter().filter(|suite| self.has(*suite)).collect(), boots }
+    }
+
+    /// Whether a run is on a host of this suite.
+    fn has(&self, suite: Suite) -> bool {
+        self.runs().iter().any(|run| run.suite == suite)
+    }
+
+    /// What runs on hosts with libvirt.
+    fn runs(&self) -> Vec<Run<'_>> {
+        let run = |(name, suite, scenarios): &(&'static str, Suite, &'static [&'static str])| Run {
+            name,
+            suite: *suite,
+            scenarios: scenarios.to_vec(),
+        };
+        let some: Vec<&str> = self.amd.iter().map(String::as_str).collect();
+        match some.is_empty() {
+            true if self.all() => AMD_RUNS.iter().map(run).collect(),
+            true => Vec::new(),
+            false => vec![Run { name: "amd-some", suite: self.suite, scenarios: some }],
+        }
     }
 }
 
@@ -148,8 +181,8 @@ fn sources(lab: &Lab, tally: &Tally) {
 enum Job<'a> {
     /// Build the module for a kernel.
     Module(Line),
-    /// Scenarios of the AMD host with libvirt, under a name for their logs.
-    Scenarios(&'a str, Vec<&'a str>),
+    /// Scenarios of an AMD host with libvirt.
+    Scenarios(Run<'a>),
     /// A boot of a micro host.
     Boot(&'a Boot),
 }
@@ -158,7 +191,7 @@ impl Job<'_> {
     fn name(&self) -> String {
         match self {
             Self::Module(line) => format!("kmod-build-{line}"),
-            Self::Scenarios(name, _) => (*name).to_owned(),
+            Self::Scenarios(run) => run.name.to_owned(),
             Self::Boot(boot) => boot.name.to_owned(),
         }
     }
@@ -168,7 +201,8 @@ impl Job<'_> {
 fn hosts(lab: &Lab, options: &Options, plan: &Plan, tally: &Tally) -> Result<()> {
     let agent = product::build_agent(lab)?;
     let hosts = MicroHosts::new(lab, &agent);
-    let libvirt = Once::new();
+    let libvirt: BTreeMap<Suite, Once<Amd>> =
+        Suite::ALL.into_iter().map(|suite| (suite, Once::new())).collect();
     let jobs = Mutex::new(jobs(options, plan));
     let work = |job: &Job| match job {
         Job::Module(line) => {
@@ -176,9 +210,11 @@ fn hosts(lab: &Lab, options: &Options, plan: &Plan, tally: &Tally) -> Result<()>
             Ok(())
         }
         Job::Boot(boot) => hosts.run(boot, &options.wishes(), tally),
-        Job::Scenarios(name, scenarios) => libvirt
-            .get(|| Amd::prepare(lab, hosts.target(Line::MAIN)?, &agent))?
-            .scenarios(name, scenarios, tally),
+        Job::Scenarios(run) => libvirt
+            .get(&run.suite)
+            .context("a suite that is not in the list of all")?
+            .get(|| Amd::prepare(lab, hosts.target(Line::MAIN)?, &agent, run.suite))?
+            .scenarios(run, tally),
     };
     thread::scope(|scope| {
         for _ in 0..WORKERS {
@@ -197,11 +233,7 @@ fn hosts(lab: &Lab, options: &Options, plan: &Plan, tally: &Tally) -> Result<()>
 /// All jobs of a plan: modules before what needs them, kernels in the order in
 /// which they are prepared, and what takes longest not last.
 fn jobs<'a>(options: &'a Options, plan: &Plan<'a>) -> VecDeque<Job<'a>> {
-    let mut scenarios: VecDeque<Job> = match options.amd.as_slice() {
-        _ if !plan.libvirt => VecDeque::new(),
-        [] => AMD_RUNS.iter().map(|(name, scenarios)| Job::Scenarios(name, scenarios.to_vec())).collect(),
-        some => [Job::Scenarios("amd-some", some.iter().map(String::as_str).collect())].into(),
-    };
+    let mut scenarios: VecDeque<Job> = options.runs().into_iter().map(Job::Scenarios).collect();
     let mut jobs = VecDeque::new();
     for line in plan.lines() {
         jobs.push_back(Job::Module(line));
@@ -213,7 +245,7 @@ fn jobs<'a>(options: &'a Options, plan: &Plan<'a>) -> VecDeque<Job<'a>> {
     jobs
 }
 
-/// The AMD host with what is tested on it.
+/// An AMD host with what is tested on it.
 struct Amd<'a> {
     lab: &'a Lab,
     host: AmdHost,
@@ -221,7 +253,7 @@ struct Amd<'a> {
 }
 
 impl<'a> Amd<'a> {
-    fn prepare(lab: &'a Lab, target: &Target, agent: &Path) -> Result<Self> {
+    fn prepare(lab: &'a Lab, target: &Target, agent: &Path, suite: Suite) -> Result<Self> {
         let files = Installation {
             product: product::build(lab)?,
             module: target.module.clone(),
@@ -229,13 +261,18 @@ impl<'a> Amd<'a> {
             kernel: target.kernel.image.clone(),
             modules: target.kernel.modules.clone(),
         };
-        Ok(Self { lab, host: AmdHost::prepare(lab, &target.kernel)?, files })
+        Ok(Self { lab, host: AmdHost::prepare(lab, &target.kernel, suite)?, files })
     }
 
-    fn scenarios(&self, name: &str, scenarios: &[&str], tally: &Tally) -> Result<()> {
-        let script = format!("exec ./lab-agent scenario {}", scenarios.join(" "));
-        let timeout = SCENARIO_TIMEOUT * u32::try_from(scenarios.len())?;
-        self.run(name, &script, timeout, tally)
+    fn scenarios(&self, run: &Run, tally: &Tally) -> Result<()> {
+        // Verdicts of the main suite's host carry the scenarios' names alone.
+        let program = match run.suite {
+            Suite::MAIN => "scenario".to_owned(),
+            other => format!("scenario-on {other}"),
+        };
+        let script = format!("exec ./lab-agent {program} {}", run.scenarios.join(" "));
+        let timeout = SCENARIO_TIMEOUT * u32::try_from(run.scenarios.len())?;
+        self.run(run.name, &script, timeout, tally)
     }
 
     fn run(&self, name: &str, script: &str, timeout: Duration, tally: &Tally) -> Result<()> {
@@ -277,6 +314,18 @@ mod tests {
     #[test]
     fn scenarios_need_no_micro_host() {
         assert_eq!(names(&["--amd", "boot"]), ["kmod-build-6.12", "amd-some"]);
+    }
+
+    #[test]
+    fn a_suite_is_chosen_for_scenarios_alone() {
+        let suites = |line: &[&str]| {
+            Line::try_parse_from([&["test"], line].concat()).map(|line| line.options.plan().suites)
+        };
+        assert_eq!(suites(&["--amd", "boot"]).unwrap(), [Suite::Trixie]);
+        assert_eq!(suites(&["--amd", "boot", "--suite", "bookworm"]).unwrap(), [Suite::Bookworm]);
+        assert_eq!(suites(&[]).unwrap(), Suite::ALL);
+        assert!(suites(&["--intel"]).unwrap().is_empty());
+        assert!(suites(&["--suite", "bookworm"]).is_err());
     }
 
     #[test]

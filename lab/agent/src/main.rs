@@ -18,7 +18,9 @@ fn main() -> Result<()> {
         [.., "guest"] => guest::run(),
         // Boot loaders add words of their own at the end, as "initrd=/initrd".
         args if args.contains(&"init-micro") => init_micro::run(),
-        ["scenario", names @ ..] => scenario::run(names),
+        ["scenario", names @ ..] => scenario::run("", names),
+        // The host is named in the verdicts.
+        ["scenario-on", host, names @ ..] => scenario::run(&format!("{host}/"), names),
         ["demo"] => scenario::demo(),
         ["bench"] => scenario::bench(),
         ["example"] => scenario::example(),

@@ -21,6 +21,8 @@ mod policies;
 mod qemu;
 mod truth;
 
+use std::process::Command;
+
 use anyhow::{Context, Result};
 
 use crate::kernel_log::KernelLog;
@@ -55,14 +57,19 @@ const SCENARIOS: &[(&str, Test)] = &[
     ("fire-migrate", fire_migrate::run),
 ];
 
-/// Runs the scenarios named and prints a verdict for each, then `EPT-DONE`.
-/// Whatever else a scenario tests, it must leave nothing that holds the module,
+/// Runs the scenarios named and prints a verdict for each, then `EPT-DONE`. Their
+/// names begin with `prefix` there. Whatever else a scenario tests, it must leave nothing that holds the module,
 /// and nothing in the kernel's log.
-pub fn run(names: &[&str]) -> Result<()> {
+pub fn run(prefix: &str, names: &[&str]) -> Result<()> {
     let mut log = KernelLog::whole()?;
+    let foreign = too_new()?;
     for name in names {
         let test = find(name)?;
-        let verdict = report::judge(name, || {
+        let shown = format!("{prefix}{name}");
+        let verdict = report::judge(&shown, || {
+            if let Some(why) = &foreign {
+                return Ok(Outcome::Skip(why.clone()));
+            }
             let outcome = host::reset().and_then(|()| test()).and_then(|outcome| {
                 host::release_module()?;
                 Ok(outcome)
@@ -78,6 +85,15 @@ pub fn run(names: &[&str]) -> Result<()> {
     // Left-over guests end with the host.
     println!("EPT-DONE");
     Ok(())
+}
+
+/// Why the command line can not run here, if the machine that built it has a newer
+/// C library than this host.
+fn too_new() -> Result<Option<String>> {
+    let out = host::run(Command::new(format!("{}/ept-virt", host::PAYLOAD)).arg("--version"))?;
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    let newer = !out.status.success() && said.contains("version `GLIBC_");
+    Ok(newer.then(|| format!("ept-virt was built for a newer C library than this host's: {}", said.trim())))
 }
 
 fn find(name: &str) -> Result<Test> {

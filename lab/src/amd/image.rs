@@ -11,8 +11,9 @@ use anyhow::{Context, Result};
 use crate::Lab;
 use crate::cache::Key;
 use crate::cpio::Cpio;
+use crate::debian::{self, Suite};
 use crate::kernel::Kernel;
-use crate::{debian, modules, proc};
+use crate::{modules, proc};
 
 const INITRAMFS_INIT: &str = include_str!("../../amd/initramfs-init");
 const HOST_INIT: &str = include_str!("../../amd/host-init");
@@ -24,14 +25,14 @@ const MODULES: [&str; 6] = ["virtio_blk", "crc32c_generic", "erofs", "overlay", 
 const TOOL_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// The root image: the host's Debian tree as erofs.
-pub fn root(lab: &Lab) -> Result<PathBuf> {
-    let tree = debian::host_tree(lab)?;
+pub fn root(lab: &Lab, suite: Suite) -> Result<PathBuf> {
+    let tree = debian::host_tree(lab, suite)?;
     let key = Key::new("erofs 1").item(&tree);
-    lab.cache.get_or_build("amd-root", &key, |image| {
-        let step = lab.progress.step("making the AMD host's root image");
+    lab.cache.get_or_build(&suite.item("amd-root"), &key, |image| {
+        let step = lab.progress.step(format!("making the AMD host's root image ({suite})"));
         proc::run(
             Command::new("mkfs.erofs").arg("-zlz4").arg(image).arg(&tree),
-            &lab.log("mkfs-erofs"),
+            &lab.log(&suite.item("mkfs-erofs")),
             TOOL_TIMEOUT,
         )?;
         step.done("");
@@ -40,15 +41,15 @@ pub fn root(lab: &Lab) -> Result<PathBuf> {
 }
 
 /// The initramfs: busybox, both init scripts and kernel modules.
-pub fn initramfs(lab: &Lab, kernel: &Kernel) -> Result<PathBuf> {
-    let host = debian::host_tree(lab)?;
+pub fn initramfs(lab: &Lab, kernel: &Kernel, suite: Suite) -> Result<PathBuf> {
+    let host = debian::host_tree(lab, suite)?;
     let key = Key::new("initramfs 1")
         .item(&kernel.root)
         .item(&host)
         .text(INITRAMFS_INIT)
         .text(HOST_INIT)
         .texts(&MODULES);
-    lab.cache.get_or_build("amd-initramfs", &key, |out| {
+    lab.cache.get_or_build(&suite.item("amd-initramfs"), &key, |out| {
         let mut archive = Cpio::default();
         archive.content("init", INITRAMFS_INIT.as_bytes())?;
         archive.content("host-init", HOST_INIT.as_bytes())?;
