@@ -13,12 +13,15 @@ mod fire_huge;
 mod fire_life;
 mod fire_memory;
 mod fire_migrate;
+mod footprint;
 mod hammer;
 mod host;
 mod kill;
+mod many_domains;
 mod placement;
 mod policies;
 mod qemu;
+mod tiny;
 mod truth;
 
 use std::process::Command;
@@ -51,6 +54,7 @@ const SCENARIOS: &[(&str, Test)] = &[
     ("bad-guest-dies", bad_paths::guest_dies),
     ("policy-live", policies::live),
     ("policy-required", policies::required),
+    ("many-domains", many_domains::run),
     ("fire-life", fire_life::run),
     ("fire-hugetlbfs", fire_huge::run),
     ("fire-memory", fire_memory::run),

@@ -25,7 +25,7 @@ const PASS_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// The console of a guest: QEMU's socket, and the log that QEMU keeps of it.
 pub struct Console {
-    name: &'static str,
+    name: String,
     log: PathBuf,
     stream: UnixStream,
     /// Bytes of the log that were consumed.
@@ -34,14 +34,19 @@ pub struct Console {
 
 impl Console {
     /// Connects to a guest's console: /run/NAME.sock, with the log /run/NAME.log.
-    pub fn connect(name: &'static str) -> Result<Self> {
-        let stream = UnixStream::connect(socket_path(name))
-            .with_context(|| format!("connecting to the console of {name}"))?;
+    pub fn connect(name: &str) -> Result<Self> {
+        Self::connect_to(name, &socket_path(name), log_path(name))
+    }
+
+    /// Connects to a console whose files lie elsewhere.
+    pub fn connect_to(name: &str, socket: &Path, log: PathBuf) -> Result<Self> {
+        let stream = UnixStream::connect(socket)
+            .with_context(|| format!("connecting to the console of {name} at {}", socket.display()))?;
         // What the guest says is read from the log, which has it from the start.
         // But a connection that nobody reads fills up, and then the guest waits.
         let mut unread = stream.try_clone().context("duplicating the connection")?;
         thread::spawn(move || io::copy(&mut unread, &mut io::sink()));
-        Ok(Self { name, log: log_path(name), stream, seen: 0 })
+        Ok(Self { name: name.to_owned(), log, stream, seen: 0 })
     }
 
     /// Removes an old log, before QEMU starts.

@@ -2,11 +2,17 @@
 //! The product under test: the daemon, and the CLI that asks it.
 
 use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use ept_virt_core::wire::{DomainStatus, MemoryMap, Status};
+use ept_virt_core::wire::{
+    Command as Ask, DEFAULT_SOCKET, DomainStatus, MemoryMap, PROTOCOL_VERSION, Reply, Request, Response,
+    Status,
+};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::de::DeserializeOwned;
@@ -17,6 +23,7 @@ const LOG: &str = "/run/ept-virt-daemon.log";
 
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 const STOP_TIMEOUT: Duration = Duration::from_secs(25);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A running daemon; killed when dropped.
 pub struct Daemon {
@@ -31,20 +38,26 @@ impl Daemon {
 
     /// As [`Daemon::start`]; it looks at libvirt by itself every so many seconds.
     pub fn start_looking_every(seconds: &str) -> Result<Self> {
-        let log = File::create(LOG).context("creating the daemon's log")?;
-        let child = Command::new(format!("{PAYLOAD}/ept-virt"))
-            .args(["daemon", "--reconcile-interval", seconds])
+        let mut command = Command::new(format!("{PAYLOAD}/ept-virt"));
+        command.args(["daemon", "--reconcile-interval", seconds]);
+        Self::launch(command, LOG, Path::new("/"))
+    }
+
+    /// Runs the command of a daemon, on the host with this root folder.
+    pub fn launch(mut command: Command, log: &str, root: &Path) -> Result<Self> {
+        let file = File::create(log).with_context(|| format!("creating {log}"))?;
+        let child = command
             .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
+            .stdout(file.try_clone()?)
+            .stderr(file)
             .spawn()
             .context("starting the daemon")?;
         let mut daemon = Self { child };
         host::wait_until("the daemon answers", START_TIMEOUT, || {
             if let Some(status) = daemon.child.try_wait()? {
-                bail!("the daemon ended: {status}: {}", log_tail());
+                bail!("the daemon ended: {status}: {}", fs::read_to_string(log).unwrap_or_default());
             }
-            Ok(status().is_ok())
+            Ok(status_on(root).is_ok())
         })?;
         Ok(daemon)
     }
@@ -81,6 +94,26 @@ impl Drop for Daemon {
 /// `ept-virt status --json`.
 pub fn status() -> Result<Status> {
     cli(&["status", "--json"])
+}
+
+/// What [`status`] says, straight from the socket of the daemon on the host with
+/// this root folder: without a program that takes half a second to start.
+pub fn status_on(root: &Path) -> Result<Status> {
+    let socket = root.join(DEFAULT_SOCKET.trim_start_matches('/'));
+    let mut stream =
+        UnixStream::connect(&socket).with_context(|| format!("connecting to {}", socket.display()))?;
+    stream.set_read_timeout(Some(ANSWER_TIMEOUT)).context("bounding the wait for the daemon")?;
+    let request = Request { v: PROTOCOL_VERSION, command: Ask::Status { domain: None } };
+    let line = serde_json::to_string(&request).context("writing a request")?;
+    writeln!(stream, "{line}").context("asking the daemon")?;
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer).context("reading the daemon's answer")?;
+    let response: Response =
+        serde_json::from_str(&answer).with_context(|| format!("the daemon answers {answer:?}"))?;
+    match response.reply {
+        Reply::Status(status) => Ok(*status),
+        other => bail!("the daemon answers {other:?}"),
+    }
 }
 
 /// One domain of [`status`], if the daemon knows it.

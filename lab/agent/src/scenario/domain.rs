@@ -2,14 +2,18 @@
 //! A guest under libvirt.
 
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Context, Result};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use super::console::Console;
-use super::host::{PAYLOAD, virsh};
+use super::host::{self, PAYLOAD, virsh};
 use super::truth::Truth;
 
-const POLICY_NAMESPACE: &str = "https://ept-virt.org/xmlns/placement/1.0";
+/// The namespace of policies.
+pub const POLICY_NAMESPACE: &str = "https://ept-virt.org/xmlns/placement/1.0";
 
 /// What backs the guest's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +67,27 @@ impl Default for DomainSpec {
             balloon: false,
         }
     }
+}
+
+/// The serial port that [`Console`] connects to.
+pub fn serial_xml(name: &str) -> String {
+    format!(
+        "<serial type='unix'>
+      <source mode='bind' path='/run/{name}.sock'/>
+      <log file='/run/{name}.log' append='off'/>
+      <target port='0'/>
+    </serial>"
+    )
+}
+
+/// The process id of a running domain's QEMU.
+pub fn pid(name: &str) -> Result<i32> {
+    host::read_pid(Path::new(&format!("/run/libvirt/qemu/{name}.pid"))).map(Pid::as_raw)
+}
+
+/// Sends a signal to a running domain's QEMU.
+pub fn signal_qemu(name: &str, signal: Signal) -> Result<()> {
+    kill(Pid::from_raw(pid(name)?), signal).with_context(|| format!("sending {signal} to the QEMU of {name}"))
 }
 
 /// A policy element with this mode and these children, whose prefix is `ev`.
@@ -144,14 +169,11 @@ impl DomainSpec {
     <emulator>/usr/bin/qemu-system-x86_64</emulator>
     <controller type='usb' model='none'/>
     <memballoon model='{balloon}'/>
-    <serial type='unix'>
-      <source mode='bind' path='/run/{name}.sock'/>
-      <log file='/run/{name}.log' append='off'/>
-      <target port='0'/>
-    </serial>
+    {serial}
   </devices>
 </domain>
-"
+",
+            serial = serial_xml(name)
         )
     }
 }
@@ -174,9 +196,7 @@ impl Domain {
 
     /// The process id of its QEMU.
     pub fn pid(&self) -> Result<i32> {
-        let path = format!("/run/libvirt/qemu/{}.pid", self.name);
-        let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
-        text.trim().parse().with_context(|| format!("{path}: {text}"))
+        pid(self.name)
     }
 
     /// What libvirt says of it: "running", "shut off"...

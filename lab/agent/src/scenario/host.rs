@@ -7,7 +7,7 @@ use std::process::{Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -30,8 +30,14 @@ pub fn reset() -> Result<()> {
     for domain in virsh(&["list", "--name"])?.split_whitespace() {
         virsh(&["destroy", domain])?;
     }
-    for domain in virsh(&["list", "--all", "--name"])?.split_whitespace() {
-        virsh(&["undefine", domain])?;
+    let defined = virsh(&["list", "--all", "--name"])?;
+    if !defined.trim().is_empty() {
+        // One virsh for all: each takes half a second to begin with.
+        let undefine = |domain| format!("undefine --managed-save {domain}");
+        let commands: Vec<String> = defined.split_whitespace().map(undefine).collect();
+        virsh(&[&commands.join("; ")])?;
+        let left = virsh(&["list", "--all", "--name"])?;
+        ensure!(left.trim().is_empty(), "domains that can not be undefined: {left}");
     }
     insert_module()
 }
@@ -150,9 +156,14 @@ fn install_hook() -> Result<()> {
     kill(libvirtd()?, Signal::SIGHUP).context("reloading libvirtd")
 }
 
+/// The number in a daemon's pid file.
+pub fn read_pid(file: &Path) -> Result<Pid> {
+    let text = fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?;
+    Ok(Pid::from_raw(text.trim().parse().with_context(|| format!("{}: {text:?}", file.display()))?))
+}
+
 fn libvirtd() -> Result<Pid> {
-    let pid = fs::read_to_string("/run/libvirtd.pid").context("reading libvirtd's pid")?;
-    Ok(Pid::from_raw(pid.trim().parse().context("libvirtd's pid")?))
+    read_pid(Path::new("/run/libvirtd.pid"))
 }
 
 fn name(command: &Command) -> String {
