@@ -54,9 +54,9 @@ const AMD_RUNS: &[(&str, Suite, &[&str])] = &[
             "bad-guest-dies",
         ],
     ),
-    ("amd-hook", Suite::Trixie, &["many-domains"]),
+    ("amd-hook", Suite::Trixie, &["hook-table", "many-domains"]),
     ("amd-policy", Suite::Trixie, &["policy-live", "policy-required"]),
-    ("amd-bookworm", Suite::Bookworm, &["boot", "policy-live", "policy-required"]),
+    ("amd-bookworm", Suite::Bookworm, &["boot", "hook-table", "policy-live", "policy-required"]),
     ("amd-libvirt-fire", Suite::Trixie, &["fire-memory", "fire-life", "fire-migrate", "fire-hugetlbfs"]),
 ];
 const SCENARIO_TIMEOUT: Duration = Duration::from_secs(240);

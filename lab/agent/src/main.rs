@@ -8,11 +8,18 @@ mod microvm;
 mod report;
 mod scenario;
 
+use std::path::Path;
+
 use anyhow::{Result, bail};
 
 fn main() -> Result<()> {
-    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<String> = std::env::args().collect();
+    let (program, args) = args.split_first().map_or(("", [].as_slice()), |(program, rest)| (program, rest));
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    // As a hook of libvirt this program has another name.
+    if Path::new(program).file_name().is_some_and(|name| name == scenario::RECORDER) {
+        return scenario::record(&args);
+    }
     match args.as_slice() {
         // The kernel also hands on what it does not know itself, as "nokaslr".
         [.., "guest"] => guest::run(),

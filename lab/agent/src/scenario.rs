@@ -15,6 +15,8 @@ mod fire_memory;
 mod fire_migrate;
 mod footprint;
 mod hammer;
+mod hook_calls;
+mod hook_table;
 mod host;
 mod kill;
 mod many_domains;
@@ -33,6 +35,7 @@ use crate::report::{self, Outcome};
 
 pub use bench::run as bench;
 pub use demo::{example, run as demo};
+pub use hook_calls::{NAME as RECORDER, record};
 
 /// A scenario's code.
 type Test = fn() -> Result<Outcome>;
@@ -54,6 +57,7 @@ const SCENARIOS: &[(&str, Test)] = &[
     ("bad-guest-dies", bad_paths::guest_dies),
     ("policy-live", policies::live),
     ("policy-required", policies::required),
+    ("hook-table", hook_table::run),
     ("many-domains", many_domains::run),
     ("fire-life", fire_life::run),
     ("fire-hugetlbfs", fire_huge::run),

@@ -162,6 +162,13 @@ pub fn read_pid(file: &Path) -> Result<Pid> {
     Ok(Pid::from_raw(text.trim().parse().with_context(|| format!("{}: {text:?}", file.display()))?))
 }
 
+/// The line of libvirt: 9, 11...
+pub fn libvirt_major() -> Result<u32> {
+    let version = succeed(Command::new("libvirtd").arg("--version"))?;
+    let number = version.split_whitespace().last().and_then(|number| number.split('.').next());
+    number.and_then(|major| major.parse().ok()).with_context(|| format!("libvirt's version in {version:?}"))
+}
+
 fn libvirtd() -> Result<Pid> {
     read_pid(Path::new("/run/libvirtd.pid"))
 }
