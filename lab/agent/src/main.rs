@@ -31,6 +31,7 @@ fn main() -> Result<()> {
         ["demo"] => scenario::demo(),
         ["bench"] => scenario::bench(),
         ["example"] => scenario::example(),
+        ["second-host"] => scenario::become_second(),
         ["microvm", host, names @ ..] => microvm_tests(host, names),
         ["microvm-victim"] => microvm::victim(),
         ["microvm-owner", words @ ..] => microvm::owner(words),

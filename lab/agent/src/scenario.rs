@@ -23,8 +23,10 @@ mod many_domains;
 mod placement;
 mod policies;
 mod qemu;
+mod second_host;
 mod tiny;
 mod truth;
+mod two_libvirtd;
 
 use std::process::Command;
 
@@ -36,6 +38,7 @@ use crate::report::{self, Outcome};
 pub use bench::run as bench;
 pub use demo::{example, run as demo};
 pub use hook_calls::{NAME as RECORDER, record};
+pub use second_host::become_second;
 
 /// A scenario's code.
 type Test = fn() -> Result<Outcome>;
@@ -58,6 +61,7 @@ const SCENARIOS: &[(&str, Test)] = &[
     ("policy-live", policies::live),
     ("policy-required", policies::required),
     ("hook-table", hook_table::run),
+    ("two-libvirtd", two_libvirtd::run),
     ("many-domains", many_domains::run),
     ("fire-life", fire_life::run),
     ("fire-hugetlbfs", fire_huge::run),

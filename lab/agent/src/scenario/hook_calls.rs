@@ -71,6 +71,11 @@ impl Drop for Recorder {
     }
 }
 
+/// All calls that a recorder on the host with this root folder was given.
+pub fn calls_on(root: &Path) -> Result<Vec<Call>> {
+    calls(&root.join(CALLS.trim_start_matches('/')))
+}
+
 fn calls(path: &Path) -> Result<Vec<Call>> {
     // Without a call there is no file.
     let text = fs::read_to_string(path).unwrap_or_default();
