@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `cargo xtask bench`: each way of doing a thing beside its alternatives, in
 //! the same run. What emulated hosts show are ratios, and counts of
-//! instructions; only the first table is in nanoseconds of a real machine.
+//! instructions; only the first two tables are in time of a real machine.
 
 use std::process::Command;
 use std::time::Duration;
@@ -16,11 +16,17 @@ use crate::boots::{self, Boot, Wishes};
 use crate::micro::MicroHosts;
 use crate::prepare::{self, Plan};
 use crate::verdict::{Tally, Verdict};
-use crate::{demo, native, proc, product};
+use crate::{bench_hook, demo, native, proc, product};
 
 /// 512 MiB of entries: the tables of 256 GiB of guest memory.
 const ENTRIES_MIB: &str = "512";
 const GATHER_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Programs of the AMD host: what they show, and how long they may take.
+const AMD_BENCHES: [(&str, &str, Duration); 2] = [
+    ("bench", "Ways to learn about a QEMU guest", Duration::from_secs(300)),
+    ("bench-libvirt", "Hook and daemon beside libvirt", Duration::from_secs(900)),
+];
 
 /// What to run: without any option all benches.
 #[derive(Args)]
@@ -28,6 +34,12 @@ pub struct Options {
     /// Only these boots of the Intel host.
     #[arg(long, value_name = "NAME", num_args = 1.., value_parser = PossibleValuesParser::new(boots::BENCHES.iter().map(|boot| boot.name)))]
     boot: Vec<String>,
+    /// Only what is measured on this machine.
+    #[arg(long, conflicts_with_all = ["boot", "amd"])]
+    here: bool,
+    /// Only these benches of the AMD host with libvirt.
+    #[arg(long, value_name = "NAME", num_args = 1.., conflicts_with = "boot", value_parser = PossibleValuesParser::new(AMD_BENCHES.map(|bench| bench.0)))]
+    amd: Vec<String>,
 }
 
 /// Runs all benches; whether they came to their ends.
@@ -35,11 +47,27 @@ pub fn run(lab: &Lab, options: &Options) -> Result<bool> {
     if !options.boot.is_empty() {
         return intel(lab, |boot| options.boot.iter().any(|name| name == boot.name));
     }
+    if !options.amd.is_empty() {
+        return amd(lab, |name| options.amd.iter().any(|chosen| chosen == name));
+    }
     gather(lab)?;
-    println!("\nWays to learn about a QEMU guest, on the emulated AMD host:\n");
-    let amd = demo::run(lab, "bench")?;
+    bench_hook::run(lab)?;
+    if options.here {
+        return Ok(true);
+    }
+    let well = amd(lab, |_| true)?;
     println!("\nInstructions of the module, on the emulated Intel host:\n");
-    Ok(intel(lab, |_| true)? && amd)
+    Ok(intel(lab, |_| true)? && well)
+}
+
+/// Programs of the AMD host; whether all came to their ends.
+fn amd(lab: &Lab, chosen: impl Fn(&str) -> bool) -> Result<bool> {
+    let mut well = true;
+    for (name, title, timeout) in AMD_BENCHES.into_iter().filter(|bench| chosen(bench.0)) {
+        println!("\n{title}, on the emulated AMD host:\n");
+        well &= demo::run(lab, name, timeout)?;
+    }
+    Ok(well)
 }
 
 /// Measurements that count instructions.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! `cargo xtask demo`, and the AMD host's part of `cargo xtask bench`: programs
+//! `cargo xtask demo`, and the AMD host's parts of `cargo xtask bench`: programs
 //! on that host whose output is for people.
 
 use std::io::{self, IsTerminal};
@@ -13,11 +13,9 @@ use crate::amd::Wire;
 use crate::verdict::Follower;
 use crate::{prepare, proc};
 
-const TIMEOUT: Duration = Duration::from_secs(300);
-
-/// Runs the agent's program `name` ("demo" or "bench") on the host and shows
-/// what it prints; whether it came to its end.
-pub fn run(lab: &Lab, name: &str) -> Result<bool> {
+/// Runs the agent's program `name` ("demo", "bench"...) on the host and shows
+/// what it prints; whether it came to its end in time.
+pub fn run(lab: &Lab, name: &str, timeout: Duration) -> Result<bool> {
     let (host, files) = prepare::amd(lab)?;
     let wire = lab.log(&format!("{name}-wire"));
     let colour = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
@@ -25,7 +23,7 @@ pub fn run(lab: &Lab, name: &str) -> Result<bool> {
     let payload = files.payload(&format!("{environment}exec ./lab-agent {name}"))?;
     let mut machine = host.start(lab, name, payload, &Wire::File(wire.clone()))?;
     lab.progress.line("an emulated AMD host with 2 GiB of DRAM and 1 GiB of slower memory");
-    let deadline = Instant::now() + TIMEOUT;
+    let deadline = Instant::now() + timeout;
     let mut follower = Follower::new(&wire);
     let mut failed = false;
     loop {
@@ -41,7 +39,7 @@ pub fn run(lab: &Lab, name: &str) -> Result<bool> {
             bail!("the emulator {}\n{}", proc::describe(status), proc::log_tail(&machine.console));
         }
         if Instant::now() > deadline {
-            bail!("the {name} took more than {} s\n{}", TIMEOUT.as_secs(), proc::log_tail(&machine.console));
+            bail!("the {name} took more than {} s\n{}", timeout.as_secs(), proc::log_tail(&machine.console));
         }
         thread::sleep(Duration::from_millis(50));
     }

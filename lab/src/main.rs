@@ -4,6 +4,7 @@
 mod amd;
 mod apt;
 mod bench;
+mod bench_hook;
 mod boots;
 mod cache;
 mod cpio;
@@ -34,12 +35,15 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 
 use cache::Cache;
 use progress::Progress;
+
+const DEMO_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Emulated hosts with the product on them. Everything needed is installed or
 /// built at the first use and kept in .lab-cache; logs are in .lab-cache/logs.
@@ -143,7 +147,7 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<bool> {
     let lab = Lab::new()?;
     match cli.command {
-        Command::Demo => demo::run(&lab, "demo"),
+        Command::Demo => demo::run(&lab, "demo", DEMO_TIMEOUT),
         Command::Bench(options) => bench::run(&lab, &options),
         Command::Test(options) => test::run(&lab, &options),
         Command::Lab { what: None } => shell::run(&lab).map(|()| true),

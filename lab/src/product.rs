@@ -82,7 +82,12 @@ pub fn build(lab: &Lab) -> Result<Product> {
     step.done("");
     let cli = target_dir(lab).join("lab/ept-virt");
     // libvirt waits for its hooks: this one loads no libraries.
-    Ok(Product { cli, hook: build_static(lab, "ept-virt-hook")? })
+    Ok(Product { cli, hook: build_hook(lab)? })
+}
+
+/// Builds the hook.
+pub fn build_hook(lab: &Lab) -> Result<PathBuf> {
+    build_static(lab, "ept-virt-hook")
 }
 
 /// Builds the static program that runs inside hosts and guests.

@@ -30,6 +30,7 @@ fn main() -> Result<()> {
         ["scenario-on", host, names @ ..] => scenario::run(&format!("{host}/"), names),
         ["demo"] => scenario::demo(),
         ["bench"] => scenario::bench(),
+        ["bench-libvirt"] => scenario::bench_libvirt(),
         ["example"] => scenario::example(),
         ["second-host"] => scenario::become_second(),
         ["microvm", host, names @ ..] => microvm_tests(host, names),
@@ -37,7 +38,7 @@ fn main() -> Result<()> {
         ["microvm-owner", words @ ..] => microvm::owner(words),
         ["microvm-child"] => microvm::child(),
         other => bail!(
-            "usage: lab-agent guest|init-micro|scenario NAME...|demo|bench|example|microvm HOST [TEST...] (got {other:?})"
+            "usage: lab-agent guest|init-micro|scenario NAME...|demo|bench|bench-libvirt|example|microvm HOST [TEST...] (got {other:?})"
         ),
     }
 }

@@ -4,6 +4,7 @@
 
 mod bad_paths;
 mod bench;
+mod bench_libvirt;
 mod boot;
 mod console;
 mod daemon;
@@ -36,6 +37,7 @@ use crate::kernel_log::KernelLog;
 use crate::report::{self, Outcome};
 
 pub use bench::run as bench;
+pub use bench_libvirt::run as bench_libvirt;
 pub use demo::{example, run as demo};
 pub use hook_calls::{NAME as RECORDER, record};
 pub use second_host::become_second;
