@@ -218,10 +218,10 @@ fn check_list(name: &str, state: DomainState, pid: i32) -> Result<()> {
         DomainState::Observing => "observing",
         other => bail!("the table has no word for {other:?}"),
     };
-    let pid = pid.to_string();
-    let wanted = [name, word, &pid];
+    let (id, pid) = (virsh(&["domid", name])?, pid.to_string());
+    let wanted = [name, word, id.trim(), &pid];
     ensure!(row.starts_with(&wanted), "`ept-virt list` says {row:?}, not {wanted:?}");
-    ensure!(row.len() == 9 && !row.contains(&"-"), "`ept-virt list` lacks figures: {row:?}");
+    ensure!(row.len() == 10 && !row.contains(&"-"), "`ept-virt list` lacks figures: {row:?}");
     Ok(())
 }
 

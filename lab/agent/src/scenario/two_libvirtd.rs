@@ -24,7 +24,7 @@ const SQUEEZE: &str = "<ev:sampling><ev:interval unit='ms'>500</ev:interval></ev
     <ev:migration><ev:delay unit='s'>2</ev:delay>\
     <ev:bandwidth unit='MiB/s'>8</ev:bandwidth></ev:migration>";
 
-/// Slow enough that rounds meet dirty logging.
+/// Slow enough that the source holds rounds meanwhile.
 const BANDWIDTH_MIB: &str = "12";
 
 /// The workload writes faster than that: libvirt suspends the guest when it has
@@ -83,13 +83,13 @@ pub fn run() -> Result<Outcome> {
     target.stop()?;
     source.stop()?;
     Ok(Outcome::Pass(format!(
-        "{rounds} rounds under dirty logging, {} MiB demoted at the source, {} MiB at the target",
+        "{rounds} rounds with placement paused, {} MiB demoted at the source, {} MiB at the target",
         placed.moves.demoted_bytes >> 20,
         arrived.moves.demoted_bytes >> 20
     )))
 }
 
-/// Migrates the guest; how many rounds of the source met its dirty logging.
+/// Migrates the guest; how many rounds the source held with placement paused.
 fn migrate(guest: &Domain) -> Result<u64> {
     let uri = SecondHost::uri();
     let mut command = Command::new("virsh");
@@ -111,15 +111,16 @@ fn migrate(guest: &Domain) -> Result<u64> {
 }
 
 fn watch_migration(guest: &Domain, child: &mut Child) -> Result<u64> {
-    let (mut logged, mut last) = (0, 0);
+    let (mut paused, mut last) = (0, 0);
     let mut ended = None;
     host::wait_until("the migration is done", MIGRATION_TIMEOUT, || {
         ended = child.try_wait().context("waiting for virsh migrate")?;
         let domains = daemon::status_on(Path::new("/"))?.domains;
         let Some(domain) = domains.iter().find(|d| d.name == guest.name) else { return Ok(ended.is_some()) };
         let number = domain.round.as_ref().map_or(0, |round| round.number);
-        if number != last && domain.reason.as_ref().is_some_and(|reason| reason.contains("logged")) {
-            logged += 1;
+        // For libvirt's job, which begins first, or for the logging of writes.
+        if number != last && domain.reason.as_ref().is_some_and(|reason| reason.contains("pauses")) {
+            paused += 1;
         }
         last = number;
         Ok(ended.is_some())
@@ -128,8 +129,8 @@ fn watch_migration(guest: &Domain, child: &mut Child) -> Result<u64> {
         let said = child.stderr.take().map(std::io::read_to_string);
         bail!("virsh migrate: {ended:?}: {said:?}; the daemon: {}", daemon::log_tail());
     }
-    ensure!(logged > 0, "no round of the source met dirty logging");
-    Ok(logged)
+    ensure!(paused > 0, "the source held no round with placement paused");
+    Ok(paused)
 }
 
 /// What the guest holds at the target.
