@@ -38,6 +38,8 @@ enum After {
     Absent,
     /// It goes on with rounds of the domain's process, in this state.
     Rounds(DomainState),
+    /// It observes the domain's process, and waits for its CPUs to go on.
+    Suspended,
 }
 
 /// One line of the table.
@@ -80,7 +82,7 @@ const TABLE: &[Step] = &[
     step("restore without a daemon", restore, RESTORE, NO_DAEMON),
     step("libvirtd restarts without a daemon", restart_libvirtd, RECONNECT, NO_DAEMON),
     step("the daemon comes", start_daemon, NOTHING, OBSERVING),
-    step("suspend", suspend, NOTHING, OBSERVING),
+    step("suspend", suspend, NOTHING, After::Suspended),
     step("resume", resume, NOTHING, OBSERVING),
     step("reset", reset, NOTHING, OBSERVING),
     step("metadata", set_policy, NOTHING, PLACING),
@@ -177,6 +179,14 @@ fn check_daemon(after: After, name: &str, nudges: u64) -> Result<()> {
             host::wait_until("the domain is forgotten", TIMEOUT, || Ok(daemon::domain(name)?.is_none()))?;
             let list = daemon::cli_text(&["list"])?;
             ensure!(list == "no domain is running\n", "`ept-virt list` says {list:?}");
+        }
+        After::Suspended => {
+            let pid = domain::pid(name)?;
+            daemon::wait_for(name, "the daemon knows that the guest rests", TIMEOUT, |d| {
+                let says_so = d.reason.as_ref().is_some_and(|reason| reason.contains("suspended"));
+                d.state == DomainState::Observing && d.pid == Some(pid) && says_so
+            })?;
+            check_list(name, DomainState::Observing, pid)?;
         }
         After::Rounds(state) => {
             let pid = domain::pid(name)?;
