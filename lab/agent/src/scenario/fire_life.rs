@@ -211,7 +211,8 @@ fn kill_and_replace(guest: Domain) -> Result<String> {
         Err(SamplerError::VmGone) => {}
         other => bail!("a session goes on without its VM: {other:?}"),
     }
-    host::wait_until("the domain is forgotten", TIMEOUT, || Ok(daemon::domain(guest.name)?.is_none()))?;
+    host::wait_until("the domain is forgotten", TIMEOUT, || Ok(daemon::domain(guest.name)?.is_none()))
+        .with_context(|| format!("libvirt: {:?}; the daemon: {}", virsh(&["list"]), daemon::log_tail()))?;
     drop(impostor);
     Ok(format!("process number {pid} was used again"))
 }
