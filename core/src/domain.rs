@@ -22,6 +22,8 @@ use virt::enumutil::Enum;
 use virt::error::ErrorNumber;
 use virt::sys;
 
+use crate::xml;
+
 pub use events::watch;
 pub use jobs::Jobs;
 pub use metadata::{DefinedDomain, Description};
@@ -95,7 +97,7 @@ pub enum Activity {
 impl RunningDomain {
     /// The `type` of the `<domain>` element: "kvm", "qemu"...
     pub fn kind(&self) -> Option<String> {
-        let document = roxmltree::Document::parse(self.xml.as_deref().ok()?).ok()?;
+        let document = xml::read(self.xml.as_deref().ok()?).ok()?;
         document.root_element().attribute("type").map(str::to_owned)
     }
 
@@ -295,5 +297,10 @@ mod tests {
         assert_eq!(domain("<domain type='qemu'><name>a</name></domain>").kind().as_deref(), Some("qemu"));
         assert_eq!(domain("<domain").kind(), None);
         assert_eq!(domain("<domain/>").kind(), None);
+        // What would take the reader minutes is not begun.
+        let crowd: String = (0..2000).map(|n| format!(" a{n}=''")).collect();
+        assert_eq!(domain(&format!("<domain type='kvm'><metadata{crowd}/></domain>")).kind(), None);
+        let crowd: String = (0..2000).map(|n| format!(" xmlns:a{n}='b{n}'")).collect();
+        assert_eq!(domain(&format!("<domain type='kvm'><metadata{crowd}/></domain>")).kind(), None);
     }
 }

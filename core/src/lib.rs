@@ -19,3 +19,4 @@ pub mod topology;
 pub mod uapi;
 pub mod units;
 pub mod wire;
+mod xml;

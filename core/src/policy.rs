@@ -4,7 +4,6 @@
 //! and says more when something is wrong.
 
 mod config;
-mod document;
 mod layer;
 mod parse;
 mod serve;
@@ -20,8 +19,8 @@ use crate::text::word;
 use crate::topology::NodeSet;
 use crate::units::{Bytes, BytesPerSecond, Share, format_duration};
 
+pub use crate::xml::LONGEST_XML;
 pub use config::{Config, ConfigError, DEFAULT_CONFIG};
-pub use document::LONGEST_XML;
 pub use layer::{Exclusion, Layer};
 pub use parse::{NAMESPACE, PolicyError};
 pub use serve::{Host, refusal};

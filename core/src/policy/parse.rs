@@ -6,9 +6,9 @@ use std::fmt;
 
 use roxmltree::Node;
 
+use crate::xml::{XmlError, read};
 use crate::{text, units};
 
-use super::document::read;
 use super::layer::{Exclusion, Layer};
 use super::settings::{Kind, SETTINGS, Setting, Value};
 use super::words::{nearest, suggestion};
@@ -47,6 +47,12 @@ impl fmt::Display for PolicyError {
             Some(element) => write!(f, "line {}, <{element}>: {}", self.line, self.problem),
             None => write!(f, "line {}: {}", self.line, self.problem),
         }
+    }
+}
+
+impl From<XmlError> for PolicyError {
+    fn from(error: XmlError) -> Self {
+        Self { line: error.line, element: None, problem: error.problem }
     }
 }
 

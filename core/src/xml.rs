@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Reads XML that anybody may have written, without taking time out of
-//! proportion to its length.
+//! proportion to its length. Nothing else in this crate parses XML.
 
 use roxmltree::{Document, ParsingOptions};
 
 use crate::text;
-
-use super::PolicyError;
 
 /// Bounds on what takes the reader time by the square. Domains stay far below.
 ///
@@ -21,15 +19,23 @@ const MOST_NODES: u32 = 1 << 20;
 /// More bytes than this are not a domain's XML.
 pub const LONGEST_XML: usize = 16 << 20;
 
+/// Why a document was not read.
+#[derive(Debug)]
+pub(crate) struct XmlError {
+    /// Line, from 1 on.
+    pub(crate) line: u32,
+    /// What is wrong.
+    pub(crate) problem: String,
+}
+
 /// Reads a document. DTDs are refused, so that there are no entities to unfold.
-pub(super) fn read(xml: &str) -> Result<Document<'_>, PolicyError> {
+pub(crate) fn read(xml: &str) -> Result<Document<'_>, XmlError> {
     if let Some(excess) = excess(xml) {
-        return Err(PolicyError { line: 1, element: None, problem: format!("the XML has {excess}") });
+        return Err(XmlError { line: 1, problem: format!("the XML has {excess}") });
     }
     let options = ParsingOptions { nodes_limit: MOST_NODES, ..ParsingOptions::default() };
-    Document::parse_with_options(xml, options).map_err(|cause| PolicyError {
+    Document::parse_with_options(xml, options).map_err(|cause| XmlError {
         line: cause.pos().row,
-        element: None,
         // It tells names and characters as they are.
         problem: format!("the XML is not well-formed: {}", text::shown(&cause.to_string(), 200)),
     })
