@@ -107,6 +107,17 @@ fn is_never_ready_with_a_configuration_that_can_not_be_read() {
     assert!(daemon.manager.recv(&mut [0; 64]).is_err(), "nobody was told anything");
 }
 
+/// Guests that libvirt starts at boot find the daemon's socket.
+#[test]
+fn the_unit_is_started_before_guests_are() {
+    let unit = include_str!("../dist/ept-virt.service");
+    let units = |key: &str| -> Vec<&str> {
+        unit.lines().filter_map(|line| line.strip_prefix(key)).flat_map(str::split_whitespace).collect()
+    };
+    assert_eq!(units("Before="), ["libvirtd.service", "virtqemud.service", "libvirt-guests.service"]);
+    assert_eq!(units("After="), ["modprobe@kvm_ept_sample.service"]);
+}
+
 /// The unit leaves an attacker little: at most 3.0 of 10.
 #[test]
 fn the_unit_is_hardened() {
