@@ -42,8 +42,14 @@ pub enum Hold {
 pub struct Cell {
     hold: Mutex<Hold>,
     status: Mutex<DomainStatus>,
-    memory: Arc<Mutex<GuestMemory>>,
+    /// What the present worker knows of the guest's memory. Each worker has its
+    /// own: whose memory this is no longer has nothing to say here. Locked before
+    /// `status` where both are.
+    memory: Mutex<Memory>,
 }
+
+/// What one worker knows of its guest's memory.
+pub type Memory = Arc<Mutex<GuestMemory>>;
 
 impl Cell {
     /// A domain of which only name and UUID are known.
@@ -65,7 +71,7 @@ impl Cell {
             restored_s: None,
             strip: Vec::new(),
         };
-        let (hold, memory) = (Mutex::default(), Arc::new(Mutex::new(empty_memory())));
+        let (hold, memory) = (Mutex::default(), Mutex::new(empty_memory()));
         Self { hold, status: Mutex::new(status), memory }
     }
 
@@ -102,30 +108,46 @@ impl Cell {
         *lock(&self.hold) = Hold::None;
     }
 
-    /// What is known of the guest's memory, for its worker.
-    pub fn memory(&self) -> Arc<Mutex<GuestMemory>> {
-        Arc::clone(&self.memory)
+    /// Memory of which nothing is known yet, for a worker that begins. Workers
+    /// before it are no longer heard.
+    pub fn renew_memory(&self) -> Memory {
+        let memory = empty_memory();
+        lock(&self.memory).clone_from(&memory);
+        memory
+    }
+
+    /// Changes the status, if that is still up to the worker with this memory.
+    pub fn update_by(&self, worker: &Memory, change: impl FnOnce(&mut DomainStatus)) {
+        let memory = lock(&self.memory);
+        if Arc::ptr_eq(&memory, worker) {
+            self.update(change);
+        }
     }
 
     /// Forgets all that a worker found.
     pub fn clear(&self, state: DomainState, reason: Option<String>) {
-        *lock(&self.memory) = empty_memory();
-        self.update(|status| {
-            status.state = state;
-            status.reason = reason;
-            status.pid = None;
-            status.memory_bytes = 0;
-            status.slots = 0;
-            status.round = None;
-            status.moves = MoveTotals::default();
-            status.restored_s = None;
-        });
+        let mut memory = lock(&self.memory);
+        *memory = empty_memory();
+        self.update(|status| forget(status, state, reason));
+    }
+
+    /// Forgets all that the worker with this memory found, if nobody did so yet.
+    pub fn clear_by(&self, worker: &Memory, state: DomainState, reason: Option<String>) {
+        let mut memory = lock(&self.memory);
+        if Arc::ptr_eq(&memory, worker) {
+            *memory = empty_memory();
+            self.update(|status| forget(status, state, reason));
+        }
+    }
+
+    fn memory(&self) -> Memory {
+        Arc::clone(&lock(&self.memory))
     }
 
     /// The status with the picture of the memory.
     pub fn status(&self) -> DomainStatus {
         let mut status = lock(&self.status).clone();
-        status.strip = plan::strip(&lock(&self.memory).views(), STRIP_CELLS);
+        status.strip = plan::strip(&lock(&self.memory()).views(), STRIP_CELLS);
         status
     }
 
@@ -135,14 +157,25 @@ impl Cell {
         let Some(round) = status.round else {
             return Err(status.reason.unwrap_or_else(|| "its first round has not ended yet".into()));
         };
-        let runs = plan::map_runs(&lock(&self.memory).views());
+        let runs = plan::map_runs(&lock(&self.memory()).views());
         Ok(MemoryMap { name: status.name, round: round.number, runs })
     }
 }
 
 /// The memory of a domain that nobody observes.
-fn empty_memory() -> GuestMemory {
-    GuestMemory::new(Policy::default().heat_params())
+fn empty_memory() -> Memory {
+    Arc::new(Mutex::new(GuestMemory::new(Policy::default().heat_params())))
+}
+
+fn forget(status: &mut DomainStatus, state: DomainState, reason: Option<String>) {
+    status.state = state;
+    status.reason = reason;
+    status.pid = None;
+    status.memory_bytes = 0;
+    status.slots = 0;
+    status.round = None;
+    status.moves = MoveTotals::default();
+    status.restored_s = None;
 }
 
 /// What the main thread is at.

@@ -22,7 +22,7 @@ use crate::attach::{self, Attached, Unattached};
 use super::guest::{Guest, Moves, Orders, Pace};
 use super::keep::{Keeper, Recalled, Saver};
 use super::logging::about;
-use super::state::Cell;
+use super::state::{Cell, Memory};
 
 /// The part of a round's time that the first look at all pages may take.
 const FIRST_SURVEY_DIVISOR: u32 = 2;
@@ -117,7 +117,7 @@ impl From<SamplerError> for End {
 pub struct Worker {
     orders: Option<Sender<Orders>>,
     stop: Arc<AtomicBool>,
-    /// Nobody waits for it any longer: what it finds is not to be shown.
+    /// Nobody waits for it any longer: its heat is not to be kept.
     abandoned: Arc<AtomicBool>,
     thread: Option<JoinHandle<End>>,
 }
@@ -126,13 +126,15 @@ impl Worker {
     /// Starts the worker of a domain.
     pub fn spawn(attachment: Attachment, cell: Arc<Cell>, orders: Orders, name: &str) -> io::Result<Self> {
         let Attachment { process, sampler, mover, saver } = attachment;
-        let guest = Guest::new(sampler, mover, cell.memory(), orders, monotonic());
+        let memory = cell.renew_memory();
+        let guest = Guest::new(sampler, mover, Arc::clone(&memory), orders, monotonic());
         let (sender, receiver) = mpsc::channel();
         let (stop, abandoned) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
         let run = Run {
             guest,
             process,
             cell,
+            memory,
             orders: receiver,
             stop: Arc::clone(&stop),
             abandoned: Arc::clone(&abandoned),
@@ -203,6 +205,7 @@ struct Run {
     guest: Guest,
     process: Arc<Process>,
     cell: Arc<Cell>,
+    memory: Memory,
     orders: Receiver<Orders>,
     stop: Arc<AtomicBool>,
     abandoned: Arc<AtomicBool>,
@@ -228,11 +231,11 @@ impl Run {
             match end {
                 // No one will ask for the heat of a guest that is gone.
                 End::Gone => saver.join(),
-                _ => saver.finish(self.guest.harvested_at(self.now()), &self.cell.memory()),
+                _ => saver.finish(self.guest.harvested_at(self.now()), &self.memory),
             }
         }
         // At once, not when somebody looks for the thread.
-        self.cell.clear(DomainState::Unobserved, Some(end.reason()));
+        self.cell.clear_by(&self.memory, DomainState::Unobserved, Some(end.reason()));
         end
     }
 
@@ -266,14 +269,14 @@ impl Run {
             uuid,
             "domain {name:?}: its heat of {age} s ago came back, for {found} of {all} memory slots"
         );
-        self.cell.update(|status| status.restored_s = Some(age));
+        self.cell.update_by(&self.memory, |status| status.restored_s = Some(age));
         Ok(())
     }
 
     fn keep(&mut self) {
         let (now, half_life) = (self.now(), self.guest.orders().policy.half_life);
         if let Some(saver) = &mut self.saver {
-            saver.save_if_due(now, half_life, self.guest.harvested_at(now), &self.cell.memory());
+            saver.save_if_due(now, half_life, self.guest.harvested_at(now), &self.memory);
         }
     }
 
@@ -345,7 +348,7 @@ impl Run {
         let reason = self.guest.hindrance(self.now());
         let (bytes, slots) = self.guest.size();
         let moves = self.guest.totals();
-        self.cell.update(|status| {
+        self.cell.update_by(&self.memory, |status| {
             status.pid = Some(self.process.pid());
             status.state = state;
             status.reason = reason;

@@ -10,8 +10,27 @@ use ept_virt_core::topology::{NodeSet, Tiers};
 
 use super::*;
 
-/// A worker met [`Fault::Hang`].
-static HANGS: AtomicBool = AtomicBool::new(false);
+/// A call that does not come back until it is let go.
+#[derive(Clone, Default)]
+struct Gate(Arc<(AtomicBool, AtomicBool)>);
+
+impl Gate {
+    /// A worker waits there.
+    fn is_met(&self) -> bool {
+        self.0.0.load(Ordering::Relaxed)
+    }
+
+    fn open(&self) {
+        self.0.1.store(true, Ordering::Relaxed);
+    }
+
+    fn pass(&self) {
+        self.0.0.store(true, Ordering::Relaxed);
+        while !self.0.1.load(Ordering::Relaxed) {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
 
 /// A process that only sleeps, and ends with the test, also with one that fails.
 struct Sleeper(Child);
@@ -34,15 +53,15 @@ struct NoMemory {
     fault: Fault,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone)]
 enum Fault {
     None,
     /// The module refuses.
     Refused,
     /// A mistake of ours.
     Panic,
-    /// The kernel does not come back, for a time that no test waits for.
-    Hang,
+    /// The kernel does not come back.
+    Hang(Gate),
 }
 
 impl Sampler for NoMemory {
@@ -51,14 +70,12 @@ impl Sampler for NoMemory {
     }
 
     fn memslots(&mut self) -> Result<(u64, Vec<MemSlot>), SamplerError> {
-        match self.fault {
+        match &self.fault {
             Fault::None => Ok((1, Vec::new())),
             Fault::Refused => Err(SamplerError::Unsupported("a test says no")),
-            Fault::Hang => {
-                HANGS.store(true, Ordering::Relaxed);
-                loop {
-                    thread::park();
-                }
+            Fault::Hang(gate) => {
+                gate.pass();
+                Ok((1, Vec::new()))
             }
             Fault::Panic => panic!("a test panics; this is no failure"),
         }
@@ -92,13 +109,18 @@ fn orders(interval: Duration) -> Orders {
 
 /// A worker for a process that only sleeps.
 fn start(interval: Duration, fault: Fault) -> (Worker, Sleeper, Arc<Cell>) {
+    let cell = Arc::new(Cell::new("vm1", "6695eb01"));
+    let (worker, child) = start_in(&cell, interval, fault);
+    (worker, child, cell)
+}
+
+fn start_in(cell: &Arc<Cell>, interval: Duration, fault: Fault) -> (Worker, Sleeper) {
     let child = Sleeper(Command::new("sleep").arg("600").spawn().unwrap());
     let process = Arc::new(Process::open(child.0.id() as i32).unwrap());
-    let (sampler, mover) = (Box::new(NoMemory { fault }), Box::new(NoMemory { fault }));
-    let cell = Arc::new(Cell::new("vm1", "6695eb01"));
+    let (sampler, mover) = (Box::new(NoMemory { fault: fault.clone() }), Box::new(NoMemory { fault }));
     let attachment = Attachment { process, sampler, mover, saver: None };
-    let worker = Worker::spawn(attachment, Arc::clone(&cell), orders(interval), "vm1").unwrap();
-    (worker, child, cell)
+    let worker = Worker::spawn(attachment, Arc::clone(cell), orders(interval), "vm1").unwrap();
+    (worker, child)
 }
 
 fn wait_for(what: &str, condition: impl Fn() -> bool) {
@@ -182,11 +204,33 @@ fn a_suspended_guest_goes_on_and_its_end_is_noticed() {
 
 #[test]
 fn a_worker_that_hangs_is_left_to_itself() {
-    let (mut worker, _child, cell) = start(SHORTEST_INTERVAL, Fault::Hang);
-    wait_for("the hang", || HANGS.load(Ordering::Relaxed));
+    let gate = Gate::default();
+    let (mut worker, _child, cell) = start(SHORTEST_INTERVAL, Fault::Hang(gate.clone()));
+    wait_for("the hang", || gate.is_met());
     let end = worker.join_within(Duration::from_millis(20));
     assert!(end.reason().contains("did not stop"), "{end:?}");
     assert!(worker.abandoned.load(Ordering::Relaxed));
     assert_eq!(worker.finish(), End::Stopped, "nobody waits again");
     assert_eq!(rounds(&cell), 0);
+    gate.open();
+}
+
+#[test]
+fn a_worker_that_was_left_to_itself_says_nothing_when_it_wakes() {
+    let gate = Gate::default();
+    let (mut old, _child, cell) = start(SHORTEST_INTERVAL, Fault::Hang(gate.clone()));
+    wait_for("the hang", || gate.is_met());
+    old.join_within(Duration::from_millis(20));
+    cell.clear(DomainState::Unobserved, None);
+    // Its only round ends before the old worker wakes: what is shown then is not
+    // shown anew.
+    let (new, child) = start_in(&cell, Duration::from_secs(3600), Fault::None);
+    wait_for("the first round", || rounds(&cell) == 1);
+    let shown = cell.status();
+    assert_eq!(shown.pid, Some(child.0.id() as i32));
+    gate.open();
+    // Two hold the cell: the new worker and this test.
+    wait_for("the old worker's end", || Arc::strong_count(&cell) == 2);
+    assert_eq!(cell.status(), shown);
+    assert_eq!(new.finish(), End::Stopped);
 }
