@@ -11,6 +11,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, ErrorKind as Io};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -40,6 +41,10 @@ pub struct Keeper {
     dir: PathBuf,
     /// Two daemons would remove each other's files.
     _lock: Flock<File>,
+    /// UUIDs of the domains that run.
+    running: Mutex<BTreeSet<String>>,
+    /// A thread removes files of others.
+    tidying: AtomicBool,
 }
 
 impl Keeper {
@@ -52,7 +57,12 @@ impl Keeper {
             nix::errno::Errno::EWOULDBLOCK => io::Error::other("another daemon keeps its heat there"),
             other => other.into(),
         })?;
-        Ok(Self { dir: dir.to_owned(), _lock: lock })
+        Ok(Self {
+            dir: dir.to_owned(),
+            _lock: lock,
+            running: Mutex::default(),
+            tidying: AtomicBool::new(false),
+        })
     }
 
     /// The file of a domain's process.
@@ -60,14 +70,34 @@ impl Keeper {
         HeatFile { keeper: Arc::clone(self), uuid: uuid.to_owned(), process }
     }
 
-    /// Removes the files of domains other than the running ones.
-    pub fn retain(&self, running: &BTreeSet<&str>) {
+    /// Takes note of which domains run. If `tidy`, also removes the files of all
+    /// others, in a thread of its own: the disk may hang. False: an earlier thread
+    /// is still at it, so that this one has to be asked for again.
+    pub fn retain(self: &Arc<Self>, running: BTreeSet<String>, tidy: bool) -> bool {
+        *lock(&self.running) = running;
+        if !tidy || self.tidying.swap(true, Ordering::Relaxed) {
+            return false;
+        }
+        let keeper = Arc::clone(self);
+        let thread = thread::Builder::new().name("tidy".into()).spawn(move || {
+            keeper.tidy();
+            keeper.tidying.store(false, Ordering::Relaxed);
+        });
+        if let Err(error) = &thread {
+            warn!("cannot start a thread that removes old heat: {error}");
+            self.tidying.store(false, Ordering::Relaxed);
+        }
+        thread.is_ok()
+    }
+
+    fn tidy(&self) {
         let entries = match fs::read_dir(&self.dir) {
             Ok(entries) => entries,
             Err(error) => return warn!("cannot list {}: {error}", self.dir.display()),
         };
         for name in entries.filter_map(|entry| Some(entry.ok()?.file_name())) {
-            if owner(&name).is_some_and(|uuid| !running.contains(uuid)) {
+            // Asked each time: a domain may have been started since.
+            if owner(&name).is_some_and(|uuid| !lock(&self.running).contains(uuid)) {
                 remove(&self.dir.join(name));
             }
         }

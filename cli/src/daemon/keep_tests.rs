@@ -172,10 +172,23 @@ fn files_of_domains_that_ended_are_removed() {
     fs::write(test.dir.join("notes.txt"), "not ours").unwrap();
     test.file().save(HARVESTED_AT, &memory()).unwrap();
     let keeper = test.keeper.as_ref().unwrap();
-    keeper.retain(&BTreeSet::from([UUID, other]));
+    let retain = |running: &[&str], tidy| {
+        let begun = keeper.retain(running.iter().map(|uuid| String::from(*uuid)).collect(), tidy);
+        while keeper.tidying.load(Ordering::Relaxed) {
+            thread::sleep(Duration::from_millis(1));
+        }
+        begun
+    };
+    assert!(retain(&[UUID, other], true));
     assert_eq!(test.names().len(), 5);
-    keeper.retain(&BTreeSet::from([UUID]));
+    assert!(!retain(&[UUID], false), "only noted");
+    assert_eq!(test.names().len(), 5);
+    assert!(retain(&[UUID], true));
     assert_eq!(test.names(), [format!("{UUID}.heat"), "notes.txt".into()]);
+    // One that hangs is not joined by others, and has to be asked for again.
+    keeper.tidying.store(true, Ordering::Relaxed);
+    assert!(!keeper.retain(BTreeSet::new(), true));
+    assert_eq!(test.names().len(), 2);
 }
 
 #[test]

@@ -31,6 +31,7 @@ use log::{error, info, warn};
 use nix::sys::signal::{SigSet, Signal};
 use sd_notify::NotifyState;
 
+use crate::bounded;
 use crate::failure::Failure;
 use keep::{DEFAULT_STATE_DIR, Keeper};
 use reconcile::Reconciler;
@@ -43,6 +44,9 @@ const SECOND_LOOK: Duration = Duration::from_secs(1);
 
 /// How long a clean stop may take.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
+
+/// How long the disk with the kept heat may take to answer at first.
+const STATE_LIMIT: Duration = Duration::from_secs(5);
 
 /// Options of `ept-virt daemon`.
 #[derive(Clone, Debug, Args)]
@@ -103,7 +107,8 @@ pub fn run(args: DaemonArgs) -> Result<(), Failure> {
     service::watch(Arc::clone(&shared)).map_err(failed("start a thread"))?;
     // Clients are answered from here on; libvirt may be away for long.
     service::tell(&[NotifyState::Ready]);
-    let mut reconciler = Reconciler::new(&args.connect, Arc::clone(&shared), config, keeper(&args.state_dir));
+    let keeper = keeper(&args.state_dir, STATE_LIMIT);
+    let mut reconciler = Reconciler::new(&args.connect, Arc::clone(&shared), config, keeper);
     reconciler.ask(jobs);
     info!("ept-virt {} follows {}", env!("CARGO_PKG_VERSION"), args.connect);
     follow(&mut reconciler, &shared, &server, &receiver, &args);
@@ -114,8 +119,12 @@ pub fn run(args: DaemonArgs) -> Result<(), Failure> {
 }
 
 /// Who keeps heat, if that can be: guests are observed and placed without, too.
-fn keeper(dir: &Path) -> Option<Keeper> {
-    let keeper = Keeper::open(dir);
+fn keeper(dir: &Path, limit: Duration) -> Option<Keeper> {
+    let opened = {
+        let dir = dir.to_owned();
+        bounded::within(limit, move || Keeper::open(&dir))
+    };
+    let keeper = opened.unwrap_or_else(|| Err(io::Error::other("the disk does not answer")));
     let explain = |error: &io::Error| {
         let dir = dir.display();
         warn!("heat will not outlive this daemon: {dir}: {error}; name another place with --state-dir");
@@ -199,4 +208,21 @@ fn watch_signals(events: Sender<Event>) -> io::Result<()> {
         process::exit(1);
     })?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Opening a FIFO for writing waits for a reader, as a disk may for ever.
+    #[test]
+    fn a_disk_that_hangs_does_not_keep_the_daemon_from_its_work() {
+        let dir = std::env::temp_dir().join(format!("ept-virt-daemon-{}", process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        nix::unistd::mkfifo(&dir.join("lock"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(keeper(&dir, Duration::from_millis(20)).is_none());
+        std::fs::remove_file(dir.join("lock")).unwrap();
+        assert!(keeper(&dir, Duration::from_secs(60)).is_some());
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
 }

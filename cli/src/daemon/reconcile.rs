@@ -33,6 +33,8 @@ struct Entry {
     /// What the worker was told last.
     orders: Option<Orders>,
     worker: Option<Worker>,
+    /// Was told to stop in this look, and is waited for at its end.
+    leaving: Option<Worker>,
 }
 
 /// All that is observed.
@@ -92,25 +94,22 @@ impl Reconciler {
 
     /// Stops all workers.
     pub fn stop(&mut self) {
-        // All are asked before one is waited for.
-        self.entries.values_mut().filter_map(|entry| entry.worker.as_mut()).for_each(Worker::stop);
-        self.entries.clear();
+        let entries = std::mem::take(&mut self.entries);
+        worker::stop_all(entries.into_values().filter_map(|entry| entry.worker).collect());
     }
 
     fn follow(&mut self, domains: &[RunningDomain]) {
         let running: BTreeSet<&str> = domains.iter().map(|domain| domain.uuid.as_str()).collect();
-        let before = self.entries.len();
-        self.entries.retain(|uuid, _| {
-            let stays = running.contains(uuid.as_str());
-            if !stays {
-                self.shared.remove(uuid);
+        let mut leaving = Vec::new();
+        let gone: Vec<String> =
+            self.entries.keys().filter(|uuid| !running.contains(uuid.as_str())).cloned().collect();
+        for uuid in gone {
+            self.shared.remove(&uuid);
+            self.tidied = false;
+            if let Some(mut entry) = self.entries.remove(&uuid) {
+                entry.dismiss();
+                leaving.extend(entry.leaving);
             }
-            stays
-        });
-        let all_stay = self.entries.len() == before;
-        if let Some(keeper) = self.keeper.as_ref().filter(|_| !all_stay || !self.tidied) {
-            keeper.retain(&running);
-            self.tidied = true;
         }
         let reclaims = reclaims(Path::new("/proc"), Path::new("/sys"));
         for domain in domains {
@@ -131,6 +130,13 @@ impl Reconciler {
                 about!(error, domain.name, domain.uuid, "domain {:?} is not observed: {fault}", domain.name);
                 entry.fail(fault);
             }
+        }
+        // All were told before one is waited for, as some may hang.
+        leaving.extend(self.entries.values_mut().filter_map(|entry| entry.leaving.take()));
+        worker::stop_all(leaving);
+        if let Some(keeper) = &self.keeper {
+            let running = running.into_iter().map(str::to_owned).collect();
+            self.tidied |= keeper.retain(running, !self.tidied);
         }
         if let Some(jobs) = &self.jobs {
             let places = |entry: &&Entry| entry.policy.mode == Mode::Place;
@@ -210,7 +216,8 @@ impl Entry {
     fn new(domain: &RunningDomain, config: &Config) -> Self {
         let cell = Arc::new(Cell::new(&domain.name, &domain.uuid));
         let policy = Policy::default();
-        let mut entry = Self { cell, xml: None, said: Ok(None), policy, orders: None, worker: None };
+        let mut entry =
+            Self { cell, xml: None, said: Ok(None), policy, orders: None, worker: None, leaving: None };
         entry.judge(config);
         entry
     }
@@ -294,12 +301,20 @@ impl Entry {
 
     /// Ends the worker after a fault of ours; the next look tries again.
     fn fail(&mut self, fault: String) {
-        self.worker = None;
+        self.dismiss();
         self.cell.clear(DomainState::Unobserved, Some(fault));
     }
 
+    /// Tells the worker to stop. Nobody waits here: others may have to be told.
+    fn dismiss(&mut self) {
+        if let Some(mut worker) = self.worker.take() {
+            worker.stop();
+            self.leaving = Some(worker);
+        }
+    }
+
     fn switch_off(&mut self, reason: Option<String>) {
-        self.worker = None;
+        self.dismiss();
         self.cell.clear(DomainState::Off, reason);
     }
 

@@ -74,5 +74,7 @@ mod tests {
         assert!(!is_well(Phase::Works(since), after(60), limit));
         assert!(is_well(Phase::Asks(since), after(3600), limit));
         assert!(is_well(Phase::Waits, after(3600), limit));
+        let from_the_start = Shared::new("test:///default").phase();
+        assert!(matches!(from_the_start, Phase::Works(_)), "{from_the_start:?}");
     }
 }

@@ -179,10 +179,9 @@ fn forget(status: &mut DomainStatus, state: DomainState, reason: Option<String>)
 }
 
 /// What the main thread is at.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
     /// It waits for something to do.
-    #[default]
     Waits,
     /// It waits for libvirt's answer, since then.
     Asks(Instant),
@@ -191,7 +190,6 @@ pub enum Phase {
 }
 
 /// The daemon's own facts.
-#[derive(Default)]
 pub struct Facts {
     /// "connected", or why not.
     pub libvirt: String,
@@ -233,7 +231,17 @@ pub struct Shared {
 impl Shared {
     /// No domains, and libvirt not asked yet.
     pub fn new(uri: &str) -> Self {
-        let facts = Facts { libvirt: "not asked yet".into(), ..Facts::default() };
+        let facts = Facts {
+            libvirt: "not asked yet".into(),
+            // It begins with work of its own.
+            phase: Phase::Works(Instant::now()),
+            module: None,
+            module_error: None,
+            nudges: 0,
+            last_nudge: None,
+            tiers: Tiers::default(),
+            warnings: Vec::new(),
+        };
         Self {
             started: Instant::now(),
             uri: uri.to_owned(),

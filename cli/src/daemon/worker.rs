@@ -33,8 +33,9 @@ const SURVEY_DIVISOR: u32 = 64;
 /// Shortest time between the starts of two rounds, whatever a policy says.
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(10);
 
-/// How long a worker that was told to stop is waited for. One that hangs in the
-/// kernel, or on a disk, must not keep the other domains waiting for good.
+/// How long workers that were told to stop are waited for, all together. One that
+/// hangs in the kernel, or on a disk, must not keep the other domains waiting for
+/// good, nor many of them the watchdog.
 const STOP_LIMIT: Duration = Duration::from_secs(8);
 
 /// Between two looks whether it has stopped.
@@ -172,17 +173,16 @@ impl Worker {
     }
 
     fn join(&mut self) -> End {
-        self.join_within(STOP_LIMIT)
+        self.join_until(Instant::now() + STOP_LIMIT)
     }
 
-    fn join_within(&mut self, limit: Duration) -> End {
+    fn join_until(&mut self, deadline: Instant) -> End {
         self.stop();
         let Some(thread) = self.thread.take() else { return End::Stopped };
-        let asked = Instant::now();
         while !thread.is_finished() {
-            if asked.elapsed() > limit {
+            if Instant::now() > deadline {
                 self.abandoned.store(true, Ordering::Relaxed);
-                let reason = format!("its worker did not stop within {limit:?}, and is left to itself");
+                let reason = format!("its worker did not stop within {STOP_LIMIT:?}, and is left to itself");
                 warn!("{}: {reason}", thread.thread().name().unwrap_or_default());
                 return End::Failed(reason);
             }
@@ -192,6 +192,14 @@ impl Worker {
             End::Failed("the worker failed by a fault in ept-virt; see the daemon's log".into())
         })
     }
+}
+
+/// Stops workers, and waits for all of them no longer than for one.
+pub fn stop_all(mut workers: Vec<Worker>) -> Vec<End> {
+    // All are asked before one is waited for.
+    workers.iter_mut().for_each(Worker::stop);
+    let deadline = Instant::now() + STOP_LIMIT;
+    workers.iter_mut().map(|worker| worker.join_until(deadline)).collect()
 }
 
 impl Drop for Worker {

@@ -207,7 +207,7 @@ fn a_worker_that_hangs_is_left_to_itself() {
     let gate = Gate::default();
     let (mut worker, _child, cell) = start(SHORTEST_INTERVAL, Fault::Hang(gate.clone()));
     wait_for("the hang", || gate.is_met());
-    let end = worker.join_within(Duration::from_millis(20));
+    let end = worker.join_until(Instant::now() + Duration::from_millis(20));
     assert!(end.reason().contains("did not stop"), "{end:?}");
     assert!(worker.abandoned.load(Ordering::Relaxed));
     assert_eq!(worker.finish(), End::Stopped, "nobody waits again");
@@ -220,7 +220,7 @@ fn a_worker_that_was_left_to_itself_says_nothing_when_it_wakes() {
     let gate = Gate::default();
     let (mut old, _child, cell) = start(SHORTEST_INTERVAL, Fault::Hang(gate.clone()));
     wait_for("the hang", || gate.is_met());
-    old.join_within(Duration::from_millis(20));
+    old.join_until(Instant::now() + Duration::from_millis(20));
     cell.clear(DomainState::Unobserved, None);
     // Its only round ends before the old worker wakes: what is shown then is not
     // shown anew.
@@ -233,4 +233,21 @@ fn a_worker_that_was_left_to_itself_says_nothing_when_it_wakes() {
     wait_for("the old worker's end", || Arc::strong_count(&cell) == 2);
     assert_eq!(cell.status(), shown);
     assert_eq!(new.finish(), End::Stopped);
+}
+
+/// The first comes back only when the second has ended: had they been stopped one
+/// by one, it would have been left to itself.
+#[test]
+fn all_are_asked_before_one_is_waited_for() {
+    let gate = Gate::default();
+    let (hanging, _child, _) = start(SHORTEST_INTERVAL, Fault::Hang(gate.clone()));
+    let (good, _good_child, cell) = start(SHORTEST_INTERVAL, Fault::None);
+    wait_for("the hang", || gate.is_met());
+    let opener = thread::spawn(move || {
+        // Its worker holds it as well, while it lives.
+        wait_for("the good one's end", || Arc::strong_count(&cell) == 1);
+        gate.open();
+    });
+    assert_eq!(stop_all(vec![hanging, good]), [End::Stopped, End::Stopped]);
+    opener.join().unwrap();
 }
