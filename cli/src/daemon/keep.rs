@@ -67,7 +67,7 @@ impl Keeper {
 
     /// The file of a domain's process.
     pub fn file(self: &Arc<Self>, uuid: &str, process: ProcessIdentity) -> HeatFile {
-        HeatFile { keeper: Arc::clone(self), uuid: uuid.to_owned(), process }
+        HeatFile { keeper: Arc::clone(self), uuid: uuid.to_owned(), process, void: Arc::default() }
     }
 
     /// Takes note of which domains run. If `tidy`, also removes the files of all
@@ -134,6 +134,9 @@ pub struct HeatFile {
     keeper: Arc<Keeper>,
     uuid: String,
     process: ProcessIdentity,
+    /// What is written is no longer wanted: the guest has ended, or somebody else
+    /// writes this file.
+    void: Arc<AtomicBool>,
 }
 
 impl HeatFile {
@@ -208,14 +211,30 @@ impl HeatFile {
         let header = Header { uuid, process, harvested_at, slots };
         let new = self.keeper.path(&self.uuid, ".heat.new");
         let written = self.write(&new, &header, memory).and_then(|length| {
+            self.check_wanted()?;
             fs::rename(&new, self.keeper.path(&self.uuid, ".heat"))?;
             Ok(length)
         });
-        written.inspect_err(|_| remove(&new))
+        // What stands there may be another one's by now.
+        written.inspect_err(|_| {
+            if self.check_wanted().is_ok() {
+                remove(&new)
+            }
+        })
+    }
+
+    fn check_wanted(&self) -> io::Result<()> {
+        match self.void.load(Ordering::Relaxed) {
+            true => Err(io::Error::other("it is no longer wanted")),
+            false => Ok(()),
+        }
     }
 
     fn write(&self, path: &Path, header: &Header, memory: &Mutex<GuestMemory>) -> io::Result<u64> {
-        let file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(path)?;
+        self.check_wanted()?;
+        // Never into a file that somebody still writes.
+        remove(path);
+        let file = OpenOptions::new().create_new(true).write(true).mode(0o600).open(path)?;
         let mut encoder = Encoder::new(BufWriter::with_capacity(1 << 20, file), header)?;
         let mut block = Vec::with_capacity(BLOCK_CELLS);
         for slot in &header.slots {
@@ -223,6 +242,7 @@ impl HeatFile {
                 if !lock(memory).copy_cells(slot, start..start + BLOCK_CELLS, &mut block) {
                     return Err(io::Error::other("the guest's memory slots have just changed"));
                 }
+                self.check_wanted()?;
                 encoder.block(&block)?;
             }
         }
@@ -287,8 +307,19 @@ impl Saver {
         }
     }
 
+    /// Becomes true when nothing is to be written any more.
+    pub fn void(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.file.void)
+    }
+
+    /// Writes no more, and waits for the thread that does.
+    pub fn discard(mut self) {
+        self.file.void.store(true, Ordering::Relaxed);
+        self.join();
+    }
+
     /// Waits for the thread that writes.
-    pub fn join(&mut self) {
+    fn join(&mut self) {
         match self.writing.take().map(JoinHandle::join) {
             None => {}
             Some(Ok(saved)) => self.take_note(saved),
@@ -306,6 +337,7 @@ impl Saver {
                 }
                 self.last_bytes = bytes;
             }
+            Err(_) if self.file.check_wanted().is_err() => {}
             Err(error) => {
                 if !std::mem::replace(&mut self.failed, true) {
                     let dir = self.file.keeper.dir.display();

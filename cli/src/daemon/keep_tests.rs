@@ -229,6 +229,22 @@ fn nothing_half_written_is_left() {
     assert_eq!(test.names(), [format!("{UUID}.heat")]);
 }
 
+/// As when a worker was left to itself, and the next one writes the same file.
+#[test]
+fn who_is_no_longer_wanted_writes_nothing() {
+    let test = Test::new();
+    let (file, memory) = (test.file(), memory());
+    file.void.store(true, Ordering::Relaxed);
+    fs::write(test.path(".heat.new"), "another one's").unwrap();
+    assert!(file.save(HARVESTED_AT, &memory).is_err());
+    assert_eq!(fs::read(test.path(".heat.new")).unwrap(), b"another one's");
+    // What is being written is never written to by a second one.
+    let mut before = File::create(test.path(".heat.new")).unwrap();
+    test.file().save(HARVESTED_AT, &memory).unwrap();
+    io::Write::write_all(&mut before, b"nonsense").unwrap();
+    assert!(recall(&test.file(), Duration::ZERO).is_some());
+}
+
 #[test]
 fn heat_is_written_when_it_is_due() {
     let test = Test::new();

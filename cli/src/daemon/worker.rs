@@ -130,7 +130,8 @@ impl Worker {
         let memory = cell.renew_memory();
         let guest = Guest::new(sampler, mover, Arc::clone(&memory), orders, monotonic());
         let (sender, receiver) = mpsc::channel();
-        let (stop, abandoned) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
+        let stop = Arc::<AtomicBool>::default();
+        let abandoned = saver.as_ref().map(Saver::void).unwrap_or_default();
         let run = Run {
             guest,
             process,
@@ -138,7 +139,6 @@ impl Worker {
             memory,
             orders: receiver,
             stop: Arc::clone(&stop),
-            abandoned: Arc::clone(&abandoned),
             saver,
             round: None,
             name: name.to_owned(),
@@ -216,7 +216,6 @@ struct Run {
     memory: Memory,
     orders: Receiver<Orders>,
     stop: Arc<AtomicBool>,
-    abandoned: Arc<AtomicBool>,
     saver: Option<Saver>,
     round: Option<RoundStatus>,
     name: String,
@@ -232,14 +231,12 @@ impl Run {
             End::Gone => about!(info, name, uuid, "domain {name:?}: its QEMU has ended"),
             End::Failed(reason) => about!(warn, name, uuid, "domain {name:?} can not be observed: {reason}"),
         }
-        if self.abandoned.load(Ordering::Relaxed) {
-            return end;
-        }
-        if let Some(mut saver) = self.saver.take() {
-            match end {
+        if let Some(saver) = self.saver.take() {
+            // Who is told to stop because the guest has ended may not have noticed.
+            match end != End::Gone && self.process.is_alive() {
+                true => saver.finish(self.guest.harvested_at(self.now()), &self.memory),
                 // No one will ask for the heat of a guest that is gone.
-                End::Gone => saver.join(),
-                _ => saver.finish(self.guest.harvested_at(self.now()), &self.memory),
+                false => saver.discard(),
             }
         }
         // At once, not when somebody looks for the thread.

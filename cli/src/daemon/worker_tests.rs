@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
+use std::path::PathBuf;
 use std::process::{Child, Command};
 
 use ept_virt_core::migrate::MoveOutcome;
@@ -32,6 +33,8 @@ impl Gate {
     }
 }
 
+const UUID: &str = "6695eb01-f6a4-8304-79aa-97f2502e193f";
+
 /// A process that only sleeps, and ends with the test, also with one that fails.
 struct Sleeper(Child);
 
@@ -51,6 +54,8 @@ impl Drop for Sleeper {
 /// A guest without memory: what counts here is the thread.
 struct NoMemory {
     fault: Fault,
+    /// Times that it was asked for its slots.
+    asked: u32,
 }
 
 #[derive(Clone)]
@@ -60,8 +65,8 @@ enum Fault {
     Refused,
     /// A mistake of ours.
     Panic,
-    /// The kernel does not come back.
-    Hang(Gate),
+    /// The kernel does not come back from the call of this number.
+    Hang(Gate, u32),
 }
 
 impl Sampler for NoMemory {
@@ -70,11 +75,14 @@ impl Sampler for NoMemory {
     }
 
     fn memslots(&mut self) -> Result<(u64, Vec<MemSlot>), SamplerError> {
+        self.asked += 1;
         match &self.fault {
             Fault::None => Ok((1, Vec::new())),
             Fault::Refused => Err(SamplerError::Unsupported("a test says no")),
-            Fault::Hang(gate) => {
-                gate.pass();
+            Fault::Hang(gate, call) => {
+                if self.asked == *call {
+                    gate.pass();
+                }
                 Ok((1, Vec::new()))
             }
             Fault::Panic => panic!("a test panics; this is no failure"),
@@ -117,10 +125,46 @@ fn start(interval: Duration, fault: Fault) -> (Worker, Sleeper, Arc<Cell>) {
 fn start_in(cell: &Arc<Cell>, interval: Duration, fault: Fault) -> (Worker, Sleeper) {
     let child = Sleeper(Command::new("sleep").arg("600").spawn().unwrap());
     let process = Arc::new(Process::open(child.0.id() as i32).unwrap());
-    let (sampler, mover) = (Box::new(NoMemory { fault: fault.clone() }), Box::new(NoMemory { fault }));
+    let (sampler, mover) =
+        (Box::new(NoMemory { fault: fault.clone(), asked: 0 }), Box::new(NoMemory { fault, asked: 0 }));
     let attachment = Attachment { process, sampler, mover, saver: None };
     let worker = Worker::spawn(attachment, Arc::clone(cell), orders(interval), "vm1").unwrap();
     (worker, child)
+}
+
+/// A directory for heat, which goes with the test.
+struct State(PathBuf, Arc<Keeper>);
+
+impl State {
+    fn new(name: &str) -> Self {
+        let dir = std::env::temp_dir().join(format!("ept-virt-worker-{}-{name}", std::process::id()));
+        let keeper = Arc::new(Keeper::open(&dir).unwrap());
+        Self(dir, keeper)
+    }
+
+    /// A worker that keeps its heat, and has one round in an hour.
+    fn start(&self, fault: Fault) -> (Worker, Sleeper, Arc<Cell>) {
+        let child = Sleeper(Command::new("sleep").arg("600").spawn().unwrap());
+        let process = Arc::new(Process::open(child.0.id() as i32).unwrap());
+        let saver = Saver::new(self.1.file(UUID, process.identity().unwrap()), monotonic());
+        let (sampler, mover) =
+            (Box::new(NoMemory { fault: fault.clone(), asked: 0 }), Box::new(NoMemory { fault, asked: 0 }));
+        let attachment = Attachment { process, sampler, mover, saver: Some(saver) };
+        let cell = Arc::new(Cell::new("vm1", UUID));
+        let orders = orders(Duration::from_secs(3600));
+        let worker = Worker::spawn(attachment, Arc::clone(&cell), orders, "vm1").unwrap();
+        (worker, child, cell)
+    }
+
+    fn has_heat(&self) -> bool {
+        self.0.join(format!("{UUID}.heat")).exists()
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
 }
 
 fn wait_for(what: &str, condition: impl Fn() -> bool) {
@@ -205,7 +249,7 @@ fn a_suspended_guest_goes_on_and_its_end_is_noticed() {
 #[test]
 fn a_worker_that_hangs_is_left_to_itself() {
     let gate = Gate::default();
-    let (mut worker, _child, cell) = start(SHORTEST_INTERVAL, Fault::Hang(gate.clone()));
+    let (mut worker, _child, cell) = start(SHORTEST_INTERVAL, Fault::Hang(gate.clone(), 1));
     wait_for("the hang", || gate.is_met());
     let end = worker.join_until(Instant::now() + Duration::from_millis(20));
     assert!(end.reason().contains("did not stop"), "{end:?}");
@@ -218,7 +262,7 @@ fn a_worker_that_hangs_is_left_to_itself() {
 #[test]
 fn a_worker_that_was_left_to_itself_says_nothing_when_it_wakes() {
     let gate = Gate::default();
-    let (mut old, _child, cell) = start(SHORTEST_INTERVAL, Fault::Hang(gate.clone()));
+    let (mut old, _child, cell) = start(SHORTEST_INTERVAL, Fault::Hang(gate.clone(), 1));
     wait_for("the hang", || gate.is_met());
     old.join_until(Instant::now() + Duration::from_millis(20));
     cell.clear(DomainState::Unobserved, None);
@@ -240,7 +284,7 @@ fn a_worker_that_was_left_to_itself_says_nothing_when_it_wakes() {
 #[test]
 fn all_are_asked_before_one_is_waited_for() {
     let gate = Gate::default();
-    let (hanging, _child, _) = start(SHORTEST_INTERVAL, Fault::Hang(gate.clone()));
+    let (hanging, _child, _) = start(SHORTEST_INTERVAL, Fault::Hang(gate.clone(), 1));
     let (good, _good_child, cell) = start(SHORTEST_INTERVAL, Fault::None);
     wait_for("the hang", || gate.is_met());
     let opener = thread::spawn(move || {
@@ -250,4 +294,33 @@ fn all_are_asked_before_one_is_waited_for() {
     });
     assert_eq!(stop_all(vec![hanging, good]), [End::Stopped, End::Stopped]);
     opener.join().unwrap();
+}
+
+#[test]
+fn heat_is_kept_of_guests_that_go_on_alone() {
+    let state = State::new("alone");
+    let (worker, mut child, cell) = state.start(Fault::None);
+    wait_for("the first round", || rounds(&cell) == 1);
+    child.end();
+    child.0.wait().unwrap();
+    // It is told to stop before it can see that the guest has ended.
+    assert_eq!(worker.finish(), End::Stopped);
+    assert!(!state.has_heat());
+    let (worker, _child, cell) = state.start(Fault::None);
+    wait_for("the first round", || rounds(&cell) == 1);
+    assert_eq!(worker.finish(), End::Stopped);
+    assert!(state.has_heat());
+}
+
+#[test]
+fn a_worker_that_was_left_to_itself_keeps_no_heat() {
+    let state = State::new("left");
+    let gate = Gate::default();
+    // The second call is of the first round, which ends before it obeys.
+    let (mut worker, _child, cell) = state.start(Fault::Hang(gate.clone(), 2));
+    wait_for("the hang", || gate.is_met());
+    worker.join_until(Instant::now());
+    gate.open();
+    wait_for("its end", || Arc::strong_count(&cell) == 1);
+    assert!(!state.has_heat());
 }
