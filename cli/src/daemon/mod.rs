@@ -8,6 +8,7 @@
 mod guest;
 mod keep;
 mod logging;
+mod mailbox;
 mod memory;
 mod reconcile;
 mod server;
@@ -19,7 +20,6 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -34,6 +34,7 @@ use sd_notify::NotifyState;
 use crate::bounded;
 use crate::failure::Failure;
 use keep::{DEFAULT_STATE_DIR, Keeper};
+use mailbox::{Event, Mail, Mailbox};
 use reconcile::Reconciler;
 use server::Server;
 use state::{Phase, Shared};
@@ -41,6 +42,9 @@ use state::{Phase, Shared};
 /// After a nudge libvirt needs a moment: the hook runs before the domain has
 /// wholly come or gone.
 const SECOND_LOOK: Duration = Duration::from_secs(1);
+
+/// Least time between the starts of two looks, whoever asks for them.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(200);
 
 /// How long a clean stop may take.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
@@ -69,17 +73,6 @@ pub struct DaemonArgs {
     reconcile_interval: u64,
 }
 
-/// What wakes the main thread.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// Something may have changed.
-    Look,
-    /// Read the configuration again.
-    Reload,
-    /// End.
-    Stop,
-}
-
 /// Runs the daemon until SIGTERM or SIGINT.
 ///
 /// Every guest runs on when it ends, however it ends: all state in the kernel
@@ -89,21 +82,19 @@ pub fn run(args: DaemonArgs) -> Result<(), Failure> {
     let config = Config::read(&args.config_file).map_err(|error| {
         Failure::unreachable(error.to_string()).hint("mend it; `ept-virt policy validate` checks it too")
     })?;
-    let (sender, receiver) = mpsc::channel();
+    let mailbox = Mailbox::default();
     let failed = |what: &'static str| move |error| Failure::refused(format!("cannot {what}: {error}"));
     // Before any other thread, so that all threads leave signals to one.
-    watch_signals(sender.clone()).map_err(failed("watch for signals"))?;
+    watch_signals(mailbox.clone()).map_err(failed("watch for signals"))?;
     let shared = Arc::new(Shared::new(&args.connect));
     let server = Server::bind(&args.socket, config.group.as_deref())?;
     let look = || {
-        let sender = sender.clone();
-        move || {
-            let _ = sender.send(Event::Look);
-        }
+        let mailbox = mailbox.clone();
+        move || mailbox.post(Event::Look)
     };
     domain::watch(&args.connect, look()).map_err(failed("start a thread"))?;
     let jobs = Jobs::watch(&args.connect, look()).map_err(failed("start a thread"))?;
-    server.start(Arc::clone(&shared), sender).map_err(failed("start a thread"))?;
+    server.start(Arc::clone(&shared), mailbox.clone()).map_err(failed("start a thread"))?;
     service::watch(Arc::clone(&shared)).map_err(failed("start a thread"))?;
     // Clients are answered from here on; libvirt may be away for long.
     service::tell(&[NotifyState::Ready]);
@@ -111,7 +102,7 @@ pub fn run(args: DaemonArgs) -> Result<(), Failure> {
     let mut reconciler = Reconciler::new(&args.connect, Arc::clone(&shared), config, keeper);
     reconciler.ask(jobs);
     info!("ept-virt {} follows {}", env!("CARGO_PKG_VERSION"), args.connect);
-    follow(&mut reconciler, &shared, &server, &receiver, &args);
+    follow(&mut reconciler, &shared, &server, &mailbox, &args);
     info!("stopping");
     service::tell(&[NotifyState::Stopping]);
     reconciler.stop();
@@ -137,31 +128,36 @@ fn follow(
     reconciler: &mut Reconciler,
     shared: &Shared,
     server: &Server,
-    events: &Receiver<Event>,
+    mailbox: &Mailbox,
     args: &DaemonArgs,
 ) {
     let interval = Duration::from_secs(args.reconcile_interval);
     let mut second_look = None;
     loop {
-        shared.enter(Phase::Works(Instant::now()));
+        let begun = Instant::now();
+        shared.enter(Phase::Works(begun));
         reconciler.reconcile();
         shared.enter(Phase::Waits);
         let timer = Instant::now() + interval;
-        let wake = second_look.take().map_or(timer, |at: Instant| at.min(timer));
-        match events.recv_timeout(wake.saturating_duration_since(Instant::now())) {
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) | Ok(Event::Stop) => return,
-            Ok(Event::Look) => second_look = Some(Instant::now() + SECOND_LOOK),
-            Ok(Event::Reload) => reload(reconciler, server, &args.config_file),
+        let wake = second_look.map_or(timer, |at: Instant| at.min(timer));
+        let mail = mailbox.wait(begun + SHORTEST_PAUSE, wake);
+        if mail.stop {
+            return;
         }
-        // One look serves all that waited.
-        while let Ok(event) = events.try_recv() {
-            match event {
-                Event::Stop => return,
-                Event::Look => {}
-                Event::Reload => reload(reconciler, server, &args.config_file),
-            }
+        second_look = next_second_look(second_look, mail, Instant::now());
+        if mail.reload {
+            shared.enter(Phase::Works(Instant::now()));
+            reload(reconciler, server, &args.config_file);
         }
+    }
+}
+
+/// When to look once more after the look that comes now.
+fn next_second_look(planned: Option<Instant>, mail: Mail, now: Instant) -> Option<Instant> {
+    match mail.look {
+        // Whatever woke us, somebody asked.
+        true => Some(now + SECOND_LOOK),
+        false => planned.filter(|at| *at > now),
     }
 }
 
@@ -182,7 +178,7 @@ fn reload(reconciler: &mut Reconciler, server: &Server, path: &Path) {
 }
 
 /// Blocks the signals in this and all later threads, and takes them in one.
-fn watch_signals(events: Sender<Event>) -> io::Result<()> {
+fn watch_signals(mailbox: Mailbox) -> io::Result<()> {
     let mut signals = SigSet::empty();
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
         signals.add(signal);
@@ -191,9 +187,7 @@ fn watch_signals(events: Sender<Event>) -> io::Result<()> {
     thread::Builder::new().name("signals".into()).spawn(move || {
         loop {
             match signals.wait() {
-                Ok(Signal::SIGHUP) => {
-                    let _ = events.send(Event::Reload);
-                }
+                Ok(Signal::SIGHUP) => mailbox.post(Event::Reload),
                 Ok(_) => break,
                 Err(errno) => {
                     error!("cannot wait for signals: {errno}");
@@ -201,7 +195,7 @@ fn watch_signals(events: Sender<Event>) -> io::Result<()> {
                 }
             }
         }
-        let _ = events.send(Event::Stop);
+        mailbox.post(Event::Stop);
         // libvirt may never return from a call, and the main thread with it.
         thread::sleep(STOP_LIMIT);
         error!("a clean stop takes longer than {} s: ending now", STOP_LIMIT.as_secs());
@@ -213,6 +207,21 @@ fn watch_signals(events: Sender<Event>) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_asks_for_a_look_gets_a_second_one() {
+        let now = Instant::now();
+        let (look, none) = (Mail { look: true, ..Mail::default() }, Mail::default());
+        let reload = Mail { reload: true, ..Mail::default() };
+        let second = Some(now + SECOND_LOOK);
+        assert_eq!(next_second_look(None, look, now), second);
+        assert_eq!(next_second_look(None, Mail { reload: true, ..look }, now), second);
+        // The timer's look came at the time of the second one; a nudge came as well.
+        assert_eq!(next_second_look(Some(now), look, now), second);
+        assert_eq!(next_second_look(Some(now), none, now), None);
+        // A look for another reason does not take its place.
+        assert_eq!(next_second_look(second, reload, now), second);
+    }
 
     /// Opening a FIFO for writing waits for a reader, as a disk may for ever.
     #[test]

@@ -8,7 +8,6 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
 use std::thread;
 use std::time::Duration;
 
@@ -19,7 +18,7 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::sys::stat::{Mode, umask};
 
-use super::Event;
+use super::mailbox::{Event, Mailbox};
 use super::state::{Cell, Hold, Shared};
 use crate::failure::Failure;
 
@@ -97,13 +96,13 @@ impl Server {
     }
 
     /// Starts the thread that serves clients.
-    pub fn start(&self, shared: Arc<Shared>, events: Sender<Event>) -> io::Result<()> {
+    pub fn start(&self, shared: Arc<Shared>, mailbox: Mailbox) -> io::Result<()> {
         let listener = self.listener.try_clone()?;
         let clients = Arc::new(());
         thread::Builder::new().name("socket".into()).spawn(move || {
             loop {
                 match listener.accept() {
-                    Ok((stream, _)) => admit(stream, &clients, &shared, &events),
+                    Ok((stream, _)) => admit(stream, &clients, &shared, &mailbox),
                     Err(error) => {
                         warn!("cannot accept a client: {error}");
                         // As when there are no descriptors left: they may come back.
@@ -145,7 +144,7 @@ fn take_lock(socket: &Path) -> io::Result<Flock<File>> {
 }
 
 /// Serves the client in a thread of its own, if there are not too many.
-fn admit(mut stream: UnixStream, clients: &Arc<()>, shared: &Arc<Shared>, events: &Sender<Event>) {
+fn admit(mut stream: UnixStream, clients: &Arc<()>, shared: &Arc<Shared>, mailbox: &Mailbox) {
     let timeouts =
         stream.set_read_timeout(Some(CLIENT_TIMEOUT)).and(stream.set_write_timeout(Some(CLIENT_TIMEOUT)));
     if let Err(error) = timeouts {
@@ -169,9 +168,9 @@ fn admit(mut stream: UnixStream, clients: &Arc<()>, shared: &Arc<Shared>, events
         let _ = stream.write_all(&Response::line(refusal));
         return;
     }
-    let (place, shared, events) = (Arc::clone(clients), Arc::clone(shared), events.clone());
+    let (place, shared, mailbox) = (Arc::clone(clients), Arc::clone(shared), mailbox.clone());
     let spawned = thread::Builder::new().name("client".into()).spawn(move || {
-        match serve(&stream, may_change, &shared, &events) {
+        match serve(&stream, may_change, &shared, &mailbox) {
             // The hook does not wait for its answer.
             Err(error) if error.kind() != Io::BrokenPipe => debug!("a client was dropped: {error}"),
             _ => {}
@@ -184,7 +183,7 @@ fn admit(mut stream: UnixStream, clients: &Arc<()>, shared: &Arc<Shared>, events
 }
 
 /// Answers line after line until the client ends or breaks the rules.
-fn serve(stream: &UnixStream, may_change: bool, shared: &Shared, events: &Sender<Event>) -> io::Result<()> {
+fn serve(stream: &UnixStream, may_change: bool, shared: &Shared, mailbox: &Mailbox) -> io::Result<()> {
     let mut reader = BufReader::new(stream);
     loop {
         let mut line = Vec::new();
@@ -193,7 +192,7 @@ fn serve(stream: &UnixStream, may_change: bool, shared: &Shared, events: &Sender
         if line.is_empty() {
             return Ok(());
         }
-        let reply = answer(&line, may_change, shared, events);
+        let reply = answer(&line, may_change, shared, mailbox);
         let mut writer = stream;
         writer.write_all(&Response::line(reply))?;
         if too_long {
@@ -204,7 +203,7 @@ fn serve(stream: &UnixStream, may_change: bool, shared: &Shared, events: &Sender
 }
 
 /// The answer to one line.
-fn answer(line: &[u8], may_change: bool, shared: &Shared, events: &Sender<Event>) -> Reply {
+fn answer(line: &[u8], may_change: bool, shared: &Shared, mailbox: &Mailbox) -> Reply {
     let command = match Request::read(line) {
         Ok(command) => command,
         Err(error) => return Reply::Error(error),
@@ -225,18 +224,19 @@ fn answer(line: &[u8], may_change: bool, shared: &Shared, events: &Sender<Event>
         command if !may_change && changes(&command) => {
             error(ErrorKind::NotPermitted, "only root may change what the daemon does".into())
         }
-        Command::Start { domain } => hold(shared, events, &domain, &[Hold::Stopped], Hold::None),
-        Command::Stop { domain } => hold(shared, events, &domain, &[Hold::None, Hold::Paused], Hold::Stopped),
-        Command::Pause { domain } => hold(shared, events, &domain, &[Hold::None], Hold::Paused),
-        Command::Resume { domain } => hold(shared, events, &domain, &[Hold::Paused], Hold::None),
+        Command::Start { domain } => hold(shared, mailbox, &domain, &[Hold::Stopped], Hold::None),
+        Command::Stop { domain } => {
+            hold(shared, mailbox, &domain, &[Hold::None, Hold::Paused], Hold::Stopped)
+        }
+        Command::Pause { domain } => hold(shared, mailbox, &domain, &[Hold::None], Hold::Paused),
+        Command::Resume { domain } => hold(shared, mailbox, &domain, &[Hold::Paused], Hold::None),
         Command::Nudge { op, domain } => {
             debug!("nudge: {op:?} {domain:?}");
             let mut facts = shared.facts();
             facts.nudges += 1;
             facts.last_nudge = Some(shown(&format!("{op} {domain}"), LONGEST_NUDGE));
             drop(facts);
-            // The receiver lives as long as the daemon does.
-            let _ = events.send(Event::Look);
+            mailbox.post(Event::Look);
             Reply::Done
         }
     }
@@ -248,15 +248,14 @@ fn changes(command: &Command) -> bool {
 }
 
 /// Takes note of what a person asked for, and makes the daemon look.
-fn hold(shared: &Shared, events: &Sender<Event>, domain: &str, expected: &[Hold], wanted: Hold) -> Reply {
+fn hold(shared: &Shared, mailbox: &Mailbox, domain: &str, expected: &[Hold], wanted: Hold) -> Reply {
     let cell = match find(shared, domain) {
         Ok(cell) => cell,
         Err(reply) => return reply,
     };
     match cell.set_hold(expected, wanted) {
         Ok(()) => {
-            // The receiver lives as long as the daemon does.
-            let _ = events.send(Event::Look);
+            mailbox.post(Event::Look);
             Reply::Done
         }
         Err(held) => {

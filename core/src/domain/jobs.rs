@@ -7,7 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
@@ -20,7 +20,10 @@ use super::{open, silence};
 
 /// What is known of jobs.
 pub struct Jobs {
-    wanted: Sender<Vec<String>>,
+    /// The last question, until the thread takes it.
+    wanted: Arc<Mutex<Option<Vec<String>>>>,
+    /// Wakes the thread; one ring is enough for any number of questions.
+    bell: SyncSender<()>,
     busy: Arc<Mutex<BTreeSet<String>>>,
 }
 
@@ -37,20 +40,22 @@ impl Jobs {
         look: impl FnMut(&str) -> bool + Send + 'static,
         changed: impl Fn() + Send + 'static,
     ) -> io::Result<Self> {
-        let (wanted, receiver) = mpsc::channel();
-        let busy = Arc::default();
-        let found = Arc::clone(&busy);
+        let (bell, rings) = mpsc::sync_channel(1);
+        let (wanted, busy) = (Arc::<Mutex<_>>::default(), Arc::default());
+        let (asked, found) = (Arc::clone(&wanted), Arc::clone(&busy));
         thread::Builder::new().name("libvirt-jobs".into()).spawn(move || {
-            run(&receiver, &found, look, changed);
+            run(&rings, &asked, &found, look, changed);
         })?;
-        Ok(Self { wanted, busy })
+        Ok(Self { wanted, bell, busy })
     }
 
     /// Has the thread look at the domains with these UUIDs, and no longer at
     /// others.
     pub fn ask(&self, uuids: Vec<String>) {
-        // The thread ends only with us, unless by a fault that was logged.
-        let _ = self.wanted.send(uuids);
+        *lock(&self.wanted) = Some(uuids);
+        // A bell that still rings will do. The thread ends only with us, unless by a
+        // fault that was logged.
+        let _ = self.bell.try_send(());
     }
 
     /// Whether the domain had a job when it was looked at last.
@@ -59,22 +64,20 @@ impl Jobs {
     }
 }
 
-/// A set that is replaced as a whole is never half changed.
-fn lock(busy: &Mutex<BTreeSet<String>>) -> MutexGuard<'_, BTreeSet<String>> {
-    busy.lock().unwrap_or_else(PoisonError::into_inner)
+/// What is replaced as a whole is never half changed.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn run(
-    wanted: &Receiver<Vec<String>>,
+    rings: &Receiver<()>,
+    wanted: &Mutex<Option<Vec<String>>>,
     busy: &Mutex<BTreeSet<String>>,
     mut look: impl FnMut(&str) -> bool,
     changed: impl Fn(),
 ) {
-    while let Ok(mut uuids) = wanted.recv() {
-        // What was asked while we looked is one question.
-        while let Ok(later) = wanted.try_recv() {
-            uuids = later;
-        }
+    while rings.recv().is_ok() {
+        let Some(uuids) = lock(wanted).take() else { continue };
         let found: BTreeSet<String> = uuids.into_iter().filter(|uuid| look(uuid)).collect();
         let mut known = lock(busy);
         let differs = *known != found;
@@ -147,6 +150,27 @@ mod tests {
         jobs.ask(Vec::new());
         changes.recv_timeout(LONG).unwrap();
         assert!(!jobs.is_busy("b"));
+    }
+
+    #[test]
+    fn what_was_asked_while_it_looked_is_one_question() {
+        let (answer, answers) = mpsc::channel::<bool>();
+        let (sender, looks) = mpsc::channel();
+        let look = move |uuid: &str| {
+            let _ = sender.send(uuid.to_owned());
+            answers.recv().unwrap_or(false)
+        };
+        let jobs = Jobs::start(look, || {}).unwrap();
+        jobs.ask(vec!["a".into()]);
+        assert_eq!(looks.recv_timeout(LONG).unwrap(), "a");
+        for number in 0..1000 {
+            jobs.ask(vec![number.to_string()]);
+        }
+        answer.send(false).unwrap();
+        assert_eq!(looks.recv_timeout(LONG).unwrap(), "999");
+        answer.send(false).unwrap();
+        drop((jobs, answer));
+        assert_eq!(looks.recv_timeout(LONG), Err(mpsc::RecvTimeoutError::Disconnected));
     }
 
     #[test]
