@@ -8,15 +8,17 @@
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, BufReader, BufWriter, ErrorKind as Io};
+use std::io::{self, BufReader, ErrorKind as Io, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use ept_virt_core::heat::HeatParams;
 use ept_virt_core::heat::store::{BLOCK_CELLS, Decoder, Encoder, Header, SlotRange, StoreError};
+use ept_virt_core::migrate::TokenBucket;
 use ept_virt_core::process::ProcessIdentity;
 use log::{debug, info, warn};
 use nix::fcntl::{Flock, FlockArg};
@@ -29,6 +31,18 @@ pub const DEFAULT_STATE_DIR: &str = "/var/lib/ept-virt";
 
 /// The most that is written for one domain in the mean, in bytes a second.
 const WRITE_RATE: u64 = 4 << 20;
+
+/// The same for the host, as long as its domains go on.
+const HOST_WRITE_RATE: u64 = 8 << 20;
+
+/// Bytes that are written at once.
+const WRITE_BYTES: usize = 256 << 10;
+
+/// How soon who waits for its turn sees that it has none any more.
+const LONGEST_NAP: Duration = Duration::from_millis(100);
+
+/// Even under the shortest delay, heat may be out by this much.
+const SMALLEST_SKEW: Duration = Duration::from_secs(1);
 
 /// Shortest time between two writes of one domain's heat.
 const SHORTEST_PAUSE: Duration = Duration::from_secs(10);
@@ -45,6 +59,9 @@ pub struct Keeper {
     running: Mutex<BTreeSet<String>>,
     /// A thread removes files of others.
     tidying: AtomicBool,
+    /// What may be written, on the clock of `began`.
+    bucket: Mutex<TokenBucket>,
+    began: Instant,
 }
 
 impl Keeper {
@@ -62,12 +79,27 @@ impl Keeper {
             _lock: lock,
             running: Mutex::default(),
             tidying: AtomicBool::new(false),
+            bucket: Mutex::new(TokenBucket::new(HOST_WRITE_RATE, Duration::ZERO)),
+            began: Instant::now(),
         })
+    }
+
+    /// Asks to write `bytes`; how long to wait before asking again.
+    fn pace(&self, bytes: u64) -> Option<Duration> {
+        let now = self.began.elapsed();
+        // A rate of zero, for which waiting would not help, is none of ours.
+        lock(&self.bucket).take(bytes, now).err().flatten()
     }
 
     /// The file of a domain's process.
     pub fn file(self: &Arc<Self>, uuid: &str, process: ProcessIdentity) -> HeatFile {
-        HeatFile { keeper: Arc::clone(self), uuid: uuid.to_owned(), process, void: Arc::default() }
+        HeatFile {
+            keeper: Arc::clone(self),
+            uuid: uuid.to_owned(),
+            process,
+            void: Arc::default(),
+            hurry: AtomicBool::new(false),
+        }
     }
 
     /// Takes note of which domains run. If `tidy`, also removes the files of all
@@ -137,6 +169,8 @@ pub struct HeatFile {
     /// What is written is no longer wanted: the guest has ended, or somebody else
     /// writes this file.
     void: Arc<AtomicBool>,
+    /// Somebody waits until it is written.
+    hurry: AtomicBool,
 }
 
 impl HeatFile {
@@ -204,23 +238,25 @@ impl HeatFile {
     }
 
     /// Writes what is known of the memory; the length of the file in bytes. The
-    /// memory is locked for one block after the other.
-    pub fn save(&self, harvested_at: Duration, memory: &Mutex<GuestMemory>) -> io::Result<u64> {
+    /// memory is locked for one block after the other, and copied at one go, before
+    /// the disk is waited for: all of it is to be of the same time.
+    pub fn save(&self, harvested_at: Duration, memory: &Mutex<GuestMemory>, haste: Haste) -> io::Result<u64> {
         let slots = lock(memory).settle();
         let (uuid, process) = (self.uuid.clone(), self.process.clone());
         let header = Header { uuid, process, harvested_at, slots };
+        let bytes = self.encode(&header, memory, haste.skew())?;
         let new = self.keeper.path(&self.uuid, ".heat.new");
-        let written = self.write(&new, &header, memory).and_then(|length| {
+        let written = self.write(&new, &bytes, haste).and_then(|()| {
             self.check_wanted()?;
-            fs::rename(&new, self.keeper.path(&self.uuid, ".heat"))?;
-            Ok(length)
+            fs::rename(&new, self.keeper.path(&self.uuid, ".heat"))
         });
         // What stands there may be another one's by now.
-        written.inspect_err(|_| {
+        let written = written.inspect_err(|_| {
             if self.check_wanted().is_ok() {
                 remove(&new)
             }
-        })
+        });
+        written.map(|()| bytes.len() as u64)
     }
 
     fn check_wanted(&self) -> io::Result<()> {
@@ -230,12 +266,14 @@ impl HeatFile {
         }
     }
 
-    fn write(&self, path: &Path, header: &Header, memory: &Mutex<GuestMemory>) -> io::Result<u64> {
-        self.check_wanted()?;
-        // Never into a file that somebody still writes.
-        remove(path);
-        let file = OpenOptions::new().create_new(true).write(true).mode(0o600).open(path)?;
-        let mut encoder = Encoder::new(BufWriter::with_capacity(1 << 20, file), header)?;
+    fn encode(
+        &self,
+        header: &Header,
+        memory: &Mutex<GuestMemory>,
+        skew: Option<Duration>,
+    ) -> io::Result<Vec<u8>> {
+        let begun = Instant::now();
+        let mut encoder = Encoder::new(Vec::new(), header)?;
         let mut block = Vec::with_capacity(BLOCK_CELLS);
         for slot in &header.slots {
             for start in (0..slot.page_count as usize).step_by(BLOCK_CELLS) {
@@ -244,9 +282,58 @@ impl HeatFile {
                 }
                 self.check_wanted()?;
                 encoder.block(&block)?;
+                if skew.is_some_and(|most| begun.elapsed() > most) {
+                    return Err(io::Error::other(
+                        "copying it took longer than half of the policy's delay: the host is too busy",
+                    ));
+                }
             }
         }
-        encoder.finish().map(|(_, length)| length)
+        encoder.finish().map(|(bytes, _)| bytes)
+    }
+
+    fn write(&self, path: &Path, bytes: &[u8], haste: Haste) -> io::Result<()> {
+        self.check_wanted()?;
+        // Never into a file that somebody still writes.
+        remove(path);
+        let mut file = OpenOptions::new().create_new(true).write(true).mode(0o600).open(path)?;
+        for chunk in bytes.chunks(WRITE_BYTES) {
+            let waits = || matches!(haste, Haste::Paced { .. }) && !self.hurry.load(Ordering::Relaxed);
+            while waits()
+                && let Some(pause) = self.keeper.pace(chunk.len() as u64)
+            {
+                self.check_wanted()?;
+                thread::sleep(pause.min(LONGEST_NAP));
+            }
+            self.check_wanted()?;
+            file.write_all(chunk)?;
+        }
+        Ok(())
+    }
+}
+
+/// How a file is written.
+#[derive(Clone, Copy, Debug)]
+pub enum Haste {
+    /// While the guest's rounds go on: within the host's rate. Its pages are idle
+    /// after `delay`.
+    Paced {
+        /// See [`HeatParams::delay`].
+        delay: Duration,
+    },
+    /// For the last time, as fast as can be: somebody waits, and no round comes
+    /// between.
+    Last,
+}
+
+impl Haste {
+    /// How far apart the times of cells in one file may lie. Who reads it takes all
+    /// of them for the earliest, so that pages count as idle by this much too soon.
+    fn skew(self) -> Option<Duration> {
+        match self {
+            Haste::Paced { delay } => Some((delay / 2).max(SMALLEST_SKEW)),
+            Haste::Last => None,
+        }
     }
 }
 
@@ -272,17 +359,18 @@ impl Saver {
         &self.file
     }
 
-    /// Begins to write if it is time to: once a half-life, or less often if that
-    /// would be more than [`WRITE_RATE`].
+    /// Begins to write if it is time to: twice in a half-life, so that what a crash
+    /// leaves is young enough to be taken, or less often if that would be more than
+    /// [`WRITE_RATE`].
     pub fn save_if_due(
         &mut self,
         now: Duration,
-        half_life: Duration,
+        params: HeatParams,
         harvested_at: Option<Duration>,
         memory: &Arc<Mutex<GuestMemory>>,
     ) {
         let Some(harvested_at) = harvested_at else { return };
-        if now.saturating_sub(self.saved_at) < pause(half_life, self.last_bytes) {
+        if now.saturating_sub(self.saved_at) < pause(params.half_life, self.last_bytes) {
             return;
         }
         if self.writing.as_ref().is_some_and(|writing| !writing.is_finished()) {
@@ -291,8 +379,9 @@ impl Saver {
         self.join();
         self.saved_at = now;
         let (file, memory) = (Arc::clone(&self.file), Arc::clone(memory));
+        let haste = Haste::Paced { delay: params.delay };
         let thread = thread::Builder::new().name("heat".into());
-        match thread.spawn(move || file.save(harvested_at, &memory)) {
+        match thread.spawn(move || file.save(harvested_at, &memory, haste)) {
             Ok(writing) => self.writing = Some(writing),
             Err(error) => warn!("cannot start a thread that keeps heat: {error}"),
         }
@@ -300,9 +389,10 @@ impl Saver {
 
     /// Writes for the last time, before the memory is forgotten.
     pub fn finish(mut self, harvested_at: Option<Duration>, memory: &Mutex<GuestMemory>) {
+        self.file.hurry.store(true, Ordering::Relaxed);
         self.join();
         if let Some(harvested_at) = harvested_at {
-            let saved = self.file.save(harvested_at, memory);
+            let saved = self.file.save(harvested_at, memory, Haste::Last);
             self.take_note(saved);
         }
     }
@@ -350,7 +440,7 @@ impl Saver {
 
 /// Time between two writes.
 fn pause(half_life: Duration, last_bytes: u64) -> Duration {
-    half_life.max(SHORTEST_PAUSE).max(Duration::from_secs(last_bytes / WRITE_RATE))
+    (half_life / 2).max(SHORTEST_PAUSE).max(Duration::from_secs(last_bytes / WRITE_RATE))
 }
 
 #[cfg(test)]

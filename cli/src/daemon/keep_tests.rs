@@ -3,13 +3,13 @@
 use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use ept_virt_core::heat::HeatParams;
 use ept_virt_core::sampler::MemSlot;
 
 use super::*;
 
 const UUID: &str = "6695eb01-f6a4-8304-79aa-97f2502e193f";
 const HALF_LIFE: Duration = Duration::from_secs(30);
+const PARAMS: HeatParams = HeatParams { half_life: HALF_LIFE, delay: Duration::from_secs(1) };
 const HARVESTED_AT: Duration = Duration::from_secs(1000);
 
 /// A keeper in a directory of its own.
@@ -61,8 +61,7 @@ fn process(pid: i32) -> ProcessIdentity {
 
 /// Memory of two slots, one larger than a block.
 fn memory() -> Mutex<GuestMemory> {
-    let params = HeatParams { half_life: HALF_LIFE, delay: Duration::from_secs(1) };
-    let mut memory = GuestMemory::new(params);
+    let mut memory = GuestMemory::new(PARAMS);
     let slot = |gfn_start, page_count| MemSlot {
         gfn_start,
         page_count,
@@ -99,7 +98,7 @@ fn what_was_kept_comes_back() {
     let test = Test::new();
     let memory = memory();
     assert!(recall(&test.file(), Duration::ZERO).is_none());
-    let length = test.file().save(HARVESTED_AT, &memory).unwrap();
+    let length = test.file().save(HARVESTED_AT, &memory, Haste::Last).unwrap();
     let metadata = fs::metadata(test.path(".heat")).unwrap();
     assert_eq!((metadata.len(), metadata.permissions().mode() & 0o777), (length, 0o600));
     assert_eq!(test.names(), [format!("{UUID}.heat")]);
@@ -110,7 +109,7 @@ fn what_was_kept_comes_back() {
         assert!(recalled.slots == all(&memory));
     }
     // It is written anew as often as one likes.
-    test.file().save(HARVESTED_AT * 2, &memory).unwrap();
+    test.file().save(HARVESTED_AT * 2, &memory, Haste::Last).unwrap();
     let later = test.file().recall(HALF_LIFE, HARVESTED_AT * 2, |slot| slot.gfn_start == 0).unwrap();
     assert_eq!((later.harvested_at, later.slots.len()), (HARVESTED_AT * 2, 1));
 }
@@ -120,7 +119,7 @@ fn heat_of_another_time_or_process_is_not_taken() {
     let test = Test::new();
     let memory = memory();
     let gone_after = |age: Duration, file: HeatFile| {
-        test.file().save(HARVESTED_AT, &memory).unwrap();
+        test.file().save(HARVESTED_AT, &memory, Haste::Last).unwrap();
         assert!(recall(&file, age).is_none());
         assert_eq!(test.names(), [""; 0]);
     };
@@ -130,11 +129,11 @@ fn heat_of_another_time_or_process_is_not_taken() {
     let other_boot = ProcessIdentity { boot_id: "another".into(), ..process(4711) };
     gone_after(Duration::ZERO, test.file_of(other_boot));
     // From the future, as no file of this boot can be.
-    test.file().save(HARVESTED_AT, &memory).unwrap();
+    test.file().save(HARVESTED_AT, &memory, Haste::Last).unwrap();
     assert!(test.file().recall(HALF_LIFE, HARVESTED_AT / 2, |_| true).is_none());
     assert_eq!(test.names(), [""; 0]);
     // Of other memory.
-    test.file().save(HARVESTED_AT, &memory).unwrap();
+    test.file().save(HARVESTED_AT, &memory, Haste::Last).unwrap();
     assert!(test.file().recall(HALF_LIFE, HARVESTED_AT, |slot| slot.gfn_start == 1).is_none());
     assert_eq!(test.names(), [""; 0]);
 }
@@ -143,7 +142,7 @@ fn heat_of_another_time_or_process_is_not_taken() {
 fn a_damaged_file_is_set_aside() {
     let test = Test::new();
     let memory = memory();
-    test.file().save(HARVESTED_AT, &memory).unwrap();
+    test.file().save(HARVESTED_AT, &memory, Haste::Last).unwrap();
     let good = fs::read(test.path(".heat")).unwrap();
     let mut flipped = good.clone();
     flipped[good.len() / 2] ^= 1;
@@ -158,7 +157,7 @@ fn a_damaged_file_is_set_aside() {
         assert_eq!(fs::read(test.path(".heat.bad")).unwrap(), *bad);
     }
     // It goes on as if nothing had been.
-    test.file().save(HARVESTED_AT, &memory).unwrap();
+    test.file().save(HARVESTED_AT, &memory, Haste::Last).unwrap();
     assert!(recall(&test.file(), Duration::ZERO).is_some());
 }
 
@@ -170,7 +169,7 @@ fn files_of_domains_that_ended_are_removed() {
         fs::write(test.dir.join(name), "x").unwrap();
     }
     fs::write(test.dir.join("notes.txt"), "not ours").unwrap();
-    test.file().save(HARVESTED_AT, &memory()).unwrap();
+    test.file().save(HARVESTED_AT, &memory(), Haste::Last).unwrap();
     let keeper = test.keeper.as_ref().unwrap();
     let retain = |running: &[&str], tidy| {
         let begun = keeper.retain(running.iter().map(|uuid| String::from(*uuid)).collect(), tidy);
@@ -212,16 +211,16 @@ fn nothing_half_written_is_left() {
         harvested_at: HARVESTED_AT,
         slots: vec![SlotRange { gfn_start: 7, page_count: 7 }],
     };
-    let error = file.write(&test.path(".heat.new"), &header, &memory).unwrap_err();
+    let error = file.encode(&header, &memory, None).unwrap_err();
     assert!(error.to_string().contains("slots have just changed"), "{error}");
     // A directory in its place: the file can not be renamed to it.
     fs::create_dir(test.path(".heat")).unwrap();
-    assert!(file.save(HARVESTED_AT, &memory).is_err());
+    assert!(file.save(HARVESTED_AT, &memory, Haste::Last).is_err());
     assert_eq!(test.names(), [format!("{UUID}.heat")]);
     // Whatever is wrong with a disk, the guest is observed.
     let mut saver = Saver::new(test.file(), Duration::ZERO);
     let memory = Arc::new(memory);
-    saver.save_if_due(HALF_LIFE, HALF_LIFE, Some(HARVESTED_AT), &memory);
+    saver.save_if_due(HALF_LIFE, PARAMS, Some(HARVESTED_AT), &memory);
     saver.join();
     assert!(saver.failed);
     fs::remove_dir(test.path(".heat")).unwrap();
@@ -236,11 +235,11 @@ fn who_is_no_longer_wanted_writes_nothing() {
     let (file, memory) = (test.file(), memory());
     file.void.store(true, Ordering::Relaxed);
     fs::write(test.path(".heat.new"), "another one's").unwrap();
-    assert!(file.save(HARVESTED_AT, &memory).is_err());
+    assert!(file.save(HARVESTED_AT, &memory, Haste::Last).is_err());
     assert_eq!(fs::read(test.path(".heat.new")).unwrap(), b"another one's");
     // What is being written is never written to by a second one.
     let mut before = File::create(test.path(".heat.new")).unwrap();
-    test.file().save(HARVESTED_AT, &memory).unwrap();
+    test.file().save(HARVESTED_AT, &memory, Haste::Last).unwrap();
     io::Write::write_all(&mut before, b"nonsense").unwrap();
     assert!(recall(&test.file(), Duration::ZERO).is_some());
 }
@@ -250,14 +249,58 @@ fn heat_is_written_when_it_is_due() {
     let test = Test::new();
     let memory = Arc::new(memory());
     let mut saver = Saver::new(test.file(), HARVESTED_AT);
-    saver.save_if_due(HARVESTED_AT + HALF_LIFE, HALF_LIFE, None, &memory);
-    saver.save_if_due(HARVESTED_AT + HALF_LIFE / 2, HALF_LIFE, Some(HARVESTED_AT), &memory);
+    saver.save_if_due(HARVESTED_AT + HALF_LIFE, PARAMS, None, &memory);
+    saver.save_if_due(HARVESTED_AT + HALF_LIFE / 3, PARAMS, Some(HARVESTED_AT), &memory);
     saver.join();
     assert_eq!(test.names(), [""; 0]);
-    saver.save_if_due(HARVESTED_AT + HALF_LIFE, HALF_LIFE, Some(HARVESTED_AT), &memory);
+    saver.save_if_due(HARVESTED_AT + HALF_LIFE, PARAMS, Some(HARVESTED_AT), &memory);
     saver.join();
     assert_eq!(test.names(), [format!("{UUID}.heat")]);
-    assert_eq!(pause(HALF_LIFE, 0), HALF_LIFE);
+    assert_eq!(pause(HALF_LIFE, 0), HALF_LIFE / 2, "what a crash leaves is not too old");
     assert_eq!(pause(Duration::from_millis(100), 0), SHORTEST_PAUSE);
     assert_eq!(pause(HALF_LIFE, 1 << 30), Duration::from_secs(256));
+}
+
+#[test]
+fn all_domains_together_keep_to_one_rate() {
+    let test = Test::new();
+    let keeper = test.keeper.as_ref().unwrap();
+    // An hour's bytes at once leave a debt to all.
+    assert_eq!(keeper.pace(HOST_WRITE_RATE * 3600), None);
+    let wait = keeper.pace(1).unwrap();
+    assert!(wait > Duration::ZERO && wait <= Duration::from_secs(3600), "{wait:?}");
+    // As if others had written for years.
+    *lock(&keeper.bucket) = TokenBucket::new(1, Duration::ZERO);
+    assert_eq!(keeper.pace(1 << 40), None);
+    let file = Arc::new(test.file());
+    let paced = thread::spawn({
+        let file = Arc::clone(&file);
+        move || file.save(HARVESTED_AT, &memory(), Haste::Paced { delay: HALF_LIFE })
+    });
+    while !test.path(".heat.new").exists() {
+        thread::sleep(Duration::from_millis(1));
+    }
+    file.void.store(true, Ordering::Relaxed);
+    assert!(paced.join().unwrap().is_err());
+    assert!(!test.path(".heat").exists());
+    // Somebody waits for the last write, so that waits for nothing.
+    let mut saver = Saver::new(test.file(), Duration::ZERO);
+    let memory = Arc::new(memory());
+    saver.save_if_due(HARVESTED_AT, PARAMS, Some(HARVESTED_AT), &memory);
+    assert!(saver.writing.is_some());
+    saver.finish(Some(HARVESTED_AT), &memory);
+    assert!(recall(&test.file(), Duration::ZERO).is_some());
+}
+
+#[test]
+fn cells_of_one_file_are_of_one_time() {
+    assert_eq!(Haste::Paced { delay: HALF_LIFE }.skew(), Some(HALF_LIFE / 2));
+    assert_eq!(Haste::Paced { delay: Duration::ZERO }.skew(), Some(SMALLEST_SKEW));
+    assert_eq!(Haste::Last.skew(), None);
+    let (test, memory) = (Test::new(), memory());
+    let slots = lock(&memory).settle();
+    let header = Header { uuid: UUID.into(), process: process(4711), harvested_at: HARVESTED_AT, slots };
+    let error = test.file().encode(&header, &memory, Some(Duration::ZERO)).unwrap_err();
+    assert!(error.to_string().contains("half of the policy's delay"), "{error}");
+    assert!(test.file().encode(&header, &memory, None).is_ok());
 }

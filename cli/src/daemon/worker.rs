@@ -279,9 +279,9 @@ impl Run {
     }
 
     fn keep(&mut self) {
-        let (now, half_life) = (self.now(), self.guest.orders().policy.half_life);
+        let (now, params) = (self.now(), self.guest.orders().policy.heat_params());
         if let Some(saver) = &mut self.saver {
-            saver.save_if_due(now, half_life, self.guest.harvested_at(now), &self.memory);
+            saver.save_if_due(now, params, self.guest.harvested_at(now), &self.memory);
         }
     }
 
