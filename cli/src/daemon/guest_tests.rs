@@ -559,8 +559,9 @@ fn heat_that_came_back_is_stepped_by_what_the_tables_still_know() {
     new.now = old.now + Duration::from_millis(300);
     assert_eq!(new.guest.learn_slots().unwrap().len(), 2);
     assert_eq!(new.guest.recall(heat, harvested_at), 1);
-    // Meanwhile the guest accessed half of its hot pages.
-    new.world().touch(0..10);
+    // Meanwhile the guest accessed half of its hot pages, and at some time before
+    // some of the slot that came.
+    new.world().touch((0..10).chain(1024..1034));
     let first = new.round();
     assert_eq!((first.number, first.interval_ms), (1, 800));
     let memory = lock(&new.guest.memory);
@@ -568,6 +569,12 @@ fn heat_that_came_back_is_stepped_by_what_the_tables_still_know() {
     assert!(temperature(5) > temperature(15) && temperature(15) > 0);
     assert_eq!(temperature(50), 0);
     assert!(temperature(5) >= ept_virt_core::heat::HOT_FROM);
+    let came = |memory: &GuestMemory| memory.views()[1].heat.temperature(5);
+    assert_eq!(came(&memory), 0, "when that was nobody knows");
+    drop(memory);
+    new.world().touch(1024..1034);
+    new.round();
+    assert!(came(&lock(&new.guest.memory)) > 0);
 }
 
 #[test]

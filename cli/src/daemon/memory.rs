@@ -25,6 +25,8 @@ struct Slot {
     held: Vec<u64>,
     /// Of those, the ones refused since holds were last released.
     newly_held: Vec<u64>,
+    /// It was harvested before, by this daemon or the one whose heat came back.
+    observed: bool,
 }
 
 impl Slot {
@@ -38,6 +40,7 @@ impl Slot {
             mapped: vec![0; words],
             held: vec![0; words],
             newly_held: vec![0; words],
+            observed: false,
         };
         slot.hold_all_if_logged();
         slot
@@ -147,12 +150,14 @@ impl GuestMemory {
     }
 
     /// Takes in the harvest of the slot `index`. Without `elapsed`, as in the
-    /// first round, it says where pages lie but not when they were accessed.
+    /// first round, it says where pages lie but not when they were accessed. Nor
+    /// does the first harvest of a slot: its bits may be from long ago.
     pub fn observe(&mut self, index: usize, harvest: &Harvest, elapsed: Option<Duration>) {
         let Some(slot) = self.slots.get_mut(index) else { return };
         slot.place.observe(&harvest.mapped, &harvest.on_slow, &harvest.levels);
         slot.mapped.clone_from(&harvest.mapped);
-        if let Some(elapsed) = elapsed {
+        let known = std::mem::replace(&mut slot.observed, true);
+        if let Some(elapsed) = elapsed.filter(|_| known) {
             slot.heat.step(&harvest.accessed, elapsed);
         }
     }
@@ -163,6 +168,7 @@ impl GuestMemory {
         for (range, cells) in heat {
             if let Some(slot) = self.slots.iter_mut().find(|slot| slot.range() == range) {
                 slot.heat = HeatMap::from_cells(slot.info.page_count as usize, self.params, cells);
+                slot.observed = true;
                 found += 1;
             }
         }
