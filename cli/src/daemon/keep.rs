@@ -7,9 +7,8 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, BufReader, ErrorKind as Io, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -21,8 +20,9 @@ use ept_virt_core::heat::store::{BLOCK_CELLS, Decoder, Encoder, Header, SlotRang
 use ept_virt_core::migrate::TokenBucket;
 use ept_virt_core::process::ProcessIdentity;
 use log::{debug, info, warn};
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 
+use super::files;
 use super::memory::GuestMemory;
 use super::state::lock;
 
@@ -67,12 +67,10 @@ pub struct Keeper {
 impl Keeper {
     /// Takes the directory, which is made if it is missing.
     pub fn open(dir: &Path) -> io::Result<Self> {
-        DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-        let file =
-            OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(dir.join("lock"))?;
-        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
-            nix::errno::Errno::EWOULDBLOCK => io::Error::other("another daemon keeps its heat there"),
-            other => other.into(),
+        files::own_dir(dir)?;
+        let lock = files::lock_alone(&dir.join("lock")).map_err(|error| match error.kind() {
+            Io::WouldBlock => io::Error::other("another daemon keeps its heat there"),
+            _ => error,
         })?;
         Ok(Self {
             dir: dir.to_owned(),
@@ -147,9 +145,8 @@ fn owner(name: &OsStr) -> Option<&str> {
 }
 
 fn remove(path: &Path) {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != Io::NotFound => warn!("cannot remove {}: {error}", path.display()),
-        _ => {}
+    if let Err(error) = files::remove(path) {
+        warn!("cannot remove {}: {error}", path.display());
     }
 }
 
@@ -184,7 +181,7 @@ impl HeatFile {
         wanted: impl Fn(&SlotRange) -> bool,
     ) -> Option<Recalled> {
         let path = self.keeper.path(&self.uuid, ".heat");
-        let file = match File::open(&path) {
+        let file = match files::open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == Io::NotFound => return None,
             Err(error) => {
@@ -295,8 +292,7 @@ impl HeatFile {
     fn write(&self, path: &Path, bytes: &[u8], haste: Haste) -> io::Result<()> {
         self.check_wanted()?;
         // Never into a file that somebody still writes.
-        remove(path);
-        let mut file = OpenOptions::new().create_new(true).write(true).mode(0o600).open(path)?;
+        let mut file = files::create_anew(path)?;
         for chunk in bytes.chunks(WRITE_BYTES) {
             let waits = || matches!(haste, Haste::Paced { .. }) && !self.hurry.load(Ordering::Relaxed);
             while waits()

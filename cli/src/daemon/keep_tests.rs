@@ -198,6 +198,10 @@ fn a_directory_has_one_keeper() {
     test.keeper = None;
     test.keeper = Some(Arc::new(Keeper::open(&test.dir).unwrap()));
     assert!(Keeper::open(Path::new("/proc/ept-virt")).is_err());
+    test.keeper = None;
+    fs::set_permissions(&test.dir, fs::Permissions::from_mode(0o777)).unwrap();
+    let error = Keeper::open(&test.dir).map(drop).unwrap_err();
+    assert!(error.to_string().contains("others may write"), "{error}");
 }
 
 #[test]

@@ -2,9 +2,9 @@
 //! The control socket: JSON lines, a thread for each client. No client can make
 //! the daemon fail, wait, or use memory without bound.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, ErrorKind as Io, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,10 +14,11 @@ use std::time::Duration;
 use ept_virt_core::text::shown;
 use ept_virt_core::wire::{Command, ErrorKind, MAX_REQUEST_BYTES, Reply, Request, Response, WireError};
 use log::{debug, info, warn};
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::sys::stat::{Mode, umask};
 
+use super::files;
 use super::mailbox::{Event, Mailbox};
 use super::state::{Cell, Hold, Shared};
 use crate::failure::Failure;
@@ -61,16 +62,15 @@ impl Server {
                 .create(dir)
                 .map_err(|error| cannot("create the directory of", error))?;
         }
-        let lock = take_lock(path).map_err(|error| match error.kind() {
+        let mut lock_path = path.as_os_str().to_owned();
+        lock_path.push(".lock");
+        let lock = files::lock_alone(Path::new(&lock_path)).map_err(|error| match error.kind() {
             Io::WouldBlock => {
                 Failure::refused(format!("another ept-virt daemon serves {} already", path.display()))
             }
             _ => cannot("lock", error),
         })?;
-        match fs::remove_file(path) {
-            Err(error) if error.kind() != Io::NotFound => return Err(cannot("replace", error)),
-            _ => {}
-        }
+        files::remove_socket(path).map_err(|error| cannot("replace", error))?;
         // The mode has to be right from the first moment on.
         let before = umask(Mode::from_bits_truncate(0o177));
         let bound = UnixListener::bind(path);
@@ -134,13 +134,6 @@ fn open_to(path: &Path, group: Option<&str>) -> io::Result<()> {
     let group = found.ok_or_else(|| io::Error::new(Io::NotFound, "there is no such group"))?;
     std::os::unix::fs::chown(path, None, Some(group.gid.as_raw()))?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o660))
-}
-
-fn take_lock(socket: &Path) -> io::Result<Flock<File>> {
-    let mut path = socket.as_os_str().to_owned();
-    path.push(".lock");
-    let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno.into())
 }
 
 /// Serves the client in a thread of its own, if there are not too many.

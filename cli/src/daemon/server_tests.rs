@@ -242,6 +242,17 @@ fn a_socket_that_a_killed_daemon_left_is_replaced() {
 }
 
 #[test]
+fn what_is_no_socket_is_not_replaced() {
+    let mut test = Test::new();
+    test.server = None;
+    fs::write(test.socket(), "precious").unwrap();
+    let error = Server::bind(&test.socket(), None).map(drop).unwrap_err();
+    let told = error.to_string();
+    assert!(told.contains("cannot replace") && told.contains("--socket"), "{told}");
+    assert_eq!(fs::read(test.socket()).unwrap(), b"precious");
+}
+
+#[test]
 fn a_place_that_can_not_be_used_is_told() {
     let error = Server::bind(Path::new("/proc/ept-virt/sock"), None).map(|_| ()).unwrap_err();
     assert!(error.to_string().contains("--socket"), "{error}");
