@@ -59,8 +59,7 @@ pub struct DaemonArgs {
     /// Where to listen.
     #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
     socket: PathBuf,
-    /// libvirt to follow, qemu:///session for a user's own domains; the option is
-    /// that of all commands.
+    /// libvirt to follow; the option is that of all commands.
     #[arg(skip)]
     pub connect: String,
     /// The host's configuration; SIGHUP reads it again.

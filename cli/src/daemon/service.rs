@@ -6,8 +6,9 @@
 //!
 //! A daemon that hangs is killed and started again, which costs its guests
 //! nothing and the heat nothing either. So the pings come from a thread that looks
-//! at the main thread, and takes every lock that the socket takes: where they
-//! hang, it hangs.
+//! at the main thread, and takes the locks of what all domains share and of each
+//! domain's status: where they hang, it hangs, as every answer to a client would. It
+//! does not take those of a guest's memory, which one domain's worker holds.
 //!
 //! Two hangs are none of ours and are excused, since a new daemon would hang there
 //! as well. A call of libvirt: meanwhile the workers go on, status tells that
