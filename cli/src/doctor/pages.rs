@@ -2,6 +2,7 @@
 //! Sizes and sharing of pages: what can be told apart, and what can be moved.
 
 use ept_virt_core::topology::NodeSet;
+use ept_virt_core::units::{Bytes, PAGE_BYTES};
 
 use super::report::Check;
 use super::root::Root;
@@ -24,8 +25,13 @@ pub struct Pages {
     pub transparent: Option<String>,
     /// Pools that hold pages.
     pub pools: Vec<Pool>,
-    /// Pages that KSM shares now.
+    /// Pages that KSM saves now: so many would be needed to part all (ksm.rst of
+    /// the kernel's admin-guide).
     pub merged: u64,
+    /// KSM goes on merging.
+    pub merges: bool,
+    /// Memory that processes can have without swapping, in bytes, where known.
+    pub available: Option<u64>,
 }
 
 impl Pages {
@@ -34,7 +40,13 @@ impl Pages {
         Self {
             transparent: root.choice("/sys/kernel/mm/transparent_hugepage/enabled"),
             pools: pools(root, nodes),
-            merged: root.number("/sys/kernel/mm/ksm/pages_sharing").unwrap_or(0),
+            // Merged with the kernel's zero page, pages are counted apart.
+            merged: ["pages_sharing", "ksm_zero_pages"]
+                .into_iter()
+                .filter_map(|name| root.number(format!("/sys/kernel/mm/ksm/{name}")))
+                .fold(0, u64::saturating_add),
+            merges: root.number("/sys/kernel/mm/ksm/run") == Some(1),
+            available: available(root),
         }
     }
 
@@ -78,15 +90,37 @@ impl Pages {
 
     /// Whether pages are shared: such pages stay where they are.
     pub fn judge_merged(&self) -> Check {
-        match self.merged {
-            0 => Check::ok("KSM", "no page is merged"),
-            merged => Check::warn(
-                "KSM",
-                format!("{merged} pages of 4 KiB are merged with others; merged pages are not moved"),
-                "nothing, if merging saves more than placing; else `echo 2 > /sys/kernel/mm/ksm/run`, which parts them all",
-            ),
+        const NAME: &str = "KSM";
+        if self.merged == 0 {
+            return Check::ok(NAME, "no page is merged");
         }
+        let stop = match self.merges {
+            true => {
+                "nothing, if merging saves more than placing; else `echo 0 > /sys/kernel/mm/ksm/run` \
+                     (and stop ksmtuned, where it runs): no more is merged, and pages part as they are written to"
+            }
+            false => "nothing: no more is merged, and pages part as they are written to",
+        };
+        let need = Bytes(self.merged.saturating_mul(PAGE_BYTES));
+        let known = self.available.map_or("how much is available is not known".into(), |available| {
+            format!("{} are available now", Bytes(available))
+        });
+        Check::warn(
+            NAME,
+            format!("{} pages of 4 KiB are merged with others; merged pages are not moved", self.merged),
+            format!(
+                "{stop}. `echo 2` would part them all at once: that takes {need} of memory ({known}), \
+                 and where it runs out the kernel kills guests"
+            ),
+        )
     }
+}
+
+/// MemAvailable of `/proc/meminfo`, in bytes.
+fn available(root: &Root) -> Option<u64> {
+    let text = root.text("/proc/meminfo")?;
+    let kib = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    kib.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 fn pools(root: &Root, nodes: &NodeSet) -> Vec<Pool> {
@@ -129,10 +163,27 @@ mod tests {
     }
 
     #[test]
-    fn merged_pages_are_counted() {
+    fn merged_pages_are_counted_and_parted_with_care() {
         assert_eq!(Pages::default().judge_merged().verdict, Ok);
-        let check = Pages { merged: 12, ..Pages::default() }.judge_merged();
-        assert_eq!(check.verdict, Warn);
-        assert!(check.text.starts_with("12 pages"));
+        let merged = Pages { merged: 3 << 18, merges: true, available: Some(2 << 30), ..Pages::default() };
+        let judge = |pages: &Pages| {
+            let check = pages.judge_merged();
+            assert_eq!(check.verdict, Warn);
+            assert!(check.text.starts_with("786432 pages"), "{check:?}");
+            check.mend.unwrap()
+        };
+        let mend = judge(&merged);
+        // What is to be typed stops merging, and parts nothing.
+        assert!(mend.contains("`echo 0 > /sys/kernel/mm/ksm/run`"), "{mend}");
+        assert!(!mend.contains("echo 2 >"), "{mend}");
+        assert!(mend.contains("takes 3 GiB of memory (2 GiB are available now)"), "{mend}");
+        assert!(mend.ends_with("the kernel kills guests"), "{mend}");
+        let unknown = judge(&Pages { available: None, ..merged.clone() });
+        assert!(unknown.contains("takes 3 GiB of memory (how much is available is not known)"), "{unknown}");
+        let stopped = judge(&Pages { merges: false, ..merged });
+        assert!(
+            stopped.starts_with("nothing: no more is merged") && !stopped.contains("echo 0"),
+            "{stopped}"
+        );
     }
 }

@@ -113,5 +113,7 @@ fn a_captured_host_is_read_in_full() {
     assert_eq!(facts.kernel.ptrace_scope, Some(3));
     assert_eq!(facts.pages.pools.len(), 1);
     assert_eq!(facts.pages.pools[0].full_nodes.to_string(), "1");
-    assert_eq!(facts.pages.merged, 4711);
+    assert_eq!(facts.pages.merged, 4711 + 289);
+    assert!(facts.pages.merges);
+    assert_eq!(facts.pages.available, Some(1 << 30));
 }
