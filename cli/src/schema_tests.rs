@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `docs/CLI.md` against what `--json` prints: the same fields, no more and no
-//! fewer, command by command.
+//! fewer, command by command; and no field is ever left out.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -9,7 +9,13 @@ use std::time::Duration;
 use ept_virt_core::policy::{Config, Effective};
 use ept_virt_core::sampler::{Level, MemSlot};
 use ept_virt_core::samples::{Access, Sample};
-use ept_virt_core::wire::{MemoryMap, Status};
+use ept_virt_core::wire::{
+    DaemonStatus, DomainStatus, MapRun, MemoryMap, ModuleStatus, MoveTotals, Refusal, RoundStatus, Status,
+    StripCell,
+};
+use serde::de::value::Error;
+use serde::de::{DeserializeOwned, Deserializer, Visitor};
+use serde::forward_to_deserialize_any;
 use serde_json::{Value, json, to_value};
 
 use crate::doctor::report::{Check, Report};
@@ -76,6 +82,76 @@ fn every_field_is_documented_and_no_other() {
         fields(&value, &mut found);
         assert_eq!(documented(command), found, "ept-virt {command} --json");
     }
+}
+
+/// Finds out which fields a type has, those included that its values may leave out:
+/// derived code tells them to the deserializer before it reads anything.
+struct Asked<'a>(&'a mut BTreeSet<String>);
+
+impl<'de> Deserializer<'de> for Asked<'_> {
+    type Error = Error;
+
+    fn deserialize_any<V: Visitor<'de>>(self, _: V) -> Result<V::Value, Error> {
+        Err(serde::de::Error::custom("this is no struct"))
+    }
+
+    fn deserialize_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        fields: &'static [&'static str],
+        _: V,
+    ) -> Result<V::Value, Error> {
+        self.0.extend(fields.iter().map(|field| (*field).to_owned()));
+        Err(serde::de::Error::custom("all is told"))
+    }
+
+    forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 u8 u16 u32 u64 f32 f64 char str string bytes byte_buf option unit
+        unit_struct newtype_struct seq tuple tuple_struct map enum identifier ignored_any
+    }
+}
+
+fn fields_of<T: DeserializeOwned>() -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    assert!(T::deserialize(Asked(&mut found)).is_err() && !found.is_empty());
+    found
+}
+
+/// What the fixtures leave out is no way around the document.
+#[test]
+fn every_field_of_the_daemon_s_types_is_documented() {
+    let status = [
+        fields_of::<Status>(),
+        fields_of::<DaemonStatus>(),
+        fields_of::<ModuleStatus>(),
+        fields_of::<DomainStatus>(),
+        fields_of::<RoundStatus>(),
+        fields_of::<MoveTotals>(),
+        fields_of::<Refusal>(),
+        fields_of::<StripCell>(),
+    ];
+    assert_eq!(documented("status"), status.into_iter().flatten().collect());
+    let map = [fields_of::<MemoryMap>(), fields_of::<MapRun>()];
+    assert_eq!(documented("map"), map.into_iter().flatten().collect());
+}
+
+#[test]
+fn what_is_not_known_is_null_and_not_left_out() {
+    fn keys(value: &impl serde::Serialize) -> BTreeSet<String> {
+        to_value(value).unwrap().as_object().unwrap().keys().cloned().collect()
+    }
+    let (busy, empty): (Status, Status) = (read("busy.json"), read("empty.json"));
+    for daemon in [&busy.daemon, &empty.daemon] {
+        assert_eq!(keys(daemon), fields_of::<DaemonStatus>());
+    }
+    // Of one domain next to nothing is known.
+    let bare =
+        |domain: &DomainStatus| domain.id.is_none() && domain.pid.is_none() && domain.restored_s.is_none();
+    assert!(busy.domains.iter().any(bare));
+    for domain in &busy.domains {
+        assert_eq!(keys(domain), fields_of::<DomainStatus>(), "{}", domain.name);
+    }
+    assert_eq!(keys(&RoundStatus::default()), fields_of::<RoundStatus>());
 }
 
 #[test]

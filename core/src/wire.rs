@@ -281,7 +281,7 @@ pub struct DomainStatus {
     pub moves: MoveTotals,
     /// Age of the heat, in seconds, that an earlier daemon had kept and that this
     /// one went on with; none if it began anew.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub restored_s: Option<u64>,
     /// Guest physical memory in equal parts, from the lowest slot to the
     /// highest, without holes: a picture for the terminal.
