@@ -21,6 +21,9 @@ use crate::failure::Failure;
 /// Longest wait for a whole answer. A round holds a domain for less than this.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 
+/// Where the unit's daemon tells what happened to it.
+const LOG: &str = "look at what it logged: `journalctl -u ept-virt`, or its standard error";
+
 /// Pause before a busy socket is tried again.
 const BUSY_PAUSE: Duration = Duration::from_millis(20);
 
@@ -81,7 +84,7 @@ fn ask_within(path: &Path, command: Command, timeout: Duration) -> Result<Reply,
         Response { v, .. } if v != PROTOCOL_VERSION => Err(Failure::refused(format!(
             "the daemon speaks version {v} of the protocol, this program version {PROTOCOL_VERSION}"
         ))
-        .hint("restart the daemon after an upgrade")),
+        .hint("restart the daemon after an upgrade: `systemctl restart ept-virt`")),
         Response { reply: Reply::Error(error), .. } => Err(answered(error)),
         Response { reply, .. } => Ok(reply),
     }
@@ -147,16 +150,16 @@ fn explain(path: &Path, timeout: Duration, error: &io::Error) -> Failure {
     let at = path.display();
     match error.kind() {
         Io::NotFound | Io::ConnectionRefused => Failure::unreachable(format!("no daemon listens at {at}"))
-            .hint("start it, as root, with `ept-virt daemon`, or give its --socket"),
+            .hint("start it, as root, with `systemctl start ept-virt` (or `ept-virt daemon`), or give its --socket"),
         Io::PermissionDenied => Failure::unreachable(format!("not permitted to ask the daemon at {at}"))
             .hint("run this command as root"),
         Io::TimedOut | Io::WouldBlock => {
             Failure::unreachable(format!("the daemon at {at} did not answer within {timeout:?}"))
-                .hint("look at what it logged, on its standard error")
+                .hint(LOG)
         }
         Io::UnexpectedEof | Io::ConnectionReset | Io::BrokenPipe => {
             Failure::unreachable(format!("the daemon at {at} closed the connection before it answered"))
-                .hint("look at what it logged, on its standard error")
+                .hint(LOG)
         }
         Io::InvalidData => Failure::refused(format!(
             "the answer of the daemon at {at} is longer than {MAX_LINE_BYTES} bytes"
@@ -239,8 +242,8 @@ mod tests {
 
     #[test]
     fn without_a_daemon_it_says_how_to_start_one() {
-        let expected =
-            "no daemon listens at SOCKET: start it, as root, with `ept-virt daemon`, or give its --socket";
+        let expected = "no daemon listens at SOCKET: start it, as root, with `systemctl start ept-virt` \
+                        (or `ept-virt daemon`), or give its --socket";
         let fake = Fake::path("nobody");
         assert_eq!(fake.failure(), expected);
         // A socket that a killed daemon left behind.
@@ -254,7 +257,7 @@ mod tests {
         let listener = UnixListener::bind(&fake.0).unwrap();
         let started = Instant::now();
         let message = "the daemon at SOCKET did not answer within 300ms: \
-                       look at what it logged, on its standard error";
+                       look at what it logged: `journalctl -u ept-virt`, or its standard error";
         assert_eq!(fake.failure(), message);
         // Its queue full, even a connect would block.
         listen(&listener, Backlog::new(0).unwrap()).unwrap();
@@ -270,13 +273,14 @@ mod tests {
             (
                 "closes",
                 "",
-                "the daemon at SOCKET closed the connection before it answered: look at what it logged, on its standard error",
+                "the daemon at SOCKET closed the connection before it answered: \
+                 look at what it logged: `journalctl -u ept-virt`, or its standard error",
             ),
             (
                 "other-version",
                 "{\"v\":9,\"reply\":\"done\"}\n",
                 "the daemon speaks version 9 of the protocol, this program version 1: \
-                 restart the daemon after an upgrade",
+                 restart the daemon after an upgrade: `systemctl restart ept-virt`",
             ),
             (
                 "error",

@@ -73,7 +73,7 @@ impl Daemon {
             return Check::warn(
                 NAME,
                 format!("runs in version {}, while this program is {our_version}", daemon.version),
-                "restart the daemon; guests do not notice",
+                "systemctl restart ept-virt; guests do not notice",
             );
         }
         Check::ok(NAME, format!("runs as pid {}, and follows {}", daemon.pid, daemon.libvirt_uri))

@@ -109,7 +109,8 @@ impl Kvm {
         let (module, tables) = (vendor.module(), vendor.tables());
         let reload = |what: &str| {
             format!(
-                "with no guest running: `modprobe -r kvm_ept_sample {module} kvm`, then {what}; in /etc/modprobe.d for good"
+                "with no guest running: `systemctl stop ept-virt; modprobe -r kvm_ept_sample {module} kvm`, then {what}, \
+                 and `systemctl start ept-virt`; in /etc/modprobe.d for good"
             )
         };
         if self.tables == Some(false) {

@@ -72,7 +72,9 @@ impl Module {
             Module::Unusable(problem) => Check::fail(
                 NAME,
                 problem.clone(),
-                "install module and ept-virt of one version, then `rmmod kvm_ept_sample; modprobe kvm_ept_sample`",
+                // The daemon keeps the module in use. Guests notice nothing of this.
+                "install module and ept-virt of one version, then `systemctl stop ept-virt; rmmod kvm_ept_sample; \
+                 modprobe kvm_ept_sample; systemctl start ept-virt`",
             ),
         }
     }
@@ -97,6 +99,10 @@ mod tests {
             assert_eq!(check.verdict, verdict, "{check:?}");
             assert!(check.text.contains(words), "{check:?}");
             assert_eq!(check.mend.is_none(), verdict == Ok);
+            // A module in use can not be removed.
+            let mend = check.mend.unwrap_or_default();
+            let stop = mend.find("systemctl stop ept-virt");
+            assert!(mend.find("rmmod").is_none_or(|at| stop.is_some_and(|stop| stop < at)), "{mend}");
         }
     }
 }

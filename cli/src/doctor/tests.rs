@@ -38,7 +38,7 @@ fn bad() -> Facts {
     let guest = libvirt::Guest { name: "evil\u{1b}[2Jname".into(), allowed: "0".parse().ok() };
     let daemon = Daemon::Away {
         problem: "no daemon listens at /run/ept-virt/ept-virt.sock".into(),
-        mend: "start it, as root, with `ept-virt daemon`, or give its --socket".into(),
+        mend: "start it, as root, with `systemctl start ept-virt`".into(),
     };
     let module = |_: &str| Module::NotLoaded { is_installed: true };
     let facts = settled(Facts::read(&root, module, libvirt(vec![guest]), daemon));
