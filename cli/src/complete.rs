@@ -98,7 +98,25 @@ fn by_daemon(limit: Duration) -> Option<Vec<String>> {
 fn by_libvirt(limit: Duration) -> Option<Vec<String>> {
     let variable = || env::var("LIBVIRT_DEFAULT_URI").ok().filter(|uri| !uri.is_empty());
     let uri = typed(&["-c", "--connect"]).or_else(variable).unwrap_or_else(|| DEFAULT_URI.into());
+    if !is_asked(&uri) {
+        return None;
+    }
     bounded::within(limit, move || domain::names(&uri).ok())?
+}
+
+/// Whether the libvirt at `uri` may be asked because of a mere TAB: one that runs on
+/// this host. Others would have ssh ask for a password in the middle of a line, or a
+/// distant host be called at each key. A session's or an embedded libvirt would be
+/// started by the question; and a name without a scheme is an alias for whatever
+/// libvirt.conf says.
+fn is_asked(uri: &str) -> bool {
+    let Some((scheme, rest)) = uri.split_once("://") else { return false };
+    let transport = scheme.split_once('+').map(|(_, transport)| transport);
+    let path = rest.split(['?', '#']).next().unwrap_or_default();
+    // Without a transport, a host is asked by TLS.
+    matches!(transport, None | Some("unix"))
+        && path.starts_with('/')
+        && !matches!(path.trim_end_matches('/'), "/session" | "/embed")
 }
 
 /// What was typed for an option, so far as the shell has handed it over.
@@ -131,6 +149,39 @@ mod tests {
         ] {
             let words: Vec<&str> = line.split(' ').collect();
             assert_eq!(value_of(&options, &words).as_deref(), value, "{line}");
+        }
+    }
+
+    #[test]
+    fn no_key_makes_a_connection_to_another_host() {
+        for uri in [
+            DEFAULT_URI,
+            "qemu+unix:///system",
+            "qemu:///system?socket=/run/libvirt/virtqemud-sock",
+            "qemu+unix:///system?socket=/a://b",
+            "test:///default",
+            "xen:///",
+        ] {
+            assert!(is_asked(uri), "{uri}");
+        }
+        for uri in [
+            "qemu+ssh://host/system",
+            "qemu+ssh:///system",
+            "qemu+libssh2://user@host:22/system?keyfile=k",
+            "qemu+tls://host/system",
+            "qemu+tcp://[::1]/system",
+            "qemu+ext:///system?command=/bin/x",
+            "qemu://host/system",
+            "qemu+unix://host/system",
+            "qemu:///session",
+            "qemu+unix:///session?socket=/run/s",
+            "qemu:///session/",
+            "qemu:///embed?root=/tmp",
+            "qemu+",
+            "hail",
+            "",
+        ] {
+            assert!(!is_asked(uri), "{uri}");
         }
     }
 
