@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use ept_virt_core::domain::{Versions, versions};
-use ept_virt_core::sampler::{EntryFormat, KernelSampler, Sampler};
+use ept_virt_core::sampler::{KernelSampler, Sampler};
 use ept_virt_core::uapi;
 use ept_virt_core::wire::{PROTOCOL_VERSION, Status};
 use serde::Serialize;
@@ -94,11 +94,7 @@ impl Parts {
 /// What the module's file tells us, which takes root.
 fn own_look() -> Result<String, String> {
     let info = KernelSampler::open().map_err(|error| error.to_string())?.info();
-    let format = match info.format {
-        EntryFormat::Ept => "EPT",
-        EntryFormat::Npt => "NPT",
-    };
-    Ok(abi_of(&format!("{}.{}", info.abi.0, info.abi.1), format))
+    Ok(abi_of(&format!("{}.{}", info.abi.0, info.abi.1), &info.format.to_string()))
 }
 
 fn abi_of(abi: &str, format: &str) -> String {

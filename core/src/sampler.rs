@@ -5,6 +5,7 @@
 //! [`Sampler`] is the one seam that unit tests replace; [`KernelSampler`] is the
 //! kernel module.
 
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -99,6 +100,15 @@ pub enum EntryFormat {
     Ept,
     /// AMD.
     Npt,
+}
+
+impl fmt::Display for EntryFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            EntryFormat::Ept => "EPT",
+            EntryFormat::Npt => "NPT",
+        })
+    }
 }
 
 /// Who told what a harvest reports: the module asks KVM where the tables do not

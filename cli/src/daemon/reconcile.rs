@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use ept_virt_core::domain::{Activity, Jobs, Libvirt, RunningDomain};
 use ept_virt_core::policy::{Config, Effective, Layer, Mode, Policy};
-use ept_virt_core::sampler::{EntryFormat, KernelSampler, ModuleInfo, Sampler};
+use ept_virt_core::sampler::{KernelSampler, ModuleInfo, Sampler};
 use ept_virt_core::topology::{NumaBalancing, Tiers, numa_balancing, reclaims};
 use ept_virt_core::wire::{DomainState, ModuleStatus};
 use log::warn;
@@ -186,11 +186,7 @@ impl Reconciler {
 fn module_status(info: ModuleInfo) -> ModuleStatus {
     ModuleStatus {
         abi: format!("{}.{}", info.abi.0, info.abi.1),
-        format: match info.format {
-            EntryFormat::Ept => "EPT",
-            EntryFormat::Npt => "NPT",
-        }
-        .to_owned(),
+        format: info.format.to_string(),
         back_end: "table walk".to_owned(),
     }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Our kernel module: whether it is loaded, and of this version.
 
-use ept_virt_core::sampler::{EntryFormat, KernelSampler, ModuleInfo, Sampler, SamplerError};
+use ept_virt_core::sampler::{KernelSampler, ModuleInfo, Sampler, SamplerError};
 
 use super::report::Check;
 use super::root::Root;
@@ -46,11 +46,7 @@ impl Module {
         const NAME: &str = "module";
         match self {
             Module::Ready(info) => {
-                let format = match info.format {
-                    EntryFormat::Ept => "EPT",
-                    EntryFormat::Npt => "NPT",
-                };
-                let (major, minor) = info.abi;
+                let (ModuleInfo { format, .. }, (major, minor)) = (info, info.abi);
                 Check::ok(NAME, format!("kvm_ept_sample is loaded, ABI {major}.{minor}, for {format}"))
             }
             Module::NotForUs => Check::warn(
@@ -82,6 +78,8 @@ impl Module {
 
 #[cfg(test)]
 mod tests {
+    use ept_virt_core::sampler::EntryFormat;
+
     use super::*;
     use crate::doctor::report::Verdict::{Fail, Ok, Warn};
 
