@@ -252,9 +252,10 @@ fn owned_fd(result: libc::c_long) -> io::Result<OwnedFd> {
     }
 }
 
-/// The start time, field 22 of `/proc/PID/stat` (proc(5)). The name, field 2, may
+/// The start time, field 22 of `/proc/PID/stat` (proc_pid_stat(5)), in clock ticks
+/// since the boot. The name, field 2, may
 /// hold whatever its owner likes; what follows its last bracket holds none.
-fn start_time(stat: &[u8]) -> Option<u64> {
+pub fn start_time(stat: &[u8]) -> Option<u64> {
     let after_name = stat.iter().rposition(|byte| *byte == b')')? + 1;
     let fields = std::str::from_utf8(stat.get(after_name..)?).ok()?;
     fields.split_ascii_whitespace().nth(19)?.parse().ok()

@@ -95,7 +95,7 @@ impl LibvirtSays {
 
 fn guest(root: &Root, domain: &RunningDomain) -> Guest {
     let allowed = || {
-        let pid = root.number(domain.pid_file())?;
+        let pid = domain.read_pid().ok()?;
         let status = root.text(format!("/proc/{pid}/status"))?;
         let list = status.lines().find_map(|line| line.strip_prefix("Mems_allowed_list:"))?;
         list.trim().parse().ok()

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Processes of the host that matter: libvirt's daemons, and DAMON's threads.
 
+use ept_virt_core::process::start_time;
+
 use super::root::Root;
 
 /// libvirt's daemons that run QEMU, and so call its hooks.
@@ -45,11 +47,9 @@ impl Processes {
     }
 }
 
-/// When a process started, in seconds since 1970 (proc_pid_stat(5), proc_stat(5)).
+/// When a process started, in seconds since 1970 (proc_stat(5)).
 fn started(root: &Root, pid: &str) -> Option<u64> {
-    let stat = root.text(format!("/proc/{pid}/stat"))?;
-    // The name, in parentheses, may hold anything; field 3 comes after it.
-    let ticks: u64 = stat.rsplit_once(')')?.1.split_whitespace().nth(22 - 3)?.parse().ok()?;
+    let ticks = start_time(&root.bytes(format!("/proc/{pid}/stat"))?)?;
     let boot = root.text("/proc/stat")?;
     let boot = boot.lines().find_map(|line| line.strip_prefix("btime "))?;
     Some(boot.trim().parse::<u64>().ok()? + ticks / TICKS_A_SECOND)
