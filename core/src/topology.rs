@@ -145,6 +145,20 @@ pub enum NumaBalancing {
     Tiering,
 }
 
+impl NumaBalancing {
+    /// What ends it.
+    pub const MEND: &str = "sysctl kernel.numa_balancing=0";
+
+    /// What it does against placement, as in "it ..."; none when it does nothing.
+    pub fn trouble(self) -> Option<&'static str> {
+        match self {
+            Self::Off => None,
+            Self::Normal => Some("moves pages back to the nodes of the CPUs that use them"),
+            Self::Tiering => Some("promotes pages between tiers by a judgement of its own"),
+        }
+    }
+}
+
 /// Reads `sys/kernel/numa_balancing` below `proc` (`/proc`).
 pub fn numa_balancing(proc: &Path) -> Result<NumaBalancing, TopologyError> {
     /// NUMA_BALANCING_MEMORY_TIERING, include/linux/sched/sysctl.h.

@@ -163,13 +163,10 @@ impl Reconciler {
         let mut warnings = Vec::new();
         if wants_placing {
             match numa_balancing(Path::new("/proc")) {
-                Ok(NumaBalancing::Off) => {}
-                Ok(NumaBalancing::Normal) => warnings.push(
-                    "the kernel's NUMA balancing moves pages back to the CPUs' nodes: turn it off with `sysctl kernel.numa_balancing=0`".to_owned(),
-                ),
-                Ok(NumaBalancing::Tiering) => warnings.push(
-                    "the kernel's NUMA balancing promotes pages on its own: turn it off with `sysctl kernel.numa_balancing=0`".to_owned(),
-                ),
+                Ok(balancing) => warnings.extend(balancing.trouble().map(|trouble| {
+                    let mend = NumaBalancing::MEND;
+                    format!("the kernel's NUMA balancing {trouble}: turn it off with `{mend}`")
+                })),
                 Err(error) => warnings.push(format!("whether NUMA balancing is on is not known: {error}")),
             }
             if self.tiers.slow.is_empty() {

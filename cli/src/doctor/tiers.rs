@@ -64,17 +64,14 @@ impl Memory {
     /// Whether the kernel moves pages too.
     pub fn judge_balancing(&self) -> Check {
         const NAME: &str = "NUMA balancing";
-        const MEND: &str = "sysctl kernel.numa_balancing=0; in /etc/sysctl.d for good";
-        match &self.balancing {
-            Ok(NumaBalancing::Off) => Check::ok(NAME, "off"),
-            Ok(NumaBalancing::Normal) => {
-                Check::warn(NAME, "on: it moves pages back to the nodes of the CPUs that use them", MEND)
-            }
-            Ok(NumaBalancing::Tiering) => {
-                Check::warn(NAME, "on, between tiers: it promotes pages by a judgement of its own", MEND)
-            }
-            Err(problem) => Check::warn(NAME, problem.clone(), MEND),
-        }
+        let found = match &self.balancing {
+            Ok(balancing) => match balancing.trouble() {
+                None => return Check::ok(NAME, "off"),
+                Some(trouble) => format!("on: it {trouble}"),
+            },
+            Err(problem) => problem.clone(),
+        };
+        Check::warn(NAME, found, format!("{}; in /etc/sysctl.d for good", NumaBalancing::MEND))
     }
 
     /// `node 0 (2 GiB, 1 GiB free)`.
