@@ -5,6 +5,7 @@ use std::env;
 use std::io::{self, IsTerminal};
 
 use clap::ValueEnum;
+use ept_virt_core::text::printable;
 
 /// When to use colour.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -70,9 +71,9 @@ impl Style {
 }
 
 /// `text` without control characters: names and messages come from others and
-/// must not steer the terminal.
+/// must not steer the terminal. Not every terminal has a letter beyond ASCII.
 pub fn harmless(text: &str) -> String {
-    text.chars().map(|letter| if letter.is_control() { '?' } else { letter }).collect()
+    printable(text, '?')
 }
 
 /// `text` in lines of at most `room` letters, broken between words.

@@ -2,11 +2,16 @@
 //! What strangers wrote, in messages: it neither drives a terminal nor fills a
 //! log.
 
+/// `text` with `instead` in the place of each control character.
+pub fn printable(text: &str, instead: char) -> String {
+    text.chars().map(|char| if char.is_control() { instead } else { char }).collect()
+}
+
 /// `text` without control characters, cut after `most` letters.
 pub fn shown(text: &str, most: usize) -> String {
-    let printable = |char: char| if char.is_control() { char::REPLACEMENT_CHARACTER } else { char };
-    let mut shown: String = text.chars().take(most).map(printable).collect();
-    if text.chars().nth(most).is_some() {
+    let end = text.char_indices().nth(most).map_or(text.len(), |(index, _)| index);
+    let mut shown = printable(&text[..end], char::REPLACEMENT_CHARACTER);
+    if end < text.len() {
         shown += "...";
     }
     shown
