@@ -43,7 +43,6 @@ impl Style {
     pub fn of_stdout(choice: ColorChoice) -> Self {
         let terminal = io::stdout().is_terminal();
         let set = |name: &str| env::var_os(name).is_some_and(|value| !value.is_empty());
-        let dumb = env::var_os("TERM").is_some_and(|term| term == "dumb");
         let utf8 = ["LC_ALL", "LC_CTYPE", "LANG"]
             .into_iter()
             .find_map(|name| env::var(name).ok().filter(|value| !value.is_empty()))
@@ -51,7 +50,7 @@ impl Style {
         let (color, unicode) = match choice {
             ColorChoice::Always => (true, true),
             ColorChoice::Never => (false, terminal && utf8),
-            ColorChoice::Auto => (terminal && !dumb && !set("NO_COLOR"), terminal && utf8),
+            ColorChoice::Auto => (terminal && !is_dumb() && !set("NO_COLOR"), terminal && utf8),
         };
         let width = terminal_size::terminal_size()
             .map(|(width, _)| usize::from(width.0))
@@ -68,6 +67,11 @@ impl Style {
             false => text.into(),
         }
     }
+}
+
+/// Whether the terminal, if there is one, takes no escape sequences, as far as is known.
+pub fn is_dumb() -> bool {
+    env::var_os("TERM").is_none_or(|term| term.is_empty() || term == "dumb")
 }
 
 /// `text` without control characters: names and messages come from others and

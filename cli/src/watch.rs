@@ -11,6 +11,7 @@ use nix::sys::signal::{SigSet, Signal};
 
 use crate::failure::Failure;
 use crate::output::write_or_end;
+use crate::style::is_dumb;
 
 /// Seconds between two answers, at least and at most.
 const SECONDS: std::ops::RangeInclusive<f64> = 0.1..=3600.0;
@@ -32,10 +33,9 @@ pub enum Place {
 impl Place {
     /// Where standard output leads to.
     pub fn of_stdout(json: bool) -> Self {
-        let dumb = std::env::var_os("TERM").is_none_or(|term| term == "dumb");
         match json {
             true => Place::Lines,
-            false if io::stdout().is_terminal() && !dumb => Place::Screen,
+            false if io::stdout().is_terminal() && !is_dumb() => Place::Screen,
             false => Place::Pages,
         }
     }
