@@ -100,7 +100,8 @@ fn daemon(page: &mut Page, daemon: &DaemonStatus) {
     page.field("libvirt", &format!("{}: {}", daemon.libvirt_uri, daemon.libvirt));
     match (&daemon.module, &daemon.module_error) {
         (Some(module), _) => {
-            page.field("module", &format!("{} of {}, ABI {}", module.back_end, module.format, module.abi));
+            let (abi, format, teller) = (&module.abi, &module.format, &module.back_end);
+            page.field("module", &format!("ABI {abi}, for {format}; tells accesses by {teller}"));
         }
         (None, Some(error)) => page.alert("module", error),
         (None, None) => page.alert("module", "no answer yet"),

@@ -230,7 +230,8 @@ pub struct ModuleStatus {
     pub abi: String,
     /// "EPT" or "NPT".
     pub format: String,
-    /// "table walk".
+    /// Who tells what guests access that run no guests themselves, by KVM's
+    /// switches: words as in [`RoundStatus::back_end`], which says who told.
     pub back_end: String,
 }
 

@@ -21,6 +21,8 @@ use super::logging::about;
 use super::state::{Cell, Hold, Phase, Shared};
 use super::worker::{self, End, Worker};
 use crate::attach::Unattached;
+use crate::doctor::kvm::Kvm;
+use crate::doctor::root::Root;
 
 /// A domain that libvirt says is running.
 struct Entry {
@@ -184,7 +186,7 @@ fn module_status(info: ModuleInfo) -> ModuleStatus {
     ModuleStatus {
         abi: format!("{}.{}", info.abi.0, info.abi.1),
         format: info.format.to_string(),
-        back_end: "table walk".to_owned(),
+        back_end: Kvm::loaded(&Root::new("/")).sources().words().to_owned(),
     }
 }
 

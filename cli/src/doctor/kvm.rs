@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! KVM, and who will tell what guests access. docs/KERNELS.md explains why.
 
+use ept_virt_core::sampler::Sources;
+
 use super::report::Check;
 use super::root::Root;
 
@@ -54,15 +56,15 @@ impl Kvm {
         let cpuinfo = root.text("/proc/cpuinfo").unwrap_or_default();
         let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
         let has = |flag: &str| flags.split_whitespace().any(|word| word == flag);
-        let first = |intel, amd| match (intel, amd) {
-            (true, _) => Some(Vendor::Intel),
-            (_, true) => Some(Vendor::Amd),
-            _ => None,
-        };
+        Self { cpu: first(has("vmx"), has("svm")), cpu_marks: has("ept_ad"), ..Self::loaded(root) }
+    }
+
+    /// Reads the modules and their switches alone: a few short files.
+    pub fn loaded(root: &Root) -> Self {
         let loaded = first(root.exists("/sys/module/kvm_intel"), root.exists("/sys/module/kvm_amd"));
         Self {
-            cpu: first(has("vmx"), has("svm")),
-            cpu_marks: has("ept_ad"),
+            cpu: None,
+            cpu_marks: false,
             loaded,
             device: root.exists("/dev/kvm"),
             tables: match loaded {
@@ -73,6 +75,15 @@ impl Kvm {
             marks: root.switch("/sys/module/kvm_intel/parameters/eptad"),
             tdp_mmu: root.switch("/sys/module/kvm/parameters/tdp_mmu"),
         }
+    }
+
+    /// Who tells what guests access that run no guests themselves, as docs/KERNELS.md
+    /// has it.
+    pub fn sources(&self) -> Sources {
+        let off = |switch| switch == Some(false);
+        let tables = !off(self.tables) && !off(self.tdp_mmu);
+        let marks = self.loaded != Some(Vendor::Intel) || !off(self.marks);
+        Sources { tables, notifier: !tables || !marks }
     }
 
     /// Whether guests can run.
@@ -146,6 +157,14 @@ impl Kvm {
     }
 }
 
+fn first(intel: bool, amd: bool) -> Option<Vendor> {
+    match (intel, amd) {
+        (true, _) => Some(Vendor::Intel),
+        (_, true) => Some(Vendor::Amd),
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -175,6 +194,27 @@ mod tests {
             let check = kvm.judge();
             assert_eq!(check.verdict, verdict, "{check:?}");
             assert!(check.mend.unwrap_or_default().contains(mend));
+        }
+    }
+
+    #[test]
+    fn the_daemon_names_who_tells() {
+        const TABLES: Sources = Sources { tables: true, notifier: false };
+        const BOTH: Sources = Sources { tables: true, notifier: true };
+        const NOTIFIER: Sources = Sources { tables: false, notifier: true };
+        for (kvm, sources) in [
+            (INTEL, TABLES),
+            (AMD, TABLES),
+            (Kvm { tables: None, tdp_mmu: None, marks: None, ..INTEL }, TABLES),
+            (Kvm { tables: Some(false), ..INTEL }, NOTIFIER),
+            (Kvm { tables: Some(false), ..AMD }, NOTIFIER),
+            (Kvm { tdp_mmu: Some(false), ..AMD }, NOTIFIER),
+            (Kvm { marks: Some(false), ..INTEL }, BOTH),
+            (Kvm { marks: Some(false), tdp_mmu: Some(false), ..INTEL }, NOTIFIER),
+        ] {
+            assert_eq!(kvm.sources(), sources, "{kvm:?}");
+            // Doctor says the same in more words.
+            assert_eq!(kvm.judge_back_end().verdict == Ok, sources == TABLES, "{kvm:?}");
         }
     }
 

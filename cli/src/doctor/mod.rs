@@ -9,7 +9,7 @@
 mod daemon;
 mod hook;
 mod kernel;
-mod kvm;
+pub mod kvm;
 mod libvirt;
 mod module;
 mod pages;
@@ -17,7 +17,7 @@ mod processes;
 pub mod report;
 mod rights;
 mod rivals;
-mod root;
+pub mod root;
 #[cfg(test)]
 mod tests;
 mod tiers;
