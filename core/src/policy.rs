@@ -23,7 +23,7 @@ pub use crate::xml::LONGEST_XML;
 pub use config::{Config, ConfigError, DEFAULT_CONFIG};
 pub use layer::{Exclusion, Layer};
 pub use parse::{NAMESPACE, PolicyError};
-pub use serve::{Host, refusal};
+pub use serve::{Host, refusal, shortcoming};
 pub use settings::{Kind, SETTINGS, Setting, Value};
 
 /// What is done with a domain.

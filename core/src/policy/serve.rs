@@ -4,6 +4,7 @@
 use crate::text::word;
 use crate::topology::{NodeSet, Tiers};
 
+use super::parse::EXCLUDE;
 use super::{Config, Effective, Layer, Mode, Policy, Value, parse};
 
 impl Policy {
@@ -33,15 +34,50 @@ impl Policy {
 }
 
 /// Settings that are read, and that this version does nothing with.
+struct Unserved {
+    settings: &'static [&'static str],
+    words: &'static str,
+    /// Whether a policy wants something of them, beside the default.
+    is_asked: fn(&Policy, &Policy) -> bool,
+}
+
+const UNSERVED: [Unserved; 4] = [
+    Unserved {
+        settings: &["sampling.rate", "sampling.access"],
+        words: "sampling.rate",
+        is_asked: |policy, _| policy.sampling.rate_hz > 0,
+    },
+    Unserved {
+        settings: &["temperature.read", "temperature.write", "temperature.execute"],
+        words: "the weights of temperature",
+        is_asked: |policy, default| policy.weights != default.weights,
+    },
+    Unserved {
+        settings: &["dram.weight"],
+        words: "dram.weight",
+        is_asked: |policy, default| policy.dram.weight != default.dram.weight,
+    },
+    Unserved {
+        settings: &["migration.interval"],
+        words: "migration.interval",
+        is_asked: |policy, _| policy.migration.interval.is_some(),
+    },
+];
+
+/// What a policy asks for in vain, in words.
 pub(super) fn unserved(policy: &Policy) -> Vec<&'static str> {
     let default = Policy::default();
-    let asked = [
-        (policy.sampling.rate_hz > 0, "sampling.rate"),
-        (policy.weights != default.weights, "the weights of temperature"),
-        (policy.dram.weight != default.dram.weight, "dram.weight"),
-        (policy.migration.interval.is_some(), "migration.interval"),
-    ];
-    asked.into_iter().filter(|(asked, _)| *asked).map(|(_, words)| words).collect()
+    let asked = UNSERVED.iter().filter(|unserved| (unserved.is_asked)(policy, &default));
+    asked.map(|unserved| unserved.words).collect()
+}
+
+/// What this version falls short of with a setting, as `dram.share`, or with
+/// exclusions, as `exclude`; `None` when it does what was asked.
+pub fn shortcoming(setting: &str) -> Option<&'static str> {
+    match setting {
+        EXCLUDE => Some("with any, nothing is moved yet"),
+        _ => UNSERVED.iter().any(|unserved| unserved.settings.contains(&setting)).then_some("not used yet"),
+    }
 }
 
 /// What a host is asked before a domain starts. Each answer is only asked for
@@ -99,7 +135,7 @@ fn required(layer: &Layer) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::NAMESPACE;
+    use crate::policy::{NAMESPACE, SETTINGS};
 
     struct Fake {
         config: Result<Config, String>,
@@ -177,6 +213,29 @@ mod tests {
         assert_eq!(refusal(&observe, &Fake { slow: vec![], ..good() }), None);
         assert_eq!(refused(&observe, &Fake { ready: Err("no module".into()), ..good() }), "no module");
         assert_eq!(refusal(&required("mode='off'", ""), &Fake { ready: Err("x".into()), ..good() }), None);
+    }
+
+    #[test]
+    fn what_falls_short_are_settings_that_exist() {
+        for setting in UNSERVED.iter().flat_map(|unserved| unserved.settings) {
+            assert!(SETTINGS.iter().any(|known| known.path() == *setting), "{setting}");
+            assert_eq!(shortcoming(setting), Some("not used yet"));
+        }
+        assert!(shortcoming("exclude").is_some());
+        assert_eq!((shortcoming("dram.share"), shortcoming("mode")), (None, None));
+        // Each is named when it is asked for, and by default none is.
+        assert!(unserved(&Policy::default()).is_empty());
+        for (setting, value) in [
+            ("sampling.rate", "10 Hz"),
+            ("temperature.write", "3"),
+            ("dram.weight", "7"),
+            ("migration.interval", "5 s"),
+        ] {
+            let mut layer = Layer::default();
+            layer.assign(setting, value).unwrap();
+            assert_eq!(unserved(&Policy::of(&layer)).len(), 1, "{setting}");
+            assert!(shortcoming(setting).is_some(), "{setting}");
+        }
     }
 
     #[test]
