@@ -57,11 +57,11 @@ mod tests {
     fn each_operation_has_its_action() {
         let action = |operation: &str| Action::of(OsStr::new("vm1"), OsStr::new(operation));
         assert_eq!(action("prepare"), Action::Judge);
-        for operation in ["started", "stopped", "release", "reconnect"] {
+        for operation in ["started", "stopped", "release", "reconnect", "attach"] {
             let line = format!("{{\"v\":1,\"cmd\":\"nudge\",\"op\":\"{operation}\",\"domain\":\"vm1\"}}\n");
             assert_eq!(action(operation), Action::Nudge(line.into_bytes()));
         }
-        for operation in ["start", "migrate", "restore", "attach", "", "Prepare", "prepare "] {
+        for operation in ["start", "migrate", "restore", "", "Prepare", "prepare "] {
             assert_eq!(action(operation), Action::Nothing, "{operation}");
         }
     }

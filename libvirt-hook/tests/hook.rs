@@ -29,7 +29,7 @@ const OPERATIONS: [(&str, &str, [&str; 2]); 9] = [
 ];
 
 /// Of which the daemon is told.
-const NUDGED: [&str; 4] = ["started", "stopped", "release", "reconnect"];
+const NUDGED: [&str; 5] = ["started", "stopped", "release", "reconnect", "attach"];
 
 /// `ept-virt hook` replaces and removes no file without it.
 #[test]
