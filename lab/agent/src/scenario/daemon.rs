@@ -16,6 +16,7 @@ use ept_virt_core::wire::{
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use super::host::{self, PAYLOAD};
 
@@ -158,6 +159,28 @@ pub fn cli_text(args: &[&str]) -> Result<String> {
 pub fn cli_failure(args: &[&str]) -> Result<(Option<i32>, String)> {
     let out = host::run(Command::new(format!("{PAYLOAD}/ept-virt")).args(args))?;
     Ok((out.status.code(), String::from_utf8_lossy(&out.stderr).into_owned()))
+}
+
+/// Waits until `ept-virt doctor` finds nothing that fails: on an emulated host libvirt
+/// does not always answer it in time. The names of the checks that warn.
+pub fn doctor(timeout: Duration) -> Result<Vec<String>> {
+    let mut report = Value::Null;
+    let outcome = host::wait_until("doctor finds nothing that fails", timeout, || {
+        let out = host::run(Command::new(format!("{PAYLOAD}/ept-virt")).args(["doctor", "--json"]))?;
+        report = serde_json::from_slice(&out.stdout)
+            .with_context(|| format!("doctor says {}", String::from_utf8_lossy(&out.stderr)))?;
+        Ok(out.status.success())
+    });
+    let found = |verdict: &str, field: &str| -> Vec<String> {
+        let checks = report["checks"].as_array().into_iter().flatten();
+        let those = checks.filter(|check| check["verdict"] == verdict);
+        those.map(|check| check[field].as_str().unwrap_or_default().to_owned()).collect()
+    };
+    outcome.with_context(|| {
+        eprintln!("doctor says {report:#}");
+        format!("doctor: {}", found("fail", "text").join(" | "))
+    })?;
+    Ok(found("warn", "check"))
 }
 
 /// The last lines of the daemon's log.

@@ -18,12 +18,16 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 const NEVER_S: &str = "3600";
 
 /// `ept-virt policy`, `pause` and the like take effect on a running guest, by
-/// libvirt's events alone; `samples` and `memslots` show it.
+/// libvirt's events alone; `samples` and `memslots` show it. With all of the product in
+/// its place, `doctor` and `hook status` find it there.
 pub fn live() -> Result<Outcome> {
     let _daemon = Daemon::start_looking_every(NEVER_S)?;
     let mut guest = DomainSpec::default().start()?;
     guest.wait_ready()?;
     wait(DomainState::Observing)?;
+    let warned = daemon::doctor(TIMEOUT)?;
+    let hook = daemon::cli_text(&["hook", "status"])?;
+    ensure!(hook.contains("qemu.d/ept-virt: installed"), "{hook}");
     let begun = Instant::now();
     daemon::cli_text(&["policy", "set", "guest", "--mode", "place", "--dram", "50%"])?;
     let effect = wait(DomainState::Placing).map(|()| begun.elapsed())?;
@@ -54,9 +58,10 @@ pub fn live() -> Result<Outcome> {
     wait(DomainState::Observing)?;
     guest.check_data()?;
     Ok(Outcome::Pass(format!(
-        "in effect {} ms after it was asked for; {} of 50 samples with their address in QEMU",
+        "in effect {} ms after it was asked for; {} of 50 samples with their address in QEMU; doctor warns of {}",
         effect.as_millis(),
-        samples.lines().filter(complete).count()
+        samples.lines().filter(complete).count(),
+        if warned.is_empty() { "nothing".to_owned() } else { warned.join(", ") }
     )))
 }
 
