@@ -8,7 +8,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -140,7 +140,13 @@ impl Daemon {
             }
             Kind::Silent => {
                 let listener = bind();
-                thread::spawn(move || listener.incoming().collect::<Vec<std::io::Result<UnixStream>>>());
+                // Keeps what it accepts; nobody reads or closes it.
+                thread::spawn(move || {
+                    let mut clients = Vec::new();
+                    while let Ok((client, _)) = listener.accept() {
+                        clients.push(client);
+                    }
+                });
                 (None, Vec::new())
             }
             Kind::Stuck => (Some(bind()), Vec::new()),
