@@ -54,7 +54,7 @@ const AMD_RUNS: &[(&str, Suite, &[&str])] = &[
             "bad-guest-dies",
         ],
     ),
-    ("amd-hook", Suite::Trixie, &["hook-table", "two-libvirtd", "many-domains"]),
+    ("amd-hook", Suite::Trixie, &["hook-table", "two-libvirtd", "many-domains", "session", "memory-added"]),
     ("amd-policy", Suite::Trixie, &["policy-live", "policy-required"]),
     ("amd-bookworm", Suite::Bookworm, &["boot", "hook-table", "policy-live", "policy-required"]),
     ("amd-libvirt-fire", Suite::Trixie, &["fire-memory", "fire-life", "fire-migrate", "fire-hugetlbfs"]),

@@ -19,12 +19,14 @@ mod hammer;
 mod hook_calls;
 mod hook_table;
 mod host;
+mod hotplug;
 mod kill;
 mod many_domains;
 mod placement;
 mod policies;
 mod qemu;
 mod second_host;
+mod session;
 mod tiny;
 mod truth;
 mod two_libvirtd;
@@ -65,6 +67,8 @@ const SCENARIOS: &[(&str, Test)] = &[
     ("hook-table", hook_table::run),
     ("two-libvirtd", two_libvirtd::run),
     ("many-domains", many_domains::run),
+    ("session", session::run),
+    ("memory-added", hotplug::run),
     ("fire-life", fire_life::run),
     ("fire-hugetlbfs", fire_huge::run),
     ("fire-memory", fire_memory::run),

@@ -22,15 +22,20 @@ pub const MEMORY_MIB: u32 = 8;
 
 /// Defines a domain for each name, with a policy element or without.
 pub fn define(names: &[String], policy: Option<&str>) -> Result<()> {
-    fs::write(ROM, firmware::rom()).with_context(|| format!("writing {ROM}"))?;
     let mut commands = Vec::new();
     for name in names {
-        let path = format!("/run/{name}.xml");
-        fs::write(&path, xml(name, policy)).with_context(|| format!("writing {path}"))?;
-        commands.push(format!("define {path}"));
+        commands.push(format!("define {}", write(name, policy)?));
     }
     // One virsh for all: each takes half a second to begin with.
     virsh(&[&commands.join("; ")]).map(drop)
+}
+
+/// Writes what a domain is made of; the path of its definition.
+pub fn write(name: &str, policy: Option<&str>) -> Result<String> {
+    fs::write(ROM, firmware::rom()).with_context(|| format!("writing {ROM}"))?;
+    let path = format!("/run/{name}.xml");
+    fs::write(&path, xml(name, policy)).with_context(|| format!("writing {path}"))?;
+    Ok(path)
 }
 
 /// Starts a defined domain, and waits until it is up.
