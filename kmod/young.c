@@ -212,46 +212,52 @@ static u64 unit_find(struct kes_young *young, const struct kvm_memory_slot *slot
 	return found;
 }
 
-/* The first GFN of the 2 MiB unit after that of @gfn, or the range's end. */
-static u64 unit_next(const struct kes_young *young, u64 gfn)
-{
-	return min(young->gfn_end, ALIGN_DOWN(gfn, KES_ENTRIES) + KES_ENTRIES);
-}
-
 /*
- * Adds to young->accessed the pages that were accessed through tables that KVM
- * shadows, and to young->levels how those map them. With young->clear, all pages
- * that are to be made old there go to young->old. Returns how many pages were
- * added. Ends early, with a part of them, for a caller that is being killed.
+ * Does @work with all parts of the range that are in a memslot, 2 MiB at most each,
+ * and returns the sum. Ends early for a caller that is being killed.
  */
-u64 kes_young_find(struct kes_young *young)
+static u64 units_do(struct kes_young *young,
+		    u64 (*work)(struct kes_young *young, const struct kvm_memory_slot *slot,
+				u64 gfn, u64 end))
 {
 	struct kvm_memslot_iter iter;
-	u64 found = 0, gfn, next;
+	u64 sum = 0, gfn, next;
 	int idx;
 
 	for (gfn = young->gfn_start; gfn < young->gfn_end; gfn = next) {
-		next = unit_next(young, gfn);
+		next = min(young->gfn_end, ALIGN_DOWN(gfn, KES_ENTRIES) + KES_ENTRIES);
 		idx = srcu_read_lock(&young->kvm->srcu);
 		kvm_for_each_memslot_in_gfn_range(&iter, __kvm_memslots(young->kvm, 0), gfn, next) {
 			u64 from = max(gfn, iter.slot->base_gfn);
 			u64 to = min(next, iter.slot->base_gfn + iter.slot->npages);
 
 			if (from < to)
-				found += unit_find(young, iter.slot, from, to);
+				sum += work(young, iter.slot, from, to);
 		}
 		srcu_read_unlock(&young->kvm->srcu, idx);
 		if (fatal_signal_pending(current))
 			break;
 	}
-	return found;
+	return sum;
 }
 
-/* Makes the pages [gfn, end) of @slot old that are in young->old: 2 MiB at most. */
-static void unit_clear(struct kes_young *young, const struct kvm_memory_slot *slot, u64 gfn, u64 end)
+/*
+ * Adds to young->accessed the pages that were accessed through tables that KVM
+ * shadows, and to young->levels how those map them. With young->clear, all pages
+ * that are to be made old there go to young->old. Returns how many pages were
+ * added.
+ */
+u64 kes_young_find(struct kes_young *young)
+{
+	return units_do(young, unit_find);
+}
+
+/* Makes the pages that are in young->old old. Returns how many those are. */
+static u64 unit_clear(struct kes_young *young, const struct kvm_memory_slot *slot, u64 gfn, u64 end)
 {
 	struct mmu_notifier *notifier = &young->kvm->mmu_notifier;
 	unsigned int last = end - young->gfn_start, from, to;
+	u64 cleared = 0;
 
 	for (from = gfn - young->gfn_start; (from = find_next_bit(young->old, last, from)) < last;
 	     from = to) {
@@ -260,8 +266,10 @@ static void unit_clear(struct kes_young *young, const struct kvm_memory_slot *sl
 		to = find_next_zero_bit(young->old, last, from);
 		notifier->ops->clear_young(notifier, young->kvm->mm, hva,
 					   hva + ((unsigned long)(to - from) << PAGE_SHIFT));
+		cleared += to - from;
 		cond_resched();
 	}
+	return cleared;
 }
 
 /*
@@ -271,24 +279,11 @@ static void unit_clear(struct kes_young *young, const struct kvm_memory_slot *sl
 u64 kes_young_clear(struct kes_young *young)
 {
 	unsigned int pages = young->gfn_end - young->gfn_start;
-	u64 cleared = bitmap_weight(young->old, pages), gfn, next;
-	struct kvm_memslot_iter iter;
-	int idx;
+	u64 cleared;
 
-	if (!cleared)
+	if (bitmap_empty(young->old, pages))
 		return 0;
-	for (gfn = young->gfn_start; gfn < young->gfn_end; gfn = next) {
-		next = unit_next(young, gfn);
-		idx = srcu_read_lock(&young->kvm->srcu);
-		kvm_for_each_memslot_in_gfn_range(&iter, __kvm_memslots(young->kvm, 0), gfn, next) {
-			u64 from = max(gfn, iter.slot->base_gfn);
-			u64 to = min(next, iter.slot->base_gfn + iter.slot->npages);
-
-			if (from < to)
-				unit_clear(young, iter.slot, from, to);
-		}
-		srcu_read_unlock(&young->kvm->srcu, idx);
-	}
+	cleared = units_do(young, unit_clear);
 	bitmap_zero(young->old, pages);
 	return cleared;
 }
