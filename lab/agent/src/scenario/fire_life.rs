@@ -197,7 +197,7 @@ fn kill_and_replace(guest: Domain) -> Result<String> {
     let old = Process::open_qemu(guest.pid()?, uuid.trim())?;
     let mut session = hammer::attach(old.pid())?;
     let pid = kill::qemu(&guest)?;
-    let impostor = kill::reuse_pid(pid, OTHER_UUID)?;
+    let mut impostor = kill::reuse_pid(pid, OTHER_UUID)?;
     ensure!(!old.is_alive(), "a dead process is taken for a living one of the same number");
     match find_vm_fd(&old) {
         Err(ProcessError::Gone { .. }) => {}
@@ -211,7 +211,12 @@ fn kill_and_replace(guest: Domain) -> Result<String> {
         Err(SamplerError::VmGone) => {}
         other => bail!("a session goes on without its VM: {other:?}"),
     }
-    host::wait_until("the domain is forgotten", TIMEOUT, || Ok(daemon::domain(guest.name)?.is_none()))
+    // libvirt kills whatever has the number, and holds the domain's lock until it is gone.
+    let forgotten = || {
+        impostor.reap()?;
+        Ok(daemon::domain(guest.name)?.is_none())
+    };
+    host::wait_until("the domain is forgotten", TIMEOUT, forgotten)
         .with_context(|| format!("libvirt: {:?}; the daemon: {}", virsh(&["list"]), daemon::log_tail()))?;
     drop(impostor);
     Ok(format!("process number {pid} was used again"))

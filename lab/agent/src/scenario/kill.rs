@@ -32,6 +32,13 @@ pub fn qemu(guest: &Domain) -> Result<i32> {
 /// A process; killed when dropped.
 pub struct Impostor(Child);
 
+impl Impostor {
+    /// Lets go of it if somebody killed it, as its number names it until then.
+    pub fn reap(&mut self) -> Result<()> {
+        self.0.try_wait().context("waiting for a process").map(drop)
+    }
+}
+
 impl Drop for Impostor {
     fn drop(&mut self) {
         let _ = self.0.kill();
