@@ -16,6 +16,7 @@ use ept_virt_core::uapi;
 
 use super::Outcome;
 use super::abi::expect;
+use super::arguments::module_references;
 use super::machine::{CODE_GFN, Machine, PAGE, RETURN, SPREAD, Touch, expect_same, round_program};
 use super::sampling::while_running;
 
@@ -192,10 +193,6 @@ pub fn owner(words: &[&str]) -> Result<()> {
     Ok(())
 }
 
-fn references() -> Result<i64> {
-    Ok(std::fs::read_to_string("/sys/module/kvm_ept_sample/refcnt")?.trim().parse()?)
-}
-
 /// Whether a thread of the module samples somewhere.
 fn sampling_somewhere() -> Result<bool> {
     for entry in std::fs::read_dir("/proc")? {
@@ -244,11 +241,11 @@ fn expect_samples(samples: &[Old], xwr: u32, code: bool) -> Result<()> {
 /// Another process's VM, from INIT to DEINIT and to the end of the process, with
 /// everything changed on the way.
 pub fn life() -> Result<Outcome> {
-    let before = references()?;
+    let before = module_references()?;
     let mut owner = Owner::start(&["busy"])?;
     let program = Program::start()?;
     program.must(INIT, owner.pid())?;
-    ensure!(references()? == before + 1, "the module is not held");
+    ensure!(module_references()? == before + 1, "the module is not held");
     ensure!(program.read()?.is_empty(), "samples without a frequency");
     compare_memslots(&program, &owner)?;
 
@@ -262,7 +259,7 @@ pub fn life() -> Result<Outcome> {
     change_frequency(&program)?;
 
     program.must(DEINIT, 0)?;
-    ensure!(references()? == before + 1 && !sampling_somewhere()?, "DEINIT left something running");
+    ensure!(module_references()? == before + 1 && !sampling_somewhere()?, "DEINIT left something running");
     ensure!(program.read()?.is_empty(), "samples after DEINIT");
     expect("a frequency after DEINIT", program.call(SET_FREQ, HZ), libc::ENOTCONN)?;
     // Again, and ended by closing the file.
@@ -270,7 +267,7 @@ pub fn life() -> Result<Outcome> {
     program.must(SET_FREQ, HZ)?;
     program.read_until(&SPREAD.gfns())?;
     drop(program);
-    ensure!(references()? == before && !sampling_somewhere()?, "closing left something running");
+    ensure!(module_references()? == before && !sampling_somewhere()?, "closing left something running");
 
     let program = Program::start()?;
     program.must(INIT, owner.pid())?;
@@ -282,7 +279,7 @@ pub fn life() -> Result<Outcome> {
     expect("a type when the process is gone", program.call(SET_PROT, 1), libc::ESRCH)?;
     program.must(DEINIT, 0)?;
     drop(program);
-    ensure!(references()? == before, "a session left a reference");
+    ensure!(module_references()? == before, "a session left a reference");
     Ok(Outcome::Pass(format!(
         "{} samples of 201 pages of another process; types and frequencies changed; DEINIT and close ended all",
         all.len()

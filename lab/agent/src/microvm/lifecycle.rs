@@ -16,7 +16,9 @@ use ept_virt_core::topology::NodeSet;
 use nix::kmod::{DeleteModuleFlags, delete_module};
 
 use super::Outcome;
+use super::arguments::module_references;
 use super::machine::{ALL, ALL_CLEAR, Machine, PAGE, PAGES, SPREAD, Touch, harvest, round_program};
+use super::sampling_calls::expect_gone;
 
 /// A process with a VM. Kills and reaps on drop.
 pub struct Victim(Child);
@@ -122,16 +124,7 @@ pub fn vm_closed() -> Result<Outcome> {
     drop((vcpu, vm));
     let seen = sampler.harvest(&ALL, &NodeSet::default(), &mut Harvest::default());
     ensure!(matches!(seen, Err(SamplerError::VmGone)), "a harvest of the closed VM: {seen:?}");
-    let set = sampling.set(AccessSet::ALL, 10);
-    ensure!(matches!(set, Err(SamplerError::VmGone)), "sampling the closed VM: {set:?}");
-    let (start, mut samples) = (Instant::now(), Vec::new());
-    let told = loop {
-        match sampling.read(&mut samples, Duration::from_secs(5)) {
-            Ok(true) if start.elapsed() < Duration::from_secs(20) => {}
-            other => break other,
-        }
-    };
-    ensure!(matches!(told, Err(SamplerError::VmGone)), "samples of the closed VM: {told:?}");
+    expect_gone(&mut sampling)?;
     drop(sampler);
     drop(sampling);
     ensure!(kept()? == 0, "the VM was not destroyed with its last session");
@@ -141,20 +134,19 @@ pub fn vm_closed() -> Result<Outcome> {
 
 /// The module can not be removed while a session is open, attached or not.
 pub fn module_in_use() -> Result<Outcome> {
-    let refs =
-        || -> Result<i64> { Ok(fs::read_to_string("/sys/module/kvm_ept_sample/refcnt")?.trim().parse()?) };
-    let before = refs()?;
+    let before = module_references()?;
     let machine = Machine::standard()?;
     let sampler = machine.observe()?;
     let idle = KernelSampler::open()?;
-    ensure!(refs()? == before + 2, "references went from {before} to {}", refs()?);
+    let now = module_references()?;
+    ensure!(now == before + 2, "references went from {before} to {now}");
     drop(sampler);
     match delete_module(c"kvm_ept_sample", DeleteModuleFlags::O_NONBLOCK) {
         Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EBUSY) => {}
         other => anyhow::bail!("removing the module in use: {other:?}"),
     }
     drop(idle);
-    ensure!(refs()? == before, "a closed session left a reference");
+    ensure!(module_references()? == before, "a closed session left a reference");
     Ok(Outcome::Pass("removal refused while a file is open, no reference left afterwards".into()))
 }
 

@@ -164,6 +164,22 @@ pub fn refusals() -> Result<Outcome> {
     Ok(Outcome::Pass(format!("{} wrong calls refused, a second sampler with EBUSY", wrong.len() + 5)))
 }
 
+/// Fails unless a sampler is told that its VM is gone, after what there was to read
+/// and at each other call.
+pub fn expect_gone(sampling: &mut Sampling) -> Result<()> {
+    let (start, mut samples) = (Instant::now(), Vec::new());
+    let told = loop {
+        match sampling.read(&mut samples, Duration::from_secs(5)) {
+            Ok(true) if start.elapsed() < Duration::from_secs(10) => {}
+            other => break other,
+        }
+    };
+    ensure!(matches!(told, Err(SamplerError::VmGone)), "samples of what is gone: {told:?}");
+    let set = sampling.set(AccessSet::ALL, 10);
+    ensure!(matches!(set, Err(SamplerError::VmGone)), "sampling what is gone: {set:?}");
+    Ok(())
+}
+
 /// The VM's process is killed while its pages are armed: readers are told.
 pub fn vm_exit() -> Result<Outcome> {
     let mut victim = Victim::start()?;
@@ -172,16 +188,8 @@ pub fn vm_exit() -> Result<Outcome> {
     let armed = sampling.stats()?.armed;
     ensure!(armed > 0, "nothing was armed");
     victim.kill()?;
-    let (start, mut samples) = (Instant::now(), Vec::new());
-    let told = loop {
-        match sampling.read(&mut samples, Duration::from_secs(5)) {
-            Ok(true) if start.elapsed() < Duration::from_secs(10) => {}
-            other => break other,
-        }
-    };
-    ensure!(matches!(told, Err(SamplerError::VmGone)), "after the process exited: {told:?}");
-    let set = sampling.set(AccessSet::ALL, 10);
-    ensure!(matches!(set, Err(SamplerError::VmGone)), "sampling what is gone: {set:?}");
+    let start = Instant::now();
+    expect_gone(&mut sampling)?;
     drop(sampling);
     Ok(Outcome::Pass(format!("{armed} armed, then ESRCH after {:?}", start.elapsed())))
 }
