@@ -8,6 +8,7 @@ pub mod bitmap;
 #[cfg(feature = "libvirt")]
 pub mod domain;
 pub mod heat;
+pub mod memory;
 pub mod migrate;
 pub mod plan;
 pub mod policy;

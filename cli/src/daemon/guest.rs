@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ept_virt_core::heat::store::SlotRange;
+use ept_virt_core::memory::GuestMemory;
 use ept_virt_core::migrate::{
     BATCH_UNITS, MoveOutcome, Mover, ProcessGone, Refused, RefusedBytes, TokenBucket, unit_bytes,
 };
@@ -17,7 +18,6 @@ use ept_virt_core::topology::Tiers;
 use ept_virt_core::units::{Bytes, PAGE_BYTES, PAGES_PER_2M};
 use ept_virt_core::wire::{MoveTotals, Place, RoundStatus};
 
-use super::memory::GuestMemory;
 use super::state::lock;
 
 /// How long pages that were refused are left alone, at least.

@@ -17,13 +17,14 @@ use std::time::{Duration, Instant};
 
 use ept_virt_core::heat::HeatParams;
 use ept_virt_core::heat::store::{BLOCK_CELLS, Decoder, Encoder, Header, SlotRange, StoreError};
+use ept_virt_core::memory::GuestMemory;
 use ept_virt_core::migrate::TokenBucket;
 use ept_virt_core::process::ProcessIdentity;
 use log::{debug, info, warn};
 use nix::fcntl::Flock;
 
 use super::files;
-use super::memory::GuestMemory;
+
 use super::state::lock;
 
 /// Where the files stand unless told otherwise.

@@ -10,7 +10,6 @@ mod guest;
 mod keep;
 mod logging;
 mod mailbox;
-mod memory;
 mod reconcile;
 mod server;
 mod service;

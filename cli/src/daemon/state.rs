@@ -5,14 +5,13 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use ept_virt_core::memory::GuestMemory;
 use ept_virt_core::plan;
 use ept_virt_core::policy::Policy;
 use ept_virt_core::topology::Tiers;
 use ept_virt_core::wire::{
     DaemonStatus, DomainState, DomainStatus, MemoryMap, ModuleStatus, MoveTotals, Status,
 };
-
-use super::memory::GuestMemory;
 
 /// Parts of the picture of a domain's memory.
 const STRIP_CELLS: usize = 256;

@@ -4,14 +4,14 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use ept_virt_core::bitmap;
-use ept_virt_core::heat::store::SlotRange;
-use ept_virt_core::heat::{ClassCounts, HeatMap, HeatParams};
-use ept_virt_core::migrate::{MoveOutcome, Refused};
-use ept_virt_core::plan::{MoveUnit, PlaceCounts, PlaceMap, SlotView};
-use ept_virt_core::sampler::{Harvest, MemSlot};
-use ept_virt_core::units::{Bytes, PAGE_BYTES};
-use ept_virt_core::wire::Place;
+use crate::bitmap;
+use crate::heat::store::SlotRange;
+use crate::heat::{ClassCounts, HeatMap, HeatParams};
+use crate::migrate::{MoveOutcome, Refused};
+use crate::plan::{MoveUnit, PlaceCounts, PlaceMap, SlotView};
+use crate::sampler::{Harvest, MemSlot};
+use crate::units::{Bytes, PAGE_BYTES};
+use crate::wire::Place;
 
 /// A read-write memory slot.
 struct Slot {
