@@ -12,6 +12,15 @@
 //! ```
 //!
 //! so what was seen one half-life ago weighs half, whatever the rounds' length.
+//!
+//! # A short past
+//!
+//! What a map has not seen must not count as *not accessed*. As long as all that was
+//! seen is younger than 1 / ln 2 of the half-life, the temperature is the plain mean
+//! of it: after one round a page has 0 or all of the scale. From then on both are
+//! the same. When a guest turns to other pages ([`Surprise::is_shift`]), the past
+//! says nothing of them either, and [`HeatMap::restart`] makes it short again.
+//!
 //! Decay rounds down, so a page that is never accessed again reaches 0.
 //!
 //! # Two bytes a page
@@ -29,7 +38,9 @@
 //! first needed) and the temperature is stepped when a 256th is to be decayed.
 
 mod histogram;
+mod step;
 pub mod store;
+mod surprise;
 
 use std::ops::Range;
 use std::time::Duration;
@@ -38,6 +49,9 @@ use crate::bitmap::{self, WORD_BITS};
 use crate::wire::Class;
 
 pub use histogram::Histogram;
+pub use surprise::Surprise;
+
+use step::Step;
 
 /// Temperature of a page that was accessed in every round.
 pub const MAX_TEMPERATURE: u16 = !IDLE_COUNT;
@@ -78,6 +92,13 @@ pub struct HeatMap {
     pending_time: Duration,
     /// Time since the idle counts went down, less than half a delay.
     since_countdown: Duration,
+    /// How long a past the temperatures know, in seconds; what is beyond
+    /// [`HeatMap::span_s`] makes no difference.
+    past_s: f64,
+    /// Length of the last step, in seconds.
+    last_step_s: f64,
+    /// See [`HeatMap::variance`].
+    variance: f64,
 }
 
 /// Number of pages of each class.
@@ -102,17 +123,22 @@ impl HeatMap {
             pending: Vec::new(),
             pending_time: Duration::ZERO,
             since_countdown: Duration::ZERO,
+            past_s: 0.0,
+            last_step_s: 0.0,
+            variance: 1.0,
         }
     }
 
     /// A map that goes on from the [`HeatMap::cells`] of an earlier one, a cell a
-    /// page. Missing ones are cold, surplus ones left out.
+    /// page. Missing ones are cold, surplus ones left out. They are taken for what a
+    /// long past says: from a shorter one they would change faster.
     pub fn from_cells(pages: usize, params: HeatParams, mut cells: Vec<u16>) -> Self {
         let padded = bitmap::words_for(pages) * WORD_BITS;
         cells.truncate(pages);
         cells.resize(padded, IDLE_COUNT);
-        let (pending_time, since_countdown) = (Duration::ZERO, Duration::ZERO);
-        HeatMap { params, pages, cells, pending: Vec::new(), pending_time, since_countdown }
+        // The next step finds out the variance: all of the past was seen.
+        let known = HeatMap { past_s: f64::INFINITY, variance: 0.0, ..HeatMap::new(0, params) };
+        HeatMap { pages, cells, ..known }
     }
 
     /// Number of pages.
@@ -127,10 +153,26 @@ impl HeatMap {
     }
 
     /// Steps the temperatures by rounds that were put off, if there are any.
-    pub fn settle(&mut self) {
-        if !self.pending_time.is_zero() {
-            self.step_pending();
+    pub fn settle(&mut self) -> Surprise {
+        match self.pending_time.is_zero() {
+            true => Surprise::default(),
+            false => self.step_pending(),
         }
+    }
+
+    /// Forgets faster from now on, until the past is as long again as the half-life
+    /// asks for: what the temperatures say so far counts as half a round.
+    pub fn restart(&mut self) {
+        self.past_s = self.last_step_s / 2.0;
+        self.variance = 1.0;
+    }
+
+    /// How uncertain temperatures are, as a factor from 0 to 1: that of a page which
+    /// is accessed in a round with the chance `p` has the variance `p (1 - p)` times
+    /// this. It is 1 after one round and 1/n after n equal ones, until the half-life
+    /// sets a lower end.
+    pub fn variance(&self) -> f64 {
+        self.variance
     }
 
     /// Goes on with other parameters; temperatures stay as they are.
@@ -140,18 +182,20 @@ impl HeatMap {
     }
 
     /// Takes in a round: the pages accessed in it, and the time since the round
-    /// before. Missing words are zero, surplus ones ignored.
-    pub fn step(&mut self, accessed: &[u64], dt: Duration) {
-        if self.is_too_short(dt) {
-            self.put_off(accessed);
-            self.pending_time = self.pending_time.saturating_add(dt);
-            if !self.is_too_short(self.pending_time) {
-                self.step_pending();
-            }
-        } else {
+    /// before. Missing words are zero, surplus ones ignored. Says what was not
+    /// expected of it: nothing, when the temperatures are stepped later.
+    pub fn step(&mut self, accessed: &[u64], dt: Duration) -> Surprise {
+        if !self.is_too_short(dt) {
             // Accesses of short rounds must not count for this long one.
-            self.settle();
-            self.step_cells(accessed, dt);
+            let mut surprise = self.settle();
+            surprise += self.step_cells(accessed, dt);
+            return surprise;
+        }
+        self.put_off(accessed);
+        self.pending_time = self.pending_time.saturating_add(dt);
+        match self.is_too_short(self.pending_time) {
+            true => Surprise::default(),
+            false => self.step_pending(),
         }
     }
 
@@ -160,9 +204,10 @@ impl HeatMap {
         self.cells.get(page).map_or(0, |cell| cell & MAX_TEMPERATURE)
     }
 
-    /// Whether `page` was not accessed for [`HeatParams::delay`] at least.
+    /// Whether `page` was not accessed for [`HeatParams::delay`] at least; always,
+    /// if that is nothing.
     pub fn is_idle(&self, page: usize) -> bool {
-        self.cells.get(page).is_none_or(|cell| cell & IDLE_COUNT == 0)
+        self.cells.get(page).is_none_or(|cell| cell & self.idle_bits() == 0)
     }
 
     /// The highest temperature in `pages`, and whether all of them are idle:
@@ -171,7 +216,7 @@ impl HeatMap {
         let cells = self.cells.get(pages).unwrap_or_default();
         let (hottest, counts) =
             cells.iter().fold((0, 0), |(hottest, counts), cell| (*cell.max(&hottest), counts | cell));
-        (hottest & MAX_TEMPERATURE, counts & IDLE_COUNT == 0)
+        (hottest & MAX_TEMPERATURE, counts & self.idle_bits() == 0)
     }
 
     /// The lowest and the highest temperature in `pages`.
@@ -186,7 +231,9 @@ impl HeatMap {
     /// `index` of a bitmap, those past the last page included.
     pub(crate) fn coldest_idle(&self, index: usize) -> Option<u16> {
         // The count becomes the highest bits, so one minimum tells both.
-        let low = self.block(index).iter().fold(u16::MAX, |low, cell| low.min(cell.rotate_right(2)));
+        let judged = MAX_TEMPERATURE | self.idle_bits();
+        let low =
+            self.block(index).iter().fold(u16::MAX, |low, cell| low.min((cell & judged).rotate_right(2)));
         let temperature = low.rotate_left(2);
         (temperature & IDLE_COUNT == 0).then_some(temperature)
     }
@@ -194,6 +241,11 @@ impl HeatMap {
     /// The highest temperature among the 64 pages of word `index` of a bitmap.
     pub(crate) fn hottest(&self, index: usize) -> u16 {
         self.block(index).iter().fold(0, |high, cell| high.max(*cell)) & MAX_TEMPERATURE
+    }
+
+    /// The bits of a cell that keep its page from being idle.
+    fn idle_bits(&self) -> u16 {
+        if self.params.delay.is_zero() { 0 } else { IDLE_COUNT }
     }
 
     /// The cells of word `index` of a bitmap. The fixed length lets loops over
@@ -223,9 +275,21 @@ impl HeatMap {
         counts
     }
 
-    /// The part of a temperature that is left after `dt`.
+    /// The length of a past from which on the half-life alone decides, in seconds:
+    /// a mean over a time `a` forgets as fast as the exponential average does when
+    /// `1 / a` is `ln 2 / half-life`.
+    fn span_s(&self) -> f64 {
+        self.params.half_life.as_secs_f64() / std::f64::consts::LN_2
+    }
+
+    /// The part of a temperature that is left after `dt`. That of two parts of a time
+    /// is the product of both, so the length of rounds makes no difference.
     fn keep(&self, dt: Duration) -> f64 {
-        (-dt.as_secs_f64() / self.params.half_life.as_secs_f64()).exp2()
+        let (dt_s, span_s) = (dt.as_secs_f64(), self.span_s());
+        // As much of the time as the plain mean holds for.
+        let mean_s = dt_s.min((span_s - self.past_s).max(0.0));
+        let mean = if mean_s > 0.0 { self.past_s / (self.past_s + mean_s) } else { 1.0 };
+        mean * (-(dt_s - mean_s) / self.params.half_life.as_secs_f64()).exp2()
     }
 
     fn is_too_short(&self, dt: Duration) -> bool {
@@ -233,24 +297,27 @@ impl HeatMap {
     }
 
     /// Steps the temperatures by the rounds that were put off.
-    fn step_pending(&mut self) {
+    fn step_pending(&mut self) -> Surprise {
         let mut pending = std::mem::take(&mut self.pending);
-        self.step_cells(&pending, self.pending_time);
+        let surprise = self.step_cells(&pending, self.pending_time);
         pending.fill(0);
         self.pending = pending;
         self.pending_time = Duration::ZERO;
+        surprise
     }
 
-    fn step_cells(&mut self, accessed: &[u64], dt: Duration) {
-        let step = Step::new(self.keep(dt), self.countdown(dt));
-        let last = self.cells.len() / WORD_BITS;
-        for (index, block) in self.cells.as_chunks_mut::<WORD_BITS>().0.iter_mut().enumerate() {
-            let mut word = bitmap::word(accessed, index);
-            if index + 1 == last {
-                word &= bitmap::tail_mask(self.pages);
-            }
-            step.apply(block, word);
-        }
+    fn step_cells(&mut self, accessed: &[u64], dt: Duration) -> Surprise {
+        let keep = self.keep(dt);
+        let step = Step::new(keep, self.countdown(dt));
+        let tail = bitmap::tail_mask(self.pages);
+        let sums = step.apply(self.cells.as_chunks_mut().0, accessed, tail);
+        let surprise = sums.surprise(self.variance);
+        self.past_s += dt.as_secs_f64();
+        self.last_step_s = dt.as_secs_f64();
+        let gain = 1.0 - keep;
+        // The last is what it comes to when all rounds are as long as this one.
+        self.variance = (keep * keep * self.variance + gain * gain).max(gain / (1.0 + keep));
+        surprise
     }
 
     /// How far the idle counts go down after `dt` more.
@@ -289,44 +356,4 @@ pub fn class_of(temperature: u16) -> Class {
         COLD_BELOW.. => Class::Warm,
         _ => Class::Cold,
     }
-}
-
-/// One step of all cells: constants of the inner loop.
-struct Step {
-    /// 2^16 times the part of the temperature that is kept.
-    keep: u16,
-    /// What an access adds, a whole number of temperature units.
-    gain: u16,
-    /// How far the idle counts go down.
-    countdown: u16,
-}
-
-impl Step {
-    fn new(keep: f64, countdown: u16) -> Self {
-        let keep = (keep * 65536.0).min(65535.0) as u16;
-        // What is not kept of the maximum, so that the maximum stays the maximum.
-        let gain = MAX_TEMPERATURE - decayed(MAX_TEMPERATURE, keep);
-        Step { keep, gain, countdown }
-    }
-
-    fn apply(&self, block: &mut [u16; WORD_BITS], accessed: u64) {
-        let Step { keep, gain, countdown } = *self;
-        for cell in block.iter_mut() {
-            *cell = decayed(*cell & MAX_TEMPERATURE, keep) | (*cell & IDLE_COUNT).saturating_sub(countdown);
-        }
-        if accessed == !0 {
-            for cell in block {
-                *cell = cell.saturating_add(gain) | IDLE_COUNT;
-            }
-        } else {
-            for bit in bitmap::ones(accessed) {
-                block[bit] = block[bit].saturating_add(gain) | IDLE_COUNT;
-            }
-        }
-    }
-}
-
-/// The upper half of a 16-bit product: one instruction for a vector of cells.
-fn decayed(temperature: u16, keep: u16) -> u16 {
-    ((u32::from(temperature) * u32::from(keep)) >> 16) as u16 & MAX_TEMPERATURE
 }

@@ -6,12 +6,26 @@ use std::time::Duration;
 
 use crate::bitmap;
 use crate::heat::store::SlotRange;
-use crate::heat::{ClassCounts, HeatMap, HeatParams};
+use crate::heat::{ClassCounts, HeatMap, HeatParams, Surprise};
 use crate::migrate::{MoveOutcome, Refused};
-use crate::plan::{MoveUnit, PlaceCounts, PlaceMap, SlotView};
+use crate::plan::{self, MoveUnit, PlaceCounts, PlaceMap, Plan, PlanInput, Recent, SlotView};
 use crate::sampler::{Harvest, MemSlot};
-use crate::units::{Bytes, PAGE_BYTES};
+use crate::units::{Bytes, PAGE_BYTES, PAGES_PER_2M, Share};
 use crate::wire::Place;
+
+/// Rounds after the start, or after the guest turned to other pages, in which it
+/// settles: see [`PlanInput::settling`].
+const SETTLING_ROUNDS: u32 = 5;
+
+/// Rounds that temperatures need before they can be surprised again.
+const FEWEST_ROUNDS: u32 = 3;
+
+/// Part of the memory that may move in a minute for little gain, both directions
+/// together: 1/2000.
+const TRICKLE_PER_MINUTE: f64 = 1.0 / 2000.0;
+
+/// Minutes for which that is saved up, so that seldom rounds lose none of it.
+const TRICKLE_MINUTES: f64 = 10.0;
 
 /// A read-write memory slot.
 struct Slot {
@@ -25,6 +39,7 @@ struct Slot {
     held: Vec<u64>,
     /// Of those, the ones refused since holds were last released.
     newly_held: Vec<u64>,
+    recent: Recent,
     /// It was harvested before, by this daemon or the one whose heat came back.
     observed: bool,
 }
@@ -40,6 +55,7 @@ impl Slot {
             mapped: vec![0; words],
             held: vec![0; words],
             newly_held: vec![0; words],
+            recent: Recent::default(),
             observed: false,
         };
         slot.hold_all_if_logged();
@@ -54,7 +70,8 @@ impl Slot {
     }
 
     fn view(&self) -> SlotView<'_> {
-        SlotView { hva: self.info.hva, heat: &self.heat, place: &self.place, held: &self.held }
+        let Self { info, heat, place, held, recent, .. } = self;
+        SlotView { hva: info.hva, heat, place, held, recent }
     }
 
     fn range(&self) -> SlotRange {
@@ -85,12 +102,33 @@ pub struct GuestMemory {
     /// Where the survey of unmapped pages goes on: slot and page.
     survey_at: (usize, usize),
     surveyed: bool,
+    /// Of the round that is being taken in.
+    surprise: Surprise,
+    /// All heat, in pages of the highest temperature.
+    heat: f64,
+    /// Rounds since the start, or since the guest turned to other pages.
+    settled_for: u32,
+    /// Times that it did.
+    shifts: u64,
+    /// Pages that may move for little gain.
+    trickle: f64,
 }
 
 impl GuestMemory {
     /// Nothing is known yet.
     pub fn new(params: HeatParams) -> Self {
-        Self { params, generation: None, slots: Vec::new(), survey_at: (0, 0), surveyed: false }
+        Self {
+            params,
+            generation: None,
+            slots: Vec::new(),
+            survey_at: (0, 0),
+            surveyed: false,
+            surprise: Surprise::default(),
+            heat: 0.0,
+            settled_for: 0,
+            shifts: 0,
+            trickle: 0.0,
+        }
     }
 
     /// Goes on with other parameters.
@@ -158,8 +196,55 @@ impl GuestMemory {
         slot.mapped.clone_from(&harvest.mapped);
         let known = std::mem::replace(&mut slot.observed, true);
         if let Some(elapsed) = elapsed.filter(|_| known) {
-            slot.heat.step(&harvest.accessed, elapsed);
+            self.surprise += slot.heat.step(&harvest.accessed, elapsed);
         }
+    }
+
+    /// Ends a round, after all slots were taken in: `elapsed` since the one before, if
+    /// it counts for the heat.
+    pub fn end_round(&mut self, elapsed: Option<Duration>) {
+        let surprise = std::mem::take(&mut self.surprise);
+        self.slots.iter_mut().for_each(|slot| slot.recent.next_round());
+        let Some(elapsed) = elapsed else { return };
+        let pages = self.bytes().pages() as f64;
+        let gained = pages * TRICKLE_PER_MINUTE * elapsed.as_secs_f64() / 60.0;
+        // Enough for a huge page to come and one to go, in the end.
+        let most = (pages * TRICKLE_PER_MINUTE * TRICKLE_MINUTES).max(2.0 * PAGES_PER_2M as f64);
+        self.trickle = (self.trickle + gained).min(most);
+        if surprise.heat > 0.0 {
+            self.heat = surprise.heat;
+        }
+        self.settled_for = self.settled_for.saturating_add(1);
+        if self.settled_for >= FEWEST_ROUNDS && surprise.is_shift() {
+            self.slots.iter_mut().for_each(|slot| slot.heat.restart());
+            self.settled_for = 0;
+            self.shifts += 1;
+        }
+    }
+
+    /// Whether much of what is known is new.
+    pub fn is_settling(&self) -> bool {
+        self.settled_for <= SETTLING_ROUNDS
+    }
+
+    /// How often the guest turned to other pages since the start.
+    pub fn shifts(&self) -> u64 {
+        self.shifts
+    }
+
+    /// What to move: see [`PlanInput`].
+    pub fn plan(&mut self, dram_target: Option<Bytes>, gap: Share, quota_pages: u64) -> Plan {
+        let plan = plan::plan(&PlanInput {
+            slots: &self.views(),
+            dram_target,
+            gap,
+            quota_pages,
+            settling: self.is_settling(),
+            heat: self.heat,
+            trickle_pages: self.trickle as u64,
+        });
+        self.trickle -= plan.trickled_pages as f64;
+        plan
     }
 
     /// Takes in heat from before this daemon; the number of slots that it is of.
@@ -170,6 +255,7 @@ impl GuestMemory {
                 slot.heat = HeatMap::from_cells(slot.info.page_count as usize, self.params, cells);
                 slot.observed = true;
                 found += 1;
+                self.settled_for = SETTLING_ROUNDS + 1;
             }
         }
         found
@@ -177,7 +263,9 @@ impl GuestMemory {
 
     /// Readies all heat for [`GuestMemory::copy_cells`], and lists the slots.
     pub fn settle(&mut self) -> Vec<SlotRange> {
-        self.slots.iter_mut().for_each(|slot| slot.heat.settle());
+        for slot in &mut self.slots {
+            self.surprise += slot.heat.settle();
+        }
         self.slots.iter().map(Slot::range).collect()
     }
 
@@ -271,7 +359,11 @@ impl GuestMemory {
         for (unit, result) in &outcome.units {
             let Some((slot, pages)) = self.locate(unit) else { continue };
             match result {
-                Ok(()) | Err(Refused::AlreadyThere) => slot.place.record(pages, target),
+                Ok(()) => {
+                    slot.place.record(pages.clone(), target);
+                    slot.recent.record(pages);
+                }
+                Err(Refused::AlreadyThere) => slot.place.record(pages, target),
                 Err(Refused::NotPresent) => slot.place.record(pages, Place::Absent),
                 Err(_) => {
                     bitmap::fill(&mut slot.held, pages.clone(), true);

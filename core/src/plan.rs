@@ -11,23 +11,28 @@
 //!    smaller than the next unit.
 //! 2. Room under the target: promote units that are not cold, the hottest first.
 //! 3. No room: exchange. A unit comes only when enough colder idle units go, and
-//!    each of them is colder by [`PlanInput::gap`] at least; both directions are
-//!    charged to the quota.
+//!    each of them is colder by [`PlanInput::gap`] at least, and by more than chance
+//!    explains; both directions are charged to the quota. Exchanges that would all
+//!    together win little are done a few at a time.
 //!
 //! Each list ends at the first unit that does not fit the quota, so a hotter
-//! page never goes while a colder one that may go stays.
+//! page never goes while a colder one that may go stays. A unit that has just moved
+//! stays where it is.
 
 mod candidates;
+mod gap;
 mod place;
+mod recent;
 mod view;
 
 use std::iter::Peekable;
 
-use crate::heat::MAX_TEMPERATURE;
 use crate::units::{Bytes, Share};
 
 use candidates::{Candidate, Candidates};
+use gap::Gap;
 pub use place::{PlaceCounts, PlaceMap};
+pub use recent::{LOOKBACK_ROUNDS, Recent, Times};
 pub use view::{SlotView, map_runs, strip};
 
 /// What a plan is made from.
@@ -44,7 +49,20 @@ pub struct PlanInput<'a> {
     /// Pages of 4 KiB that may move in this round, both directions together. With
     /// less than 512 no huge page moves, with less than 1024 none is exchanged.
     pub quota_pages: u64,
+    /// The guest was first seen, or turned to other pages, a few rounds ago: many
+    /// pages lie wrong, and what is known of them changes from round to round.
+    pub settling: bool,
+    /// All heat of the domain, in pages of the highest temperature: what exchanges are
+    /// measured by. 0: not known.
+    pub heat: f64,
+    /// Pages of 4 KiB that may move in exchanges which would win little, both
+    /// directions together.
+    pub trickle_pages: u64,
 }
+
+/// Part of all heat that exchanges must bring to the fast tier to be worth their moves
+/// at once. Below that they are as good as what chance makes of temperatures.
+const WORTH_MOVING: f64 = 0.02;
 
 /// Pages that move at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -64,13 +82,17 @@ pub struct Plan {
     pub demote: Vec<MoveUnit>,
     /// To the fast tier, hottest first.
     pub promote: Vec<MoveUnit>,
+    /// Pages of both lists that were allowed by [`PlanInput::trickle_pages`].
+    pub trickled_pages: u64,
 }
 
 /// Makes a plan for one round of one domain.
 pub fn plan(input: &PlanInput<'_>) -> Plan {
     let fast_pages: u64 = input.slots.iter().map(|slot| slot.place.counts().fast).sum();
     let target_pages = input.dram_target.map_or(u64::MAX, Bytes::pages);
-    let candidates = Candidates::collect(input.slots, input.quota_pages);
+    // What has moved twice in a few rounds has come back once.
+    let banned = if input.settling { Times::Twice } else { Times::Once };
+    let candidates = Candidates::collect(input.slots, input.quota_pages, banned);
     let mut cold = candidates.coldest_fast.into_iter().peekable();
     let mut quota = input.quota_pages;
     let mut plan = Plan::default();
@@ -82,24 +104,72 @@ pub fn plan(input: &PlanInput<'_>) -> Plan {
         plan.demote.push(unit.unit);
     }
 
-    let gap = input.gap.of(u64::from(MAX_TEMPERATURE));
+    let gap = Gap::new(input.gap, input.settling);
     let mut room = target_pages.saturating_sub(fast_pages);
-    // Temperature that a unit needs to take the place of what was driven out.
-    let mut needed = 0;
-    for unit in candidates.hottest_slow {
+    let mut hot = candidates.hottest_slow.into_iter().peekable();
+    while let Some(unit) = hot.next_if(|unit| unit.pages() <= room.min(quota)) {
+        room -= unit.pages();
+        quota -= unit.pages();
+        plan.promote.push(unit.unit);
+    }
+
+    let mut exchanges = Vec::new();
+    // The hottest that was driven out, and may not be hotter than what comes later.
+    let mut driven_out: Option<Candidate> = None;
+    for unit in hot {
         let Some(victims) = make_room(&mut cold, &unit, room, gap) else { break };
         let freed: u64 = victims.iter().map(Candidate::pages).sum();
-        // The last victim is the hottest one.
-        needed = victims.last().map_or(needed, |victim| u64::from(victim.temperature) + gap);
-        if freed + unit.pages() > quota || u64::from(unit.temperature) < needed {
+        driven_out = victims.last().copied().or(driven_out);
+        let fits = driven_out.is_none_or(|victim| gap.lies_between(victim.estimate, unit.estimate));
+        if freed + unit.pages() > quota || !fits {
             break;
         }
         room = room.saturating_add(freed) - unit.pages();
         quota -= freed + unit.pages();
-        plan.demote.extend(victims.iter().map(|victim| victim.unit));
-        plan.promote.push(unit.unit);
+        exchanges.push(Exchange { victims, unit });
     }
+    plan.add(exchanges, input);
     plan
+}
+
+/// A unit that comes, and those that go for it.
+struct Exchange {
+    /// None, when those of the exchange before left enough room.
+    victims: Vec<Candidate>,
+    unit: Candidate,
+}
+
+impl Exchange {
+    /// Pages that move.
+    fn pages(&self) -> u64 {
+        self.unit.pages() + self.victims.iter().map(Candidate::pages).sum::<u64>()
+    }
+
+    /// Heat that it brings to the fast tier, in pages of the highest temperature.
+    fn gain(&self) -> f64 {
+        self.unit.heat() - self.victims.iter().map(Candidate::heat).sum::<f64>()
+    }
+}
+
+impl Plan {
+    /// Adds the exchanges, or the best of them if all are worth little.
+    fn add(&mut self, exchanges: Vec<Exchange>, input: &PlanInput<'_>) {
+        let gain: f64 = exchanges.iter().map(Exchange::gain).sum();
+        let trickles = !input.settling && gain < WORTH_MOVING * input.heat;
+        let mut allowed = if trickles { input.trickle_pages } else { u64::MAX };
+        for exchange in exchanges {
+            let pages = exchange.pages();
+            if pages > allowed {
+                break;
+            }
+            if trickles {
+                allowed -= pages;
+                self.trickled_pages += pages;
+            }
+            self.demote.extend(exchange.victims.iter().map(|victim| victim.unit));
+            self.promote.push(exchange.unit.unit);
+        }
+    }
 }
 
 /// The coldest units that must go for `unit` to come, none if there is room;
@@ -108,13 +178,12 @@ fn make_room(
     cold: &mut Peekable<impl Iterator<Item = Candidate>>,
     unit: &Candidate,
     room: u64,
-    gap: u64,
+    gap: Gap,
 ) -> Option<Vec<Candidate>> {
     let mut victims = Vec::new();
     let mut freed = 0;
     while room.saturating_add(freed) < unit.pages() {
-        let colder = |victim: &Candidate| u64::from(victim.temperature) + gap <= u64::from(unit.temperature);
-        let victim = cold.next_if(colder)?;
+        let victim = cold.next_if(|victim| gap.lies_between(victim.estimate, unit.estimate))?;
         freed += victim.pages();
         victims.push(victim);
     }

@@ -53,12 +53,17 @@ proptest! {
         dt in (20u64..1000).prop_map(Duration::from_millis),
     ) {
         let mut heat = map(1);
-        let mut exact = 0.0_f64;
+        let (mut exact, mut past) = (0.0_f64, 0.0_f64);
         for (accessed, seconds) in &phases {
-            let time = Duration::from_secs(*seconds);
-            rounds(&mut heat, u64::from(*accessed), time, dt);
-            let keep = (-time.as_secs_f64() / HALF_LIFE.as_secs_f64()).exp2();
-            exact = exact * keep + if *accessed { 1.0 - keep } else { 0.0 };
+            rounds(&mut heat, u64::from(*accessed), Duration::from_secs(*seconds), dt);
+            // Millisecond by millisecond: the mean of a short past, the exponential average of a
+            // long one.
+            for _ in 0..*seconds * 1000 {
+                let rate = (1.0 / (past + 0.0005)).max(std::f64::consts::LN_2 / HALF_LIFE.as_secs_f64());
+                let keep = (-rate * 0.001).exp();
+                exact = exact * keep + if *accessed { 1.0 - keep } else { 0.0 };
+                past += 0.001;
+            }
         }
         // Within a step that is put off, one access counts for the whole step.
         let steps = phases.len() as f64 / 256.0;
@@ -158,6 +163,84 @@ proptest! {
         let idle = range.clone().all(|page| heat.is_idle(page));
         prop_assert_eq!(heat.unit(range), (hottest, idle));
     }
+}
+
+proptest! {
+    /// As long as the past is short, the temperature is the part of it in which the page
+    /// was accessed, and as uncertain as that many rounds make it.
+    #[test]
+    fn a_short_past_is_averaged(history in proptest::collection::vec(any::<bool>(), 1..14)) {
+        let mut heat = map(1);
+        for accessed in &history {
+            heat.step(&[u64::from(*accessed)], Duration::from_secs(1));
+        }
+        let mean = history.iter().filter(|accessed| **accessed).count() as f64 / history.len() as f64;
+        prop_assert!((share(heat.temperature(0)) - mean).abs() < TOLERANCE);
+        prop_assert!((heat.variance() - 1.0 / history.len() as f64).abs() < 0.01);
+    }
+
+    /// After a restart, what was known counts as half a round.
+    #[test]
+    fn a_restart_makes_the_past_short(before in any::<bool>(), rounds in 1_u32..10) {
+        let mut heat = map(1);
+        for _ in 0..60 {
+            heat.step(&[u64::from(before)], Duration::from_secs(1));
+        }
+        heat.restart();
+        for _ in 0..rounds {
+            heat.step(&[u64::from(!before)], Duration::from_secs(1));
+        }
+        let new = f64::from(rounds) / (f64::from(rounds) + 0.5);
+        let expected = if before { 1.0 - new } else { new };
+        prop_assert!((share(heat.temperature(0)) - expected).abs() < TOLERANCE);
+    }
+}
+
+/// Numbers from 0 to 1, the same in every run.
+fn random(state: &mut u64) -> f64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    (*state >> 11) as f64 / (1_u64 << 53) as f64
+}
+
+/// What a round has accessed, by the chance of each page.
+fn accessed(pages: usize, state: &mut u64, chance: impl Fn(usize) -> f64) -> Vec<u64> {
+    let mut words = vec![0; pages.div_ceil(64)];
+    for page in 0..pages {
+        words[page / 64] |= u64::from(random(state) < chance(page)) << (page % 64);
+    }
+    words
+}
+
+#[test]
+fn only_a_guest_that_turns_to_other_pages_surprises() {
+    const PAGES: usize = 4096;
+    const SECOND: Duration = Duration::from_secs(1);
+    let mut state = 88_172_645_463_325_252;
+    // From hardly ever to always.
+    let mixed = |page: usize| page as f64 / PAGES as f64;
+    let third = |page: usize, from: usize| if (from..from + PAGES / 3).contains(&page) { 0.9 } else { 0.01 };
+    let mut heat = map(PAGES);
+    let mut surprises = |heat: &mut HeatMap, rounds: usize, chance: &dyn Fn(usize, usize) -> f64| {
+        let told = (0..rounds).map(|round| {
+            let words = accessed(PAGES, &mut state, |page| chance(page, round));
+            heat.step(&words, SECOND).is_shift()
+        });
+        told.collect::<Vec<_>>()
+    };
+    // The first round is all that is known.
+    assert!(!surprises(&mut heat, 100, &|page, _| mixed(page))[2..].contains(&true));
+    assert!(surprises(&mut heat, 1, &|page, _| third(page, 0))[0]);
+    heat.restart();
+    assert!(!surprises(&mut heat, 60, &|page, _| third(page, 0))[2..].contains(&true));
+    // A scan beside it, and an end of all work, are no turn.
+    let scan = |page: usize, round: usize| if page / 256 == round % 16 { 1.0 } else { third(page, 0) };
+    assert!(!surprises(&mut heat, 48, &scan).contains(&true));
+    assert!(!surprises(&mut heat, 5, &|_, _| 0.0).contains(&true));
+    let mut heat = map(PAGES);
+    assert!(!surprises(&mut heat, 30, &|page, _| third(page, 0))[2..].contains(&true));
+    assert!(surprises(&mut heat, 1, &|page, _| third(page, PAGES / 2))[0]);
 }
 
 #[test]

@@ -107,6 +107,8 @@ proptest! {
     ) {
         let params = HeatParams { half_life: Duration::from_secs(10), delay: Duration::ZERO };
         let mut heat = HeatMap::new(pages, params);
+        // Long enough that the half-life alone decides.
+        heat.step(&[0], Duration::from_secs(100));
         for (accessed, ms) in history {
             heat.step(&[accessed], Duration::from_millis(ms));
         }

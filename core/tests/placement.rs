@@ -4,9 +4,11 @@
 use std::time::Duration;
 
 use ept_virt_core::bitmap;
-use ept_virt_core::heat::{HeatMap, HeatParams};
-use ept_virt_core::plan::{PlaceMap, PlanInput, SlotView, plan};
-use ept_virt_core::sampler::Level;
+use ept_virt_core::heat::HeatParams;
+use ept_virt_core::memory::GuestMemory;
+use ept_virt_core::migrate::MoveOutcome;
+use ept_virt_core::plan::PlaceMap;
+use ept_virt_core::sampler::{Harvest, Level, MemSlot};
 use ept_virt_core::units::{Bytes, Share};
 use ept_virt_core::wire::Place;
 
@@ -16,7 +18,8 @@ const DELAY: Duration = Duration::from_secs(2);
 
 /// A guest whose pages are all in DRAM when it is found.
 struct Guest {
-    heat: HeatMap,
+    memory: GuestMemory,
+    /// What the kernel would say.
     place: PlaceMap,
     level: Level,
     target_pages: u64,
@@ -26,11 +29,31 @@ struct Guest {
 
 impl Guest {
     fn new(level: Level, target_pages: u64, half_life_s: u64) -> Self {
+        let mut memory =
+            GuestMemory::new(HeatParams { half_life: Duration::from_secs(half_life_s), delay: DELAY });
+        let (gfn_start, page_count, hva) = (0, PAGES as u64, 1 << 40);
+        let slot = MemSlot { gfn_start, page_count, hva, id: 0, read_only: false, dirty_log: false };
+        memory.adopt(1, vec![slot]);
         let mut place = PlaceMap::new(0, PAGES);
         place.observe(&[!0; PAGES / 64], &[], &[level; PAGES / 512]);
-        let heat =
-            HeatMap::new(PAGES, HeatParams { half_life: Duration::from_secs(half_life_s), delay: DELAY });
-        Guest { heat, place, level, target_pages, quota_pages: 2048, random: 88_172_645_463_325_252 }
+        let mut guest =
+            Guest { memory, place, level, target_pages, quota_pages: 2048, random: 88_172_645_463_325_252 };
+        // The first harvest tells where pages lie, and nothing of their heat.
+        guest.harvest(&[], None);
+        guest
+    }
+
+    fn harvest(&mut self, accessed: &[u64], elapsed: Option<Duration>) {
+        let mut harvest = Harvest::default();
+        harvest.reset(0, PAGES as u64);
+        harvest.mapped.fill(!0);
+        harvest.levels.fill(self.level);
+        harvest.accessed[..accessed.len()].copy_from_slice(accessed);
+        for page in 0..PAGES {
+            bitmap::fill(&mut harvest.on_slow, page..page + 1, self.place.place(page) == Place::Slow);
+        }
+        self.memory.observe(0, &harvest, elapsed);
+        self.memory.end_round(elapsed);
     }
 
     /// Xorshift: the same numbers in every run.
@@ -57,19 +80,16 @@ impl Guest {
                 bitmap::fill(&mut accessed, unit, true);
             }
         }
-        self.heat.step(&accessed, ROUND);
-        let view = SlotView { hva: 0, heat: &self.heat, place: &self.place, held: &[] };
-        let plan = plan(&PlanInput {
-            slots: &[view],
-            dram_target: Some(Bytes::of_pages(self.target_pages)),
-            gap: Share::from_percent(10),
-            quota_pages: self.quota_pages,
-        });
+        self.harvest(&accessed, Some(ROUND));
+        let target = Some(Bytes::of_pages(self.target_pages));
+        let plan = self.memory.plan(target, Share::from_percent(10), self.quota_pages);
         for (units, place) in [(&plan.demote, Place::Slow), (&plan.promote, Place::Fast)] {
             for unit in units {
                 let first = unit.gfn as usize;
                 self.place.record(first..first + unit.pages as usize, place);
             }
+            let units = units.iter().map(|unit| (*unit, Ok(()))).collect();
+            self.memory.record_moves(&MoveOutcome { units }, place);
         }
         plan.demote.iter().chain(&plan.promote).map(|unit| u64::from(unit.pages)).sum()
     }
@@ -104,7 +124,8 @@ fn a_hot_set_that_moves_is_followed() {
         guest.round(before);
     }
     assert!(guest.hit_ratio(before) >= 0.98 && guest.hit_ratio(after) < 0.2);
-    for _ in 0..15 {
+    guest.quota_pages = PAGES as u64;
+    for _ in 0..5 {
         guest.round(after);
     }
     assert!(guest.hit_ratio(after) >= 0.95, "{}", guest.hit_ratio(after));
@@ -127,6 +148,7 @@ fn a_hot_block_of_a_thousandth_comes_back_within_seconds() {
     let hot = |page: usize| (5000..5016).contains(&page);
     let mut guest = Guest::new(Level::Page4K, PAGES as u64 / 10, 10);
     guest.place.record(0..PAGES, Place::Slow);
+    guest.harvest(&[], None);
     // Nobody uses DRAM: what is not cold comes at once.
     for _ in 0..2 {
         guest.round(hot);

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use ept_virt_core::bitmap;
 use ept_virt_core::heat::{COLD_BELOW, HeatMap, HeatParams, MAX_TEMPERATURE};
-use ept_virt_core::plan::{MoveUnit, PlaceMap, Plan, PlanInput, SlotView, map_runs, plan, strip};
+use ept_virt_core::plan::{MoveUnit, PlaceMap, Plan, PlanInput, Recent, SlotView, map_runs, plan, strip};
 use ept_virt_core::sampler::Level;
 use ept_virt_core::units::{Bytes, PAGE_BYTES, Share};
 use ept_virt_core::wire::Place;
@@ -25,11 +25,13 @@ struct Slot {
     place: PlaceMap,
     levels: Vec<Level>,
     held: Vec<u64>,
+    recent: Recent,
 }
 
 impl Slot {
     fn view(&self) -> SlotView<'_> {
-        SlotView { hva: self.hva, heat: &self.heat, place: &self.place, held: &self.held }
+        let Slot { hva, heat, place, held, recent, .. } = self;
+        SlotView { hva: *hva, heat, place, held, recent }
     }
 
     /// Pages of the slot that lie in its `index`th 2 MiB of guest-physical space.
@@ -117,7 +119,14 @@ fn slot() -> impl Strategy<Value = Slot> {
             }
             // Held pages are the exception.
             let held = held.iter().map(|word| if word % 5 == 0 { word >> 32 } else { 0 }).collect();
-            Slot { hva: 0x7f00_0000_0000 + gfn_start * PAGE_BYTES, heat, place, levels: only, held }
+            Slot {
+                hva: 0x7f00_0000_0000 + gfn_start * PAGE_BYTES,
+                heat,
+                place,
+                levels: only,
+                held,
+                recent: Recent::default(),
+            }
         })
 }
 
@@ -152,22 +161,32 @@ struct Limits {
     target: Option<Bytes>,
     gap: Share,
     quota: u64,
+    settling: bool,
 }
 
 fn limits() -> impl Strategy<Value = Limits> {
     let target = proptest::option::of((0u64..4000).prop_map(Bytes::of_pages));
     let quota = prop_oneof![0u64..3000, Just(u64::MAX / 4)];
-    (target, 0u16..40, quota).prop_map(|(target, gap, quota)| Limits {
+    (target, 0u16..40, quota, any::<bool>()).prop_map(|(target, gap, quota, settling)| Limits {
         target,
         gap: Share::from_percent(gap),
         quota,
+        settling,
     })
 }
 
 fn plan_of(slots: &[Slot], limits: Limits) -> Plan {
     let views: Vec<SlotView<'_>> = slots.iter().map(Slot::view).collect();
-    let Limits { target, gap, quota } = limits;
-    plan(&PlanInput { slots: &views, dram_target: target, gap, quota_pages: quota })
+    let Limits { target, gap, quota, settling } = limits;
+    plan(&PlanInput {
+        slots: &views,
+        dram_target: target,
+        gap,
+        quota_pages: quota,
+        settling,
+        heat: 0.0,
+        trickle_pages: 0,
+    })
 }
 
 fn pages_of(units: &[MoveUnit]) -> u64 {
@@ -327,11 +346,16 @@ fn simple(pages: usize, hot: Range<usize>, slow: Range<usize>) -> Slot {
     let mut place = PlaceMap::new(0, pages);
     place.observe(&vec![!0; pages.div_ceil(64)], &[], &levels);
     place.record(slow, Place::Slow);
-    Slot { hva: 1 << 40, heat, place, levels, held: Vec::new() }
+    Slot { hva: 1 << 40, heat, place, levels, held: Vec::new(), recent: Recent::default() }
 }
 
 fn percent_of_heat(gap: u16, target_pages: u64, quota: u64) -> Limits {
-    Limits { target: Some(Bytes::of_pages(target_pages)), gap: Share::from_percent(gap), quota }
+    Limits {
+        target: Some(Bytes::of_pages(target_pages)),
+        gap: Share::from_percent(gap),
+        quota,
+        settling: false,
+    }
 }
 
 /// Enough pages that the search drops its surplus on the way.
@@ -361,11 +385,77 @@ fn in_a_large_slot_the_best_are_found_as_by_sorting() {
 
         all.sort_by_key(|unit| (std::cmp::Reverse(unit.temperature), unit.unit.gfn));
         let hottest = sorted_by_heat(&all, Place::Slow, quota);
-        let limits = Limits { target: None, gap: Share::WHOLE, quota: quota as u64 };
+        let limits = Limits { target: None, gap: Share::WHOLE, quota: quota as u64, settling: false };
         let plan = plan_of(std::slice::from_ref(&slot), limits);
         assert!(plan.promote == hottest, "the hottest {quota}");
         all.sort_by_key(|unit| unit.unit.gfn);
     }
+}
+
+/// What exchanges are worth is measured by the domain's heat.
+#[test]
+fn exchanges_that_win_little_are_done_a_few_at_a_time() {
+    // 100 hot pages lie wrong.
+    let slot = simple(1024, 0..100, 0..100);
+    let moved = |settling, heat, trickle_pages| {
+        let plan = plan(&PlanInput {
+            slots: &[slot.view()],
+            dram_target: Some(Bytes::of_pages(924)),
+            gap: Share::from_percent(10),
+            quota_pages: 10_000,
+            settling,
+            heat,
+            trickle_pages,
+        });
+        assert_eq!(plan.promote.len(), plan.demote.len());
+        (plan.promote.len(), plan.trickled_pages)
+    };
+    assert_eq!(moved(false, 4900.0, 0), (100, 0));
+    assert_eq!(moved(false, 5100.0, 0), (0, 0));
+    assert_eq!(moved(false, 5100.0, 21), (10, 20));
+    // There is no time to lose.
+    assert_eq!(moved(true, 5100.0, 0), (100, 0));
+}
+
+#[test]
+fn what_has_just_moved_stays_and_what_came_back_stays_in_any_case() {
+    let mut slot = simple(1024, 0..100, 0..100);
+    let promoted = |slot: &Slot, settling| {
+        let limits = Limits { settling, ..percent_of_heat(10, 924, 10_000) };
+        plan_of(std::slice::from_ref(slot), limits).promote.len()
+    };
+    slot.recent.record(0..60);
+    assert_eq!((promoted(&slot, false), promoted(&slot, true)), (40, 100));
+    slot.recent.next_round();
+    slot.recent.record(50..70);
+    assert_eq!((promoted(&slot, false), promoted(&slot, true)), (30, 90));
+    (0..4).for_each(|_| slot.recent.next_round());
+    assert_eq!((promoted(&slot, false), promoted(&slot, true)), (80, 100));
+}
+
+/// Two pages that were accessed now and then: which is hotter, few rounds can not tell.
+#[test]
+fn chance_is_no_reason_to_exchange() {
+    let mut slot = simple(64, 0..0, 0..0);
+    slot.heat = HeatMap::new(64, HeatParams { half_life: Duration::from_secs(60), ..PARAMS });
+    slot.place.record(0..32, Place::Slow);
+    let promoted =
+        |slot: &Slot| plan_of(std::slice::from_ref(slot), percent_of_heat(10, 32, 100)).promote.len();
+    // The slow pages in four rounds of eight, the fast ones in two.
+    for round in 0..8 {
+        let slow = if round % 2 == 0 { 0xffff_ffff } else { 0 };
+        let fast = if round < 2 { 0xffff_ffff_u64 << 32 } else { 0 };
+        slot.heat.step(&[slow | fast], ROUND);
+    }
+    assert_eq!(promoted(&slot), 0);
+    for round in 0..72 {
+        let slow = if round % 2 == 0 { 0xffff_ffff } else { 0 };
+        let fast = if round % 4 == 1 { 0xffff_ffff_u64 << 32 } else { 0 };
+        slot.heat.step(&[slow | fast], ROUND);
+    }
+    slot.heat.step(&[0], ROUND);
+    slot.heat.step(&[0], ROUND);
+    assert_eq!(promoted(&slot), 32);
 }
 
 #[test]
@@ -395,7 +485,7 @@ fn hot_pages_come_back_into_free_room_and_then_by_exchange() {
 #[test]
 fn without_a_target_hot_pages_come_and_nothing_goes() {
     let slot = simple(1024, 0..128, 0..512);
-    let limits = Limits { target: None, gap: Share::from_percent(10), quota: 10_000 };
+    let limits = Limits { target: None, gap: Share::from_percent(10), quota: 10_000, settling: false };
     let plan = plan_of(&[slot], limits);
     assert_eq!((pages_of(&plan.promote), pages_of(&plan.demote)), (128, 0));
 }

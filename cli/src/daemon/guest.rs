@@ -11,7 +11,7 @@ use ept_virt_core::memory::GuestMemory;
 use ept_virt_core::migrate::{
     BATCH_UNITS, MoveOutcome, Mover, ProcessGone, Refused, RefusedBytes, TokenBucket, unit_bytes,
 };
-use ept_virt_core::plan::{self, MoveUnit, PlanInput};
+use ept_virt_core::plan::MoveUnit;
 use ept_virt_core::policy::{Mode, Policy};
 use ept_virt_core::sampler::{Harvest, HarvestRequest, HarvestStats, MemSlot, Sampler, SamplerError};
 use ept_virt_core::topology::Tiers;
@@ -235,6 +235,7 @@ impl Guest {
             stats.add(&self.harvest.stats);
             lock(&self.memory).observe(*index, &self.harvest, elapsed);
         }
+        lock(&self.memory).end_round(elapsed);
         self.harvested_at = Some(self.suspended_since.unwrap_or(now));
         self.rounds += 1;
         Ok(self.round_status(&stats, elapsed, started))
@@ -330,13 +331,9 @@ impl Guest {
         let fast = Bytes::of_pages(memory.places().fast).0;
         let reachable = fast.saturating_add(self.mover.room(&tiers.fast));
         let target = policy.dram_target(memory.bytes()).map_or(reachable, |target| target.0.min(reachable));
-        let plan = plan::plan(&PlanInput {
-            slots: &memory.views(),
-            dram_target: Some(Bytes(target)),
-            gap: policy.migration.tolerance,
-            // Less would never move a huge page; the bucket keeps the pace.
-            quota_pages: (u64::try_from(budget).unwrap_or(u64::MAX) / PAGE_BYTES).max(SMALLEST_QUOTA_PAGES),
-        });
+        // Less would never move a huge page; the bucket keeps the pace.
+        let quota_pages = (u64::try_from(budget).unwrap_or(u64::MAX) / PAGE_BYTES).max(SMALLEST_QUOTA_PAGES);
+        let plan = memory.plan(Some(Bytes(target)), policy.migration.tolerance, quota_pages);
         self.all_in_use = fast >= target + HUGE_BYTES && plan.demote.is_empty();
         let mut room = self.mover.room(&tiers.slow);
         let fits =

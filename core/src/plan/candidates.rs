@@ -13,18 +13,24 @@ use crate::sampler::Level;
 use crate::units::{PAGE_BYTES, PAGES_PER_2M};
 use crate::wire::Place;
 
-use super::{MoveUnit, SlotView};
+use super::gap::Estimate;
+use super::{MoveUnit, SlotView, Times};
 
 /// A unit with what it is judged by.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Candidate {
     pub(super) unit: MoveUnit,
-    pub(super) temperature: u16,
+    pub(super) estimate: Estimate,
 }
 
 impl Candidate {
     pub(super) fn pages(&self) -> u64 {
         u64::from(self.unit.pages)
+    }
+
+    /// In pages of the highest temperature.
+    pub(super) fn heat(&self) -> f64 {
+        f64::from(self.estimate.temperature) / f64::from(MAX_TEMPERATURE) * self.pages() as f64
     }
 }
 
@@ -37,9 +43,11 @@ pub(super) struct Candidates {
 }
 
 impl Candidates {
-    /// At least `wanted` pages of each kind, or all there are.
-    pub(super) fn collect(slots: &[SlotView<'_>], wanted: u64) -> Self {
+    /// At least `wanted` pages of each kind, or all there are. What moved lately as
+    /// often as `banned` says stays.
+    pub(super) fn collect(slots: &[SlotView<'_>], wanted: u64, banned: Times) -> Self {
         let mut survey = Survey {
+            banned,
             fast: Selection::new(wanted, u32::from(MAX_TEMPERATURE) + 1),
             slow: Selection::new(wanted, u32::from(distance_from_top(COLD_BELOW)) + 1),
         };
@@ -58,6 +66,7 @@ fn distance_from_top(temperature: u16) -> u16 {
 }
 
 struct Survey {
+    banned: Times,
     fast: Selection,
     slow: Selection,
 }
@@ -71,14 +80,20 @@ impl Survey {
         }
         let whole = level == Level::Huge2M && pages.len() as u64 == PAGES_PER_2M;
         if let Some(place) = slot.place.common_place(pages.clone()).filter(|_| whole) {
-            if !bitmap::any(slot.held, pages.clone()) {
+            let mut masks = bitmap::masks(pages.clone());
+            if masks.all(|(index, mask)| mask & self.stays(slot, index) == 0) {
                 self.unit(slot, place, pages);
             }
             return;
         }
         for (index, mask) in bitmap::masks(pages) {
-            self.block(slot, index, mask & !bitmap::word(slot.held, index));
+            self.block(slot, index, mask);
         }
+    }
+
+    /// The pages of a block of 64 that are not to be moved.
+    fn stays(&self, slot: &SlotView<'_>, index: usize) -> u64 {
+        bitmap::word(slot.held, index) | slot.recent.moved(index, self.banned)
     }
 
     /// Offers the pages of a block of 64 that are in `mask`.
@@ -86,10 +101,12 @@ impl Survey {
         let (fast, slow) = slot.place.words(index);
         let page = |bit| index * WORD_BITS + bit..index * WORD_BITS + bit + 1;
         if fast & mask != 0 && slot.heat.coldest_idle(index).is_some_and(|key| self.fast.wants(key)) {
-            bitmap::ones(fast & mask).for_each(|bit| self.unit(slot, Place::Fast, page(bit)));
+            let may = fast & mask & !self.stays(slot, index);
+            bitmap::ones(may).for_each(|bit| self.unit(slot, Place::Fast, page(bit)));
         }
         if slow & mask != 0 && self.slow.wants(distance_from_top(slot.heat.hottest(index))) {
-            bitmap::ones(slow & mask).for_each(|bit| self.unit(slot, Place::Slow, page(bit)));
+            let may = slow & mask & !self.stays(slot, index);
+            bitmap::ones(may).for_each(|bit| self.unit(slot, Place::Slow, page(bit)));
         }
     }
 
@@ -106,7 +123,8 @@ impl Survey {
                 hva: slot.hva + pages.start as u64 * PAGE_BYTES,
                 pages: pages.len() as u32,
             };
-            selection.take(key, Candidate { unit, temperature });
+            let estimate = Estimate { temperature, variance: slot.heat.variance() };
+            selection.take(key, Candidate { unit, estimate });
         }
     }
 }

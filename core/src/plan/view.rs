@@ -8,7 +8,7 @@ use crate::heat::{HeatMap, class_of};
 use crate::units::PAGE_BYTES;
 use crate::wire::{Class, MapRun, Place, StripCell};
 
-use super::PlaceMap;
+use super::{PlaceMap, Recent};
 
 /// One memory slot. Heat and place count the same pages.
 #[derive(Clone, Copy, Debug)]
@@ -22,6 +22,8 @@ pub struct SlotView<'a> {
     /// Bitmap of pages that are not to be planned now, as those that were
     /// refused lately; may be shorter than the slot.
     pub held: &'a [u64],
+    /// What moved in the last rounds.
+    pub recent: &'a Recent,
 }
 
 impl SlotView<'_> {

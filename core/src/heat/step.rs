@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! One step of many cells: the loop that touches all of a guest's heat.
+//!
+//! It has no branch that depends on a page, so that it runs in vectors and as fast
+//! as memory lets it, whatever was accessed. It is built twice, for any x86-64 and
+//! for those with AVX2.
+
+use crate::bitmap::{self, WORD_BITS};
+
+use super::{IDLE_COUNT, MAX_TEMPERATURE, surprise::Sums};
+
+/// Cells that share a part of a bitmap's word as long as a cell.
+const LANES: usize = 16;
+
+/// The bit of each of these.
+const LANE_BITS: [u16; LANES] = {
+    let mut bits = [0; LANES];
+    let mut lane = 0;
+    while lane < LANES {
+        bits[lane] = 1 << lane;
+        lane += 1;
+    }
+    bits
+};
+
+/// One step of all cells: constants of the inner loop.
+#[derive(Clone, Copy)]
+pub(super) struct Step {
+    /// 2^16 times the part of the temperature that is kept.
+    keep: u16,
+    /// What an access adds, a whole number of temperature units.
+    gain: u16,
+    /// How far the idle counts go down.
+    countdown: u16,
+}
+
+impl Step {
+    /// A step that keeps `keep` of each temperature, from 0 to 1.
+    pub(super) fn new(keep: f64, countdown: u16) -> Self {
+        let keep = (keep * 65536.0).min(65535.0) as u16;
+        // What is not kept of the maximum, so that the maximum stays the maximum.
+        let gain = MAX_TEMPERATURE - decayed(MAX_TEMPERATURE, keep);
+        Step { keep, gain, countdown }
+    }
+
+    /// Steps `cells`, of which the last word of `accessed` may be cut short by
+    /// `tail`. Missing words are zero.
+    pub(super) fn apply(self, cells: &mut [[u16; WORD_BITS]], accessed: &[u64], tail: u64) -> Sums {
+        #[cfg(target_arch = "x86_64")]
+        if std::arch::is_x86_feature_detected!("avx2") {
+            // SAFETY: the processor has what the function is built for.
+            return unsafe { self.apply_avx2(cells, accessed, tail) };
+        }
+        self.apply_all(cells, accessed, tail)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2")]
+    fn apply_avx2(self, cells: &mut [[u16; WORD_BITS]], accessed: &[u64], tail: u64) -> Sums {
+        self.apply_all(cells, accessed, tail)
+    }
+
+    #[inline(always)]
+    fn apply_all(self, cells: &mut [[u16; WORD_BITS]], accessed: &[u64], tail: u64) -> Sums {
+        let mut sums = Sums::default();
+        let last = cells.len().saturating_sub(1);
+        for (index, block) in cells.iter_mut().enumerate() {
+            let mask = if index == last { tail } else { !0 };
+            self.apply_block(block, bitmap::word(accessed, index) & mask, &mut sums);
+        }
+        sums
+    }
+
+    #[inline(always)]
+    fn apply_block(self, block: &mut [u16; WORD_BITS], accessed: u64, sums: &mut Sums) {
+        let (mut heat, mut seen_heat, mut squares) = (0_u32, 0_u32, 0_u32);
+        for (part, cells) in block.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            let bits = (accessed >> (part * LANES)) as u16;
+            for (cell, bit) in cells.iter_mut().zip(LANE_BITS) {
+                let seen = if bits & bit == bit { !0 } else { 0 };
+                // The upper byte is enough to be surprised by.
+                let before = u32::from(*cell >> 8);
+                heat += before;
+                seen_heat += before & u32::from(seen);
+                squares += before * before;
+                let temperature = decayed(*cell, self.keep) + (self.gain & seen);
+                let count = (*cell & IDLE_COUNT).saturating_sub(self.countdown) | (IDLE_COUNT & seen);
+                *cell = temperature | count;
+            }
+        }
+        sums.add_block(heat, seen_heat, squares, accessed.count_ones());
+    }
+}
+
+/// The upper half of a 16-bit product, an instruction for a vector of cells.
+fn decayed(cell: u16, keep: u16) -> u16 {
+    ((u32::from(cell & MAX_TEMPERATURE) * u32::from(keep)) >> 16) as u16 & MAX_TEMPERATURE
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Whatever is built for which processor, a page is stepped as one alone would be.
+        #[test]
+        fn vectors_do_what_single_cells_do(
+            cells in proptest::collection::vec(any::<u16>(), 3 * WORD_BITS),
+            accessed in proptest::collection::vec(any::<u64>(), 0..4),
+            tail in any::<u64>(), keep in 0.0..1.0, countdown in 0_u16..4,
+        ) {
+            let step = Step::new(keep, countdown);
+            let mut stepped = cells.clone();
+            let sums = step.apply(stepped.as_chunks_mut().0, &accessed, tail);
+            let mut plain = cells.clone();
+            let plain_sums = step.apply_all(plain.as_chunks_mut().0, &accessed, tail);
+            prop_assert_eq!(&stepped, &plain);
+            prop_assert_eq!(sums, plain_sums);
+            let (mut heat, mut seen_heat) = (0_u64, 0_u64);
+            for (page, (before, after)) in cells.iter().zip(stepped).enumerate() {
+                let word = bitmap::word(&accessed, page / WORD_BITS) & if page < 2 * WORD_BITS { !0 } else { tail };
+                let seen = word >> (page % WORD_BITS) & 1 == 1;
+                let gain = if seen { step.gain } else { 0 };
+                let count = if seen { IDLE_COUNT } else { (before & IDLE_COUNT).saturating_sub(countdown) };
+                prop_assert_eq!(after, (decayed(*before, step.keep) + gain) | count);
+                heat += u64::from(before >> 8);
+                seen_heat += if seen { u64::from(before >> 8) } else { 0 };
+            }
+            prop_assert_eq!((sums.heat(), sums.seen_heat()), (heat, seen_heat));
+        }
+    }
+}
