@@ -2,7 +2,11 @@
 //! Bitmaps of pages as the kernel module writes them: bit `i % 64` of word
 //! `i / 64` stands for page `i`. Bits past the last page are zero.
 
+mod page_set;
+
 use std::ops::Range;
+
+pub use page_set::PageSet;
 
 /// Pages that one word stands for.
 pub const WORD_BITS: usize = 64;

@@ -40,6 +40,7 @@
 mod histogram;
 mod step;
 pub mod store;
+mod summary;
 mod surprise;
 
 use std::ops::Range;
@@ -49,6 +50,7 @@ use crate::bitmap::{self, WORD_BITS};
 use crate::wire::Class;
 
 pub use histogram::Histogram;
+pub(crate) use summary::Summaries;
 pub use surprise::Surprise;
 
 use step::Step;
@@ -227,31 +229,9 @@ impl HeatMap {
         (low & MAX_TEMPERATURE, high & MAX_TEMPERATURE)
     }
 
-    /// The lowest temperature of the idle ones among the 64 pages of word
-    /// `index` of a bitmap, those past the last page included.
-    pub(crate) fn coldest_idle(&self, index: usize) -> Option<u16> {
-        // The count becomes the highest bits, so one minimum tells both.
-        let judged = MAX_TEMPERATURE | self.idle_bits();
-        let low =
-            self.block(index).iter().fold(u16::MAX, |low, cell| low.min((cell & judged).rotate_right(2)));
-        let temperature = low.rotate_left(2);
-        (temperature & IDLE_COUNT == 0).then_some(temperature)
-    }
-
-    /// The highest temperature among the 64 pages of word `index` of a bitmap.
-    pub(crate) fn hottest(&self, index: usize) -> u16 {
-        self.block(index).iter().fold(0, |high, cell| high.max(*cell)) & MAX_TEMPERATURE
-    }
-
     /// The bits of a cell that keep its page from being idle.
     fn idle_bits(&self) -> u16 {
         if self.params.delay.is_zero() { 0 } else { IDLE_COUNT }
-    }
-
-    /// The cells of word `index` of a bitmap. The fixed length lets loops over
-    /// it run in vectors.
-    fn block(&self, index: usize) -> &[u16; WORD_BITS] {
-        self.cells.as_chunks().0.get(index).unwrap_or(&[0; WORD_BITS])
     }
 
     /// Class of `page`.

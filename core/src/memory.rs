@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use crate::bitmap;
+use crate::bitmap::{self, PageSet};
 use crate::heat::store::SlotRange;
 use crate::heat::{ClassCounts, HeatMap, HeatParams, Surprise};
 use crate::migrate::{MoveOutcome, Refused};
@@ -33,7 +33,7 @@ struct Slot {
     heat: HeatMap,
     place: PlaceMap,
     /// As the last harvest saw it.
-    mapped: Vec<u64>,
+    mapped: PageSet,
     /// Pages that are not planned: refused lately, or all while dirty logging is
     /// on in the slot.
     held: Vec<u64>,
@@ -52,7 +52,7 @@ impl Slot {
             info,
             heat: HeatMap::new(pages, params),
             place: PlaceMap::new(info.gfn_start, pages),
-            mapped: vec![0; words],
+            mapped: PageSet::new(pages),
             held: vec![0; words],
             newly_held: vec![0; words],
             recent: Recent::default(),
@@ -193,7 +193,7 @@ impl GuestMemory {
     pub fn observe(&mut self, index: usize, harvest: &Harvest, elapsed: Option<Duration>) {
         let Some(slot) = self.slots.get_mut(index) else { return };
         slot.place.observe(&harvest.mapped, &harvest.on_slow, &harvest.levels);
-        slot.mapped.clone_from(&harvest.mapped);
+        slot.mapped.update(harvest.mapped.len(), |index, _| bitmap::word(&harvest.mapped, index));
         let known = std::mem::replace(&mut slot.observed, true);
         if let Some(elapsed) = elapsed.filter(|_| known) {
             self.surprise += slot.heat.step(&harvest.accessed, elapsed);
@@ -318,13 +318,12 @@ impl GuestMemory {
             let pages = slot.info.page_count as usize;
             while page < pages {
                 // Whole words of mapped pages are the common case.
-                if page.is_multiple_of(bitmap::WORD_BITS)
-                    && bitmap::word(&slot.mapped, page / bitmap::WORD_BITS) == !0
+                if page.is_multiple_of(bitmap::WORD_BITS) && slot.mapped.word(page / bitmap::WORD_BITS) == !0
                 {
                     page += bitmap::WORD_BITS;
                     continue;
                 }
-                if !bitmap::get(&slot.mapped, page) {
+                if !slot.mapped.contains(page) {
                     if found.len() == limit {
                         self.survey_at = (index, page);
                         return found;

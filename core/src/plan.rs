@@ -12,8 +12,8 @@
 //! 2. Room under the target: promote units that are not cold, the hottest first.
 //! 3. No room: exchange. A unit comes only when enough colder idle units go, and
 //!    each of them is colder by [`PlanInput::gap`] at least, and by more than chance
-//!    explains; both directions are charged to the quota. Exchanges that would all
-//!    together win little are done a few at a time.
+//!    explains; both directions are charged to the quota. When all exchanges together
+//!    would win little, only the clearest are done at once, and of the others a few.
 //!
 //! Each list ends at the first unit that does not fit the quota, so a hotter
 //! page never goes while a colder one that may go stays. A unit that has just moved
@@ -22,11 +22,13 @@
 mod candidates;
 mod gap;
 mod place;
+mod potential;
 mod recent;
 mod view;
 
 use std::iter::Peekable;
 
+use crate::heat::MAX_TEMPERATURE;
 use crate::units::{Bytes, Share};
 
 use candidates::{Candidate, Candidates};
@@ -63,6 +65,10 @@ pub struct PlanInput<'a> {
 /// Part of all heat that exchanges must bring to the fast tier to be worth their moves
 /// at once. Below that they are as good as what chance makes of temperatures.
 const WORTH_MOVING: f64 = 0.02;
+
+/// Part of the scale from which on a difference of temperature is worth a move whatever
+/// all exchanges win: a small block may be hotter than one bit for each page can tell.
+const CERTAIN: f64 = 0.5;
 
 /// Pages that move at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -128,7 +134,12 @@ pub fn plan(input: &PlanInput<'_>) -> Plan {
         quota -= freed + unit.pages();
         exchanges.push(Exchange { victims, unit });
     }
-    plan.add(exchanges, input);
+    let trickles = !input.settling && {
+        let largest = input.slots.iter().max_by_key(|slot| slot.place.pages());
+        let variance = largest.map_or(0.0, |slot| slot.heat.variance());
+        candidates.potential.gain(gap, variance) < WORTH_MOVING * input.heat
+    };
+    plan.add(exchanges, trickles.then_some(input.trickle_pages));
     plan
 }
 
@@ -140,29 +151,32 @@ struct Exchange {
 }
 
 impl Exchange {
+    /// Whether what comes is hotter by far than what goes.
+    fn is_certain(&self) -> bool {
+        let certain = |victim: &Candidate| {
+            let difference =
+                f64::from(self.unit.estimate.temperature) - f64::from(victim.estimate.temperature);
+            difference >= CERTAIN * f64::from(MAX_TEMPERATURE)
+        };
+        self.victims.iter().all(certain)
+    }
+
     /// Pages that move.
     fn pages(&self) -> u64 {
         self.unit.pages() + self.victims.iter().map(Candidate::pages).sum::<u64>()
     }
-
-    /// Heat that it brings to the fast tier, in pages of the highest temperature.
-    fn gain(&self) -> f64 {
-        self.unit.heat() - self.victims.iter().map(Candidate::heat).sum::<f64>()
-    }
 }
 
 impl Plan {
-    /// Adds the exchanges, or the best of them if all are worth little.
-    fn add(&mut self, exchanges: Vec<Exchange>, input: &PlanInput<'_>) {
-        let gain: f64 = exchanges.iter().map(Exchange::gain).sum();
-        let trickles = !input.settling && gain < WORTH_MOVING * input.heat;
-        let mut allowed = if trickles { input.trickle_pages } else { u64::MAX };
+    /// Adds the exchanges, best first, or as many of them as a trickle allows.
+    fn add(&mut self, exchanges: Vec<Exchange>, trickle_pages: Option<u64>) {
+        let mut allowed = trickle_pages.unwrap_or(0);
         for exchange in exchanges {
-            let pages = exchange.pages();
-            if pages > allowed {
-                break;
-            }
-            if trickles {
+            if trickle_pages.is_some() && !exchange.is_certain() {
+                let pages = exchange.pages();
+                if pages > allowed {
+                    break;
+                }
                 allowed -= pages;
                 self.trickled_pages += pages;
             }

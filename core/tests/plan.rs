@@ -395,9 +395,9 @@ fn in_a_large_slot_the_best_are_found_as_by_sorting() {
 /// What exchanges are worth is measured by the domain's heat.
 #[test]
 fn exchanges_that_win_little_are_done_a_few_at_a_time() {
-    // 100 hot pages lie wrong.
-    let slot = simple(1024, 0..100, 0..100);
-    let moved = |settling, heat, trickle_pages| {
+    // 100 pages lie wrong, which were hot more than a half-life ago.
+    let mut slot = simple(1024, 0..100, 0..100);
+    let moved = |slot: &Slot, settling, heat, trickle_pages| {
         let plan = plan(&PlanInput {
             slots: &[slot.view()],
             dram_target: Some(Bytes::of_pages(924)),
@@ -410,11 +410,18 @@ fn exchanges_that_win_little_are_done_a_few_at_a_time() {
         assert_eq!(plan.promote.len(), plan.demote.len());
         (plan.promote.len(), plan.trickled_pages)
     };
-    assert_eq!(moved(false, 4900.0, 0), (100, 0));
-    assert_eq!(moved(false, 5100.0, 0), (0, 0));
-    assert_eq!(moved(false, 5100.0, 21), (10, 20));
+    // Hot and cold need no second thought.
+    assert_eq!(moved(&slot, false, 1e9, 0), (100, 0));
+    for _ in 0..5 {
+        slot.heat.step(&[], ROUND);
+    }
+    let heat = 100.0 * f64::from(slot.heat.temperature(0)) / f64::from(MAX_TEMPERATURE);
+    assert!((35.0..50.0).contains(&heat), "{heat}");
+    assert_eq!(moved(&slot, false, heat * 49.0, 0), (100, 0));
+    assert_eq!(moved(&slot, false, heat * 51.0, 0), (0, 0));
+    assert_eq!(moved(&slot, false, heat * 51.0, 21), (10, 20));
     // There is no time to lose.
-    assert_eq!(moved(true, 5100.0, 0), (100, 0));
+    assert_eq!(moved(&slot, true, heat * 51.0, 0), (100, 0));
 }
 
 #[test]

@@ -64,31 +64,64 @@ impl Step {
     fn apply_all(self, cells: &mut [[u16; WORD_BITS]], accessed: &[u64], tail: u64) -> Sums {
         let mut sums = Sums::default();
         let last = cells.len().saturating_sub(1);
-        for (index, block) in cells.iter_mut().enumerate() {
-            let mask = if index == last { tail } else { !0 };
-            self.apply_block(block, bitmap::word(accessed, index) & mask, &mut sums);
+        for (chunk, blocks) in cells.chunks_mut(Lanes::BLOCKS).enumerate() {
+            let (mut lanes, mut seen) = (Lanes::default(), 0);
+            for (index, block) in blocks.iter_mut().enumerate() {
+                let index = chunk * Lanes::BLOCKS + index;
+                let mask = if index == last { tail } else { !0 };
+                let word = bitmap::word(accessed, index) & mask;
+                seen += word.count_ones();
+                self.apply_block(block, word, &mut lanes);
+            }
+            sums.add(lanes.sums(), seen);
         }
         sums
     }
 
     #[inline(always)]
-    fn apply_block(self, block: &mut [u16; WORD_BITS], accessed: u64, sums: &mut Sums) {
-        let (mut heat, mut seen_heat, mut squares) = (0_u32, 0_u32, 0_u32);
+    fn apply_block(self, block: &mut [u16; WORD_BITS], accessed: u64, lanes: &mut Lanes) {
+        // One for each lane, of which the compiler must not know that they are equal: it
+        // would widen the one, and then all products.
+        let keep = std::hint::black_box([self.keep; LANES]);
         for (part, cells) in block.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
             let bits = (accessed >> (part * LANES)) as u16;
-            for (cell, bit) in cells.iter_mut().zip(LANE_BITS) {
-                let seen = if bits & bit == bit { !0 } else { 0 };
-                // The upper byte is enough to be surprised by.
-                let before = u32::from(*cell >> 8);
-                heat += before;
-                seen_heat += before & u32::from(seen);
-                squares += before * before;
-                let temperature = decayed(*cell, self.keep) + (self.gain & seen);
-                let count = (*cell & IDLE_COUNT).saturating_sub(self.countdown) | (IDLE_COUNT & seen);
-                *cell = temperature | count;
+            for lane in 0..LANES {
+                let cell = cells[lane];
+                let seen = if bits & LANE_BITS[lane] == LANE_BITS[lane] { !0 } else { 0 };
+                lanes.add(lane, cell, seen);
+                let temperature = decayed(cell, keep[lane]) + (self.gain & seen);
+                let count = (cell & IDLE_COUNT).saturating_sub(self.countdown) | (IDLE_COUNT & seen);
+                cells[lane] = temperature | count;
             }
         }
-        sums.add_block(heat, seen_heat, squares, accessed.count_ones());
+    }
+}
+
+/// Sums of a few blocks, apart for each lane: in 16 bits, as wide as a cell.
+#[derive(Default)]
+struct Lanes {
+    heat: [u16; LANES],
+    seen_heat: [u16; LANES],
+    squares: [u16; LANES],
+}
+
+impl Lanes {
+    /// Blocks that fit: 4 cells of each for a lane, of 255 at most.
+    const BLOCKS: usize = 64;
+
+    /// Takes in a cell before its step. The upper byte is enough to be surprised by.
+    #[inline(always)]
+    fn add(&mut self, lane: usize, cell: u16, seen: u16) {
+        let heat = cell >> 8;
+        self.heat[lane] = self.heat[lane].wrapping_add(heat);
+        self.seen_heat[lane] = self.seen_heat[lane].wrapping_add(heat & seen);
+        // To the nearest 256th; 255 squared, and half of one, fit 16 bits.
+        self.squares[lane] = self.squares[lane].wrapping_add((heat * heat + 128) >> 8);
+    }
+
+    /// All lanes' heat, heat that was accessed, and squares.
+    fn sums(&self) -> [u64; 3] {
+        [&self.heat, &self.seen_heat, &self.squares].map(|lanes| lanes.iter().copied().map(u64::from).sum())
     }
 }
 

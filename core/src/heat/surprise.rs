@@ -37,13 +37,12 @@ pub(super) struct Sums {
 }
 
 impl Sums {
-    /// Adds those of 64 cells: all heat, that of the accessed ones, the squares of
-    /// all, and how many were accessed.
-    #[inline(always)]
-    pub(super) fn add_block(&mut self, heat: u32, seen_heat: u32, squares: u32, seen: u32) {
-        self.heat += u64::from(heat);
-        self.seen_heat += u64::from(seen_heat);
-        self.squares += u64::from(squares);
+    /// Adds those of some cells: all heat, that of the accessed ones, and the squares
+    /// of all in units of 256/255^2; and how many were accessed.
+    pub(super) fn add(&mut self, [heat, seen_heat, squares]: [u64; 3], seen: u32) {
+        self.heat += heat;
+        self.seen_heat += seen_heat;
+        self.squares += squares;
         self.seen += u64::from(seen);
     }
 
@@ -61,7 +60,7 @@ impl Sums {
     pub(super) fn surprise(&self, variance: f64) -> Surprise {
         let heat = self.heat as f64 / ONE;
         let seen_heat = self.seen_heat as f64 / ONE;
-        let spread = heat - self.squares as f64 / (ONE * ONE);
+        let spread = heat - self.squares as f64 * 256.0 / (ONE * ONE);
         Surprise {
             heat,
             lost: heat - seen_heat,

@@ -8,12 +8,13 @@
 use std::ops::Range;
 
 use crate::bitmap::{self, WORD_BITS};
-use crate::heat::{COLD_BELOW, Histogram, MAX_TEMPERATURE};
+use crate::heat::{COLD_BELOW, Histogram, MAX_TEMPERATURE, Summaries};
 use crate::sampler::Level;
 use crate::units::{PAGE_BYTES, PAGES_PER_2M};
 use crate::wire::Place;
 
 use super::gap::Estimate;
+use super::potential::Potential;
 use super::{MoveUnit, SlotView, Times};
 
 /// A unit with what it is judged by.
@@ -27,11 +28,6 @@ impl Candidate {
     pub(super) fn pages(&self) -> u64 {
         u64::from(self.unit.pages)
     }
-
-    /// In pages of the highest temperature.
-    pub(super) fn heat(&self) -> f64 {
-        f64::from(self.estimate.temperature) / f64::from(MAX_TEMPERATURE) * self.pages() as f64
-    }
 }
 
 /// What may move, in the order in which it should; equals by address.
@@ -40,24 +36,40 @@ pub(super) struct Candidates {
     pub(super) coldest_fast: Vec<Candidate>,
     /// Units of the slow tier that are not cold.
     pub(super) hottest_slow: Vec<Candidate>,
+    /// All units of both kinds.
+    pub(super) potential: Potential,
 }
 
 impl Candidates {
     /// At least `wanted` pages of each kind, or all there are. What moved lately as
     /// often as `banned` says stays.
     pub(super) fn collect(slots: &[SlotView<'_>], wanted: u64, banned: Times) -> Self {
+        let pages = slots.iter().map(|slot| slot.place.pages() as u64).sum();
         let mut survey = Survey {
             banned,
+            potential: Potential::new(pages),
+            summaries: Summaries::new(),
             fast: Selection::new(wanted, u32::from(MAX_TEMPERATURE) + 1),
             slow: Selection::new(wanted, u32::from(distance_from_top(COLD_BELOW)) + 1),
         };
         for slot in slots {
+            survey.summaries = Summaries::new();
             for (pages, level) in slot.place.regions() {
                 survey.region(slot, pages, level);
             }
         }
-        Candidates { coldest_fast: survey.fast.finish(), hottest_slow: survey.slow.finish() }
+        Candidates {
+            coldest_fast: survey.fast.finish(),
+            hottest_slow: survey.slow.finish(),
+            potential: survey.potential,
+        }
     }
+}
+
+/// The page that bit `bit` of word `index` stands for.
+fn page_at(index: usize, bit: usize) -> Range<usize> {
+    let page = index * WORD_BITS + bit;
+    page..page + 1
 }
 
 /// The key of hot pages: the lowest is the hottest.
@@ -67,6 +79,9 @@ fn distance_from_top(temperature: u16) -> u16 {
 
 struct Survey {
     banned: Times,
+    potential: Potential,
+    /// Of the slot that is being searched.
+    summaries: Summaries,
     fast: Selection,
     slow: Selection,
 }
@@ -82,7 +97,7 @@ impl Survey {
         if let Some(place) = slot.place.common_place(pages.clone()).filter(|_| whole) {
             let mut masks = bitmap::masks(pages.clone());
             if masks.all(|(index, mask)| mask & self.stays(slot, index) == 0) {
-                self.unit(slot, place, pages);
+                self.whole(slot, place, pages);
             }
             return;
         }
@@ -96,17 +111,41 @@ impl Survey {
         bitmap::word(slot.held, index) | slot.recent.moved(index, self.banned)
     }
 
+    /// Offers a whole huge page.
+    fn whole(&mut self, slot: &SlotView<'_>, place: Place, pages: Range<usize>) {
+        if self.potential.samples(pages.start / PAGES_PER_2M as usize) {
+            self.sample(slot, place, pages.clone());
+        }
+        self.unit(slot, place, pages);
+    }
+
+    fn sample(&mut self, slot: &SlotView<'_>, place: Place, pages: Range<usize>) {
+        let count = pages.len() as u64;
+        match (place, slot.heat.unit(pages)) {
+            (Place::Fast, (temperature, true)) => self.potential.add_fast(temperature, count),
+            (Place::Slow, (temperature, _)) => self.potential.add_slow(temperature, count),
+            _ => {}
+        }
+    }
+
     /// Offers the pages of a block of 64 that are in `mask`.
     fn block(&mut self, slot: &SlotView<'_>, index: usize, mask: u64) {
         let (fast, slow) = slot.place.words(index);
-        let page = |bit| index * WORD_BITS + bit..index * WORD_BITS + bit + 1;
-        if fast & mask != 0 && slot.heat.coldest_idle(index).is_some_and(|key| self.fast.wants(key)) {
-            let may = fast & mask & !self.stays(slot, index);
-            bitmap::ones(may).for_each(|bit| self.unit(slot, Place::Fast, page(bit)));
+        if self.potential.samples(index) {
+            let may = mask & !self.stays(slot, index);
+            for (place, word) in [(Place::Fast, fast & may), (Place::Slow, slow & may)] {
+                bitmap::ones(word).for_each(|bit| self.sample(slot, place, page_at(index, bit)));
+            }
         }
-        if slow & mask != 0 && self.slow.wants(distance_from_top(slot.heat.hottest(index))) {
+        if fast & mask != 0
+            && self.summaries.coldest_idle(slot.heat, index).is_some_and(|key| self.fast.wants(key))
+        {
+            let may = fast & mask & !self.stays(slot, index);
+            bitmap::ones(may).for_each(|bit| self.unit(slot, Place::Fast, page_at(index, bit)));
+        }
+        if slow & mask != 0 && self.slow.wants(distance_from_top(self.summaries.hottest(slot.heat, index))) {
             let may = slow & mask & !self.stays(slot, index);
-            bitmap::ones(may).for_each(|bit| self.unit(slot, Place::Slow, page(bit)));
+            bitmap::ones(may).for_each(|bit| self.unit(slot, Place::Slow, page_at(index, bit)));
         }
     }
 

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use crate::bitmap;
+use crate::bitmap::{self, PageSet};
 use crate::sampler::Level;
 use crate::units::PAGES_PER_2M;
 use crate::wire::Place;
@@ -17,9 +17,9 @@ use crate::wire::Place;
 pub struct PlaceMap {
     gfn_start: u64,
     pages: usize,
-    resident: Vec<u64>,
+    resident: PageSet,
     /// A subset of `resident`.
-    slow: Vec<u64>,
+    slow: PageSet,
     /// For each 2 MiB of guest-physical space that the slot touches: how it was
     /// mapped when it last was.
     levels: Vec<Level>,
@@ -41,12 +41,11 @@ impl PlaceMap {
     pub fn new(gfn_start: u64, pages: usize) -> Self {
         let first_unit = gfn_start / PAGES_PER_2M;
         let end_unit = (gfn_start + pages as u64).div_ceil(PAGES_PER_2M).max(first_unit);
-        let words = bitmap::words_for(pages);
         PlaceMap {
             gfn_start,
             pages,
-            resident: vec![0; words],
-            slow: vec![0; words],
+            resident: PageSet::new(pages),
+            slow: PageSet::new(pages),
             levels: vec![Level::None; (end_unit - first_unit) as usize],
         }
     }
@@ -63,13 +62,14 @@ impl PlaceMap {
 
     /// Takes in a harvest of the whole slot; missing words are zero.
     pub fn observe(&mut self, mapped: &[u64], on_slow: &[u64], levels: &[Level]) {
+        let words = bitmap::words_for(self.pages);
         let last = self.pages / bitmap::WORD_BITS;
-        for (index, (resident, slow)) in self.resident.iter_mut().zip(&mut self.slow).enumerate() {
-            let tail = if index == last { bitmap::tail_mask(self.pages) } else { !0 };
-            let mapped = bitmap::word(mapped, index) & tail;
-            *slow = *slow & !mapped | bitmap::word(on_slow, index) & mapped;
-            *resident |= mapped;
-        }
+        let tail = |index| if index == last { bitmap::tail_mask(self.pages) } else { !0 };
+        let mapped = |index| bitmap::word(mapped, index) & tail(index);
+        self.slow.update(words, |index, slow| {
+            slow & !mapped(index) | bitmap::word(on_slow, index) & mapped(index)
+        });
+        self.resident.update(words, |index, resident| resident | mapped(index));
         for (known, seen) in self.levels.iter_mut().zip(levels) {
             if *seen != Level::None {
                 *known = *seen;
@@ -81,13 +81,13 @@ impl PlaceMap {
     /// (indices in the slot).
     pub fn record(&mut self, pages: Range<usize>, place: Place) {
         let pages = pages.start..pages.end.min(self.pages);
-        bitmap::fill(&mut self.resident, pages.clone(), place != Place::Absent);
-        bitmap::fill(&mut self.slow, pages, place == Place::Slow);
+        self.resident.fill(pages.clone(), place != Place::Absent);
+        self.slow.fill(pages, place == Place::Slow);
     }
 
     /// Place of `page`.
     pub fn place(&self, page: usize) -> Place {
-        match (bitmap::get(&self.resident, page), bitmap::get(&self.slow, page)) {
+        match (self.resident.contains(page), self.slow.contains(page)) {
             (false, _) => Place::Absent,
             (true, false) => Place::Fast,
             (true, true) => Place::Slow,
@@ -96,13 +96,13 @@ impl PlaceMap {
 
     /// Number of pages by place.
     pub fn counts(&self) -> PlaceCounts {
-        let (resident, slow) = (bitmap::count(&self.resident), bitmap::count(&self.slow));
+        let (resident, slow) = (self.resident.count(), self.slow.count());
         PlaceCounts { fast: resident - slow, slow, absent: self.pages as u64 - resident }
     }
 
     /// Words of pages on the fast and on the slow tier, for 64 pages each.
     pub(super) fn words(&self, index: usize) -> (u64, u64) {
-        let (resident, slow) = (bitmap::word(&self.resident, index), bitmap::word(&self.slow, index));
+        let (resident, slow) = (self.resident.word(index), self.slow.word(index));
         (resident & !slow, slow)
     }
 
@@ -121,10 +121,10 @@ impl PlaceMap {
 
     /// The one place of all `pages`, if they share one.
     pub(super) fn common_place(&self, pages: Range<usize>) -> Option<Place> {
-        match (bitmap::any(&self.resident, pages.clone()), bitmap::any(&self.slow, pages.clone())) {
+        match (self.resident.any(pages.clone()), self.slow.any(pages.clone())) {
             (false, _) => Some(Place::Absent),
-            (true, false) => bitmap::all(&self.resident, pages).then_some(Place::Fast),
-            (true, true) => bitmap::all(&self.slow, pages).then_some(Place::Slow),
+            (true, false) => self.resident.all(pages).then_some(Place::Fast),
+            (true, true) => self.slow.all(pages).then_some(Place::Slow),
         }
     }
 }
