@@ -136,7 +136,7 @@ fn large_guest(gib: u64) {
             taken.as_millis(),
             (both - taken).as_millis(),
             both.as_millis(),
-            moved * PAGE_BYTES >> 20
+            (moved * PAGE_BYTES) >> 20
         );
     }
 }
