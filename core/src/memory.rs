@@ -21,8 +21,8 @@ const SETTLING_ROUNDS: u32 = 5;
 const FEWEST_ROUNDS: u32 = 3;
 
 /// Part of the memory that may move in a minute for little gain, both directions
-/// together: 1/2000.
-const TRICKLE_PER_MINUTE: f64 = 1.0 / 2000.0;
+/// together: 1/1200.
+const TRICKLE_PER_MINUTE: f64 = 1.0 / 1200.0;
 
 /// Minutes for which that is saved up, so that seldom rounds lose none of it.
 const TRICKLE_MINUTES: f64 = 10.0;

@@ -68,7 +68,7 @@ const WORTH_MOVING: f64 = 0.02;
 
 /// Part of the scale from which on a difference of temperature is worth a move whatever
 /// all exchanges win: a small block may be hotter than one bit for each page can tell.
-const CERTAIN: f64 = 0.5;
+const CERTAIN: f64 = 0.75;
 
 /// Pages that move at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
