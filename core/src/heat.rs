@@ -54,6 +54,7 @@ pub(crate) use summary::Summaries;
 pub use surprise::Surprise;
 
 use step::Step;
+use surprise::Sums;
 
 /// Temperature of a page that was accessed in every round.
 pub const MAX_TEMPERATURE: u16 = !IDLE_COUNT;
@@ -187,14 +188,45 @@ impl HeatMap {
     /// before. Missing words are zero, surplus ones ignored. Says what was not
     /// expected of it: nothing, when the temperatures are stepped later.
     pub fn step(&mut self, accessed: &[u64], dt: Duration) -> Surprise {
-        if !self.is_too_short(dt) {
-            // Accesses of short rounds must not count for this long one.
-            let mut surprise = self.settle();
-            surprise += self.step_cells(accessed, dt);
+        let mut round = self.begin(dt);
+        self.part(&mut round, 0..usize::MAX, accessed);
+        self.end(round)
+    }
+
+    /// Begins to take in a round, part by part: what [`HeatMap::step`] does at once.
+    pub fn begin(&mut self, dt: Duration) -> Round {
+        if self.is_too_short(dt) {
+            self.pending.resize(self.cells.len() / WORD_BITS, 0);
+            let (sums, surprise) = (Sums::default(), Surprise::default());
+            return Round { step: None, keep: 1.0, dt, sums, surprise };
+        }
+        // Accesses of short rounds must not count for this long one.
+        let surprise = self.settle();
+        Round { surprise, ..self.start(dt) }
+    }
+
+    /// Takes in the pages of the words `words` of a bitmap, which `accessed` has from
+    /// its first word on. Each word must come once in a round.
+    pub fn part(&mut self, round: &mut Round, words: Range<usize>, accessed: &[u64]) {
+        let all = self.cells.len() / WORD_BITS;
+        let (start, end) = (words.start.min(all), words.end.min(all));
+        let tail = if end == all { bitmap::tail_mask(self.pages) } else { !0 };
+        let Some(cells) = self.cells.as_chunks_mut().0.get_mut(start..end) else { return };
+        match round.step {
+            Some(step) => round.sums += step.apply(cells, accessed, tail),
+            None => put_off(cells, &mut self.pending[start..end], accessed, tail),
+        }
+    }
+
+    /// Ends a round, after all its parts. Says what was not expected of it: nothing,
+    /// when the temperatures are stepped later.
+    pub fn end(&mut self, round: Round) -> Surprise {
+        if round.step.is_some() {
+            let mut surprise = round.surprise;
+            surprise += self.finish(&round);
             return surprise;
         }
-        self.put_off(accessed);
-        self.pending_time = self.pending_time.saturating_add(dt);
+        self.pending_time = self.pending_time.saturating_add(round.dt);
         match self.is_too_short(self.pending_time) {
             true => Surprise::default(),
             false => self.step_pending(),
@@ -279,24 +311,30 @@ impl HeatMap {
     /// Steps the temperatures by the rounds that were put off.
     fn step_pending(&mut self) -> Surprise {
         let mut pending = std::mem::take(&mut self.pending);
-        let surprise = self.step_cells(&pending, self.pending_time);
+        let time = std::mem::take(&mut self.pending_time);
+        let mut round = self.start(time);
+        self.part(&mut round, 0..usize::MAX, &pending);
         pending.fill(0);
         self.pending = pending;
-        self.pending_time = Duration::ZERO;
-        surprise
+        self.finish(&round)
     }
 
-    fn step_cells(&mut self, accessed: &[u64], dt: Duration) -> Surprise {
+    /// A step of the temperatures after `dt`.
+    fn start(&mut self, dt: Duration) -> Round {
         let keep = self.keep(dt);
-        let step = Step::new(keep, self.countdown(dt));
-        let tail = bitmap::tail_mask(self.pages);
-        let sums = step.apply(self.cells.as_chunks_mut().0, accessed, tail);
-        let surprise = sums.surprise(self.variance);
-        self.past_s += dt.as_secs_f64();
-        self.last_step_s = dt.as_secs_f64();
-        let gain = 1.0 - keep;
+        let step = Some(Step::new(keep, self.countdown(dt)));
+        Round { step, keep, dt, sums: Sums::default(), surprise: Surprise::default() }
+    }
+
+    /// Takes note that all cells were stepped.
+    fn finish(&mut self, round: &Round) -> Surprise {
+        let surprise = round.sums.surprise(self.variance);
+        self.past_s += round.dt.as_secs_f64();
+        self.last_step_s = round.dt.as_secs_f64();
+        let gain = 1.0 - round.keep;
         // The last is what it comes to when all rounds are as long as this one.
-        self.variance = (keep * keep * self.variance + gain * gain).max(gain / (1.0 + keep));
+        let variance = round.keep * round.keep * self.variance + gain * gain;
+        self.variance = variance.max(gain / (1.0 + round.keep));
         surprise
     }
 
@@ -311,21 +349,27 @@ impl HeatMap {
         self.since_countdown = Duration::from_nanos((elapsed % half_delay) as u64);
         (elapsed / half_delay).min(u128::from(IDLE_COUNT)) as u16
     }
+}
 
-    /// Keeps a round's accesses for a later step; the pages are not idle now.
-    fn put_off(&mut self, accessed: &[u64]) {
-        let words = self.cells.len() / WORD_BITS;
-        self.pending.resize(words, 0);
-        for (index, pending) in self.pending.iter_mut().enumerate() {
-            let mut word = bitmap::word(accessed, index);
-            if index + 1 == words {
-                word &= bitmap::tail_mask(self.pages);
-            }
-            *pending |= word;
-            for bit in bitmap::ones(word) {
-                self.cells[index * WORD_BITS + bit] |= IDLE_COUNT;
-            }
-        }
+/// A round that is being taken in.
+#[derive(Debug)]
+pub struct Round {
+    /// None: the round is too short, and put off.
+    step: Option<Step>,
+    keep: f64,
+    dt: Duration,
+    sums: Sums,
+    /// Of rounds that were put off, and are stepped now.
+    surprise: Surprise,
+}
+
+/// Keeps a round's accesses for a later step; the pages are not idle now.
+fn put_off(cells: &mut [[u16; WORD_BITS]], pending: &mut [u64], accessed: &[u64], tail: u64) {
+    let last = cells.len().saturating_sub(1);
+    for (index, (block, pending)) in cells.iter_mut().zip(pending).enumerate() {
+        let word = bitmap::word(accessed, index) & if index == last { tail } else { !0 };
+        *pending |= word;
+        bitmap::ones(word).for_each(|bit| block[bit] |= IDLE_COUNT);
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::bitmap::{self, PageSet};
 use crate::heat::store::SlotRange;
-use crate::heat::{ClassCounts, HeatMap, HeatParams, Surprise};
+use crate::heat::{ClassCounts, HeatMap, HeatParams, Round, Surprise};
 use crate::migrate::{MoveOutcome, Refused};
 use crate::plan::{self, MoveUnit, PlaceCounts, PlaceMap, Plan, PlanInput, Recent, SlotView};
 use crate::sampler::{Harvest, MemSlot};
@@ -40,6 +40,8 @@ struct Slot {
     /// Of those, the ones refused since holds were last released.
     newly_held: Vec<u64>,
     recent: Recent,
+    /// The round that is being taken in.
+    round: Option<Round>,
     /// It was harvested before, by this daemon or the one whose heat came back.
     observed: bool,
 }
@@ -56,6 +58,7 @@ impl Slot {
             held: vec![0; words],
             newly_held: vec![0; words],
             recent: Recent::default(),
+            round: None,
             observed: false,
         };
         slot.hold_all_if_logged();
@@ -187,16 +190,39 @@ impl GuestMemory {
         self.slots.iter().map(Slot::view).collect()
     }
 
-    /// Takes in the harvest of the slot `index`. Without `elapsed`, as in the
-    /// first round, it says where pages lie but not when they were accessed. Nor
-    /// does the first harvest of a slot: its bits may be from long ago.
+    /// Takes in the harvest of the whole slot `index`: see [`GuestMemory::observe_part`].
     pub fn observe(&mut self, index: usize, harvest: &Harvest, elapsed: Option<Duration>) {
+        let pages = self.slots.get(index).map_or(0, |slot| slot.info.page_count as usize);
+        self.observe_part(index, 0..pages, harvest, elapsed);
+    }
+
+    /// Takes in the harvest of some pages of the slot `index`, from one on that begins a
+    /// word of a bitmap. The parts of a slot come in order, none is left out. Without
+    /// `elapsed`, as in the first round, a harvest says where pages lie but not when
+    /// they were accessed. Nor does the first one of a slot: its bits may be from long
+    /// ago.
+    pub fn observe_part(
+        &mut self,
+        index: usize,
+        pages: Range<usize>,
+        harvest: &Harvest,
+        elapsed: Option<Duration>,
+    ) {
         let Some(slot) = self.slots.get_mut(index) else { return };
-        slot.place.observe(&harvest.mapped, &harvest.on_slow, &harvest.levels);
-        slot.mapped.update(harvest.mapped.len(), |index, _| bitmap::word(&harvest.mapped, index));
-        let known = std::mem::replace(&mut slot.observed, true);
-        if let Some(elapsed) = elapsed.filter(|_| known) {
-            self.surprise += slot.heat.step(&harvest.accessed, elapsed);
+        let words = pages.start / bitmap::WORD_BITS..bitmap::words_for(pages.end);
+        slot.place.observe_part(pages.clone(), &harvest.mapped, &harvest.on_slow, &harvest.levels);
+        slot.mapped.update(words.clone(), |word, _| bitmap::word(&harvest.mapped, word - words.start));
+        if pages.start == 0 {
+            slot.round = elapsed.filter(|_| slot.observed).map(|elapsed| slot.heat.begin(elapsed));
+        }
+        if let Some(round) = &mut slot.round {
+            slot.heat.part(round, words, &harvest.accessed);
+        }
+        if pages.end >= slot.heat.pages() {
+            slot.observed = true;
+            if let Some(round) = slot.round.take() {
+                self.surprise += slot.heat.end(round);
+            }
         }
     }
 
@@ -393,6 +419,7 @@ impl GuestMemory {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sampler::Level;
 
     fn params() -> HeatParams {
         HeatParams { half_life: Duration::from_secs(1), delay: Duration::from_secs(1) }
@@ -459,6 +486,44 @@ mod tests {
         // A new slot has to be looked at first.
         memory.adopt(2, vec![info(0, 130), info(512, 3), info(1024, 1)]);
         assert!(!memory.surveyed());
+    }
+
+    #[test]
+    fn a_harvest_in_parts_is_as_one_at_once() {
+        let slot = info(300, 9000);
+        let seen = |first: u64, pages: u64| {
+            let mut harvest = Harvest::default();
+            harvest.reset(slot.gfn_start + first, pages);
+            for page in 0..pages as usize {
+                let index = first as usize + page;
+                bitmap::fill(&mut harvest.mapped, page..page + 1, index % 7 != 3);
+                bitmap::fill(&mut harvest.on_slow, page..page + 1, index % 5 == 0 && index % 7 != 3);
+                bitmap::fill(&mut harvest.accessed, page..page + 1, index % 7 == 1);
+            }
+            for (index, level) in harvest.levels.iter_mut().enumerate() {
+                let region = (slot.gfn_start + first) / 512 + index as u64;
+                *level = if region.is_multiple_of(2) { Level::Page4K } else { Level::Huge2M };
+            }
+            harvest
+        };
+        let mut whole = GuestMemory::new(params());
+        whole.adopt(1, vec![slot]);
+        let mut parts = GuestMemory::new(params());
+        parts.adopt(1, vec![slot]);
+        for elapsed in [None, Some(Duration::from_millis(1)), Some(Duration::from_secs(1))] {
+            whole.observe(0, &seen(0, 9000), elapsed);
+            for start in [0, 4096, 8192] {
+                let pages = start..(start + 4096).min(9000);
+                let harvest = seen(start as u64, pages.len() as u64);
+                parts.observe_part(0, pages, &harvest, elapsed);
+            }
+            assert!(whole.views()[0].heat.cells() == parts.views()[0].heat.cells());
+            assert_eq!(whole.surprise, parts.surprise);
+            let runs = |memory: &GuestMemory| plan::map_runs(&memory.views());
+            assert!(runs(&whole) == runs(&parts));
+            assert!(whole.next_unmapped(usize::MAX) == parts.next_unmapped(usize::MAX));
+            assert_eq!(whole.places(), parts.places());
+        }
     }
 
     #[test]

@@ -154,6 +154,24 @@ proptest! {
     }
 
     #[test]
+    fn a_round_in_parts_is_as_one_at_once(
+        pages in 1usize..1000, at in 0usize..20,
+        history in proptest::collection::vec((proptest::collection::vec(any::<u64>(), 0..17), 1u64..5000), 1..12),
+    ) {
+        let (mut whole, mut parts) = (map(pages), map(pages));
+        for (accessed, ms) in history {
+            let dt = Duration::from_millis(ms);
+            let surprise = whole.step(&accessed, dt);
+            let mut round = parts.begin(dt);
+            parts.part(&mut round, 0..at, &accessed[..at.min(accessed.len())]);
+            parts.part(&mut round, at..pages.div_ceil(64).max(at), &accessed[at.min(accessed.len())..]);
+            prop_assert_eq!(parts.end(round), surprise);
+            prop_assert_eq!(whole.cells(), parts.cells());
+            prop_assert_eq!(whole.variance(), parts.variance());
+        }
+    }
+
+    #[test]
     fn a_unit_is_judged_by_its_hottest_page(words in proptest::collection::vec(any::<u64>(), 4), start in 0usize..256, length in 0usize..256) {
         let mut heat = map(256);
         heat.step(&words, Duration::from_secs(3));

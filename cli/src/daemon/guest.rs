@@ -2,6 +2,7 @@
 //! The rounds of one guest: harvest, judge, move. No thread and no clock of its
 //! own, so that tests drive it with a fake sampler and a fake mover.
 
+use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -31,6 +32,16 @@ const SMALLEST_QUOTA_PAGES: u64 = 2 * PAGES_PER_2M;
 
 /// Pages in one look at the places of unmapped pages.
 const SURVEY_PAGES: usize = 512;
+
+/// Pages that are harvested at once: 4 GiB. Their bitmaps are 128 KiB each, and still in
+/// the cache when they are taken in; and nobody waits long for the guest's memory.
+const PART_PAGES: usize = 1 << 20;
+
+/// The parts in which a slot is harvested.
+fn parts(slot: &MemSlot) -> impl Iterator<Item = Range<usize>> {
+    let pages = slot.page_count as usize;
+    (0..pages).step_by(PART_PAGES).map(move |start| start..(start + PART_PAGES).min(pages))
+}
 
 /// What to do with a guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -221,19 +232,23 @@ impl Guest {
         };
         let mut stats = HarvestStats::default();
         for (index, info) in &slots {
-            let request = HarvestRequest {
-                gfn_start: info.gfn_start,
-                gfn_count: info.page_count,
-                clear_accessed: true,
-                // Nobody here asks what was written since when.
-                clear_dirty: false,
-                // One flush, at the end, serves the whole VM.
-                flush: self.orders.policy.sampling.flush && index + 1 == slots.len(),
-                keep_young: self.orders.keep_young,
-            };
-            self.sampler.harvest(&request, &self.orders.tiers.slow, &mut self.harvest)?;
-            stats.add(&self.harvest.stats);
-            lock(&self.memory).observe(*index, &self.harvest, elapsed);
+            for pages in parts(info) {
+                let request = HarvestRequest {
+                    gfn_start: info.gfn_start + pages.start as u64,
+                    gfn_count: pages.len() as u64,
+                    clear_accessed: true,
+                    // Nobody here asks what was written since when.
+                    clear_dirty: false,
+                    // One flush, at the end, serves the whole VM.
+                    flush: self.orders.policy.sampling.flush
+                        && index + 1 == slots.len()
+                        && pages.end as u64 == info.page_count,
+                    keep_young: self.orders.keep_young,
+                };
+                self.sampler.harvest(&request, &self.orders.tiers.slow, &mut self.harvest)?;
+                stats.add(&self.harvest.stats);
+                lock(&self.memory).observe_part(*index, pages, &self.harvest, elapsed);
+            }
         }
         lock(&self.memory).end_round(elapsed);
         self.harvested_at = Some(self.suspended_since.unwrap_or(now));

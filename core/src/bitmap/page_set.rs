@@ -84,16 +84,17 @@ impl PageSet {
         self.chunks.iter().map(count).sum()
     }
 
-    /// Puts each word through `change`, which gets its index and what it is. Words may
-    /// be left out past the `words`th.
-    pub fn update(&mut self, words: usize, mut change: impl FnMut(usize, u64) -> u64) {
-        for (number, chunk) in self.chunks.iter_mut().enumerate() {
-            let first = number * CHUNK_WORDS;
-            let mut changed = chunk.to_words();
-            for (index, word) in changed.iter_mut().enumerate().take(words.saturating_sub(first)) {
-                *word = change(first + index, *word);
+    /// Puts the words of a range through `change`, which gets the index of each and what
+    /// it is. What the range has past the end is left out.
+    pub fn update(&mut self, words: Range<usize>, mut change: impl FnMut(usize, u64) -> u64) {
+        let last = words.end.div_ceil(CHUNK_WORDS).min(self.chunks.len());
+        for number in words.start / CHUNK_WORDS..last {
+            let base = number * CHUNK_WORDS;
+            let mut changed = self.chunks[number].to_words();
+            for index in words.start.max(base)..words.end.min(base + CHUNK_WORDS) {
+                changed[index - base] = change(index, changed[index - base]);
             }
-            chunk.set(&changed);
+            self.chunks[number].set(&changed);
         }
     }
 
@@ -159,8 +160,8 @@ mod tests {
                 super::super::fill(&mut plain, start..start + length, value);
             }
             if flip % 3 == 0 {
-                set.update(words_for(PAGES), |index, word| word ^ flip.rotate_left(index as u32));
-                for (index, word) in plain.iter_mut().enumerate().take(words_for(PAGES)) {
+                set.update(7..words_for(PAGES), |index, word| word ^ flip.rotate_left(index as u32));
+                for (index, word) in plain.iter_mut().enumerate().take(words_for(PAGES)).skip(7) {
                     *word ^= flip.rotate_left(index as u32);
                 }
             }
@@ -185,7 +186,7 @@ mod tests {
         assert!(set.chunks.iter().all(|chunk| *chunk == Chunk::All));
         set.fill(5000..5001, false);
         assert!(matches!(set.chunks[1], Chunk::Some(_)));
-        set.update(words_for(PAGES), |_, _| !0);
+        set.update(64..words_for(PAGES), |_, _| !0);
         assert_eq!(set.chunks[1], Chunk::All);
     }
 }

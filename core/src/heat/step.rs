@@ -24,7 +24,7 @@ const LANE_BITS: [u16; LANES] = {
 };
 
 /// One step of all cells: constants of the inner loop.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Step {
     /// 2^16 times the part of the temperature that is kept.
     keep: u16,

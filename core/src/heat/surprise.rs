@@ -71,6 +71,16 @@ impl Sums {
     }
 }
 
+impl AddAssign for Sums {
+    fn add_assign(&mut self, other: Self) {
+        let Sums { heat, seen_heat, squares, seen } = other;
+        self.heat += heat;
+        self.seen_heat += seen_heat;
+        self.squares += squares;
+        self.seen += seen;
+    }
+}
+
 /// How a round differed from what was forecast, in pages of full heat. Those of
 /// several slots add up.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

@@ -62,15 +62,22 @@ impl PlaceMap {
 
     /// Takes in a harvest of the whole slot; missing words are zero.
     pub fn observe(&mut self, mapped: &[u64], on_slow: &[u64], levels: &[Level]) {
-        let words = bitmap::words_for(self.pages);
+        self.observe_part(0..self.pages, mapped, on_slow, levels);
+    }
+
+    /// Takes in a harvest of some pages of the slot, from a page on that begins a word
+    /// of a bitmap to another, or to the slot's last.
+    pub fn observe_part(&mut self, pages: Range<usize>, mapped: &[u64], on_slow: &[u64], levels: &[Level]) {
+        let pages = pages.start..pages.end.min(self.pages);
+        let words = pages.start / bitmap::WORD_BITS..bitmap::words_for(pages.end);
         let last = self.pages / bitmap::WORD_BITS;
         let tail = |index| if index == last { bitmap::tail_mask(self.pages) } else { !0 };
-        let mapped = |index| bitmap::word(mapped, index) & tail(index);
-        self.slow.update(words, |index, slow| {
-            slow & !mapped(index) | bitmap::word(on_slow, index) & mapped(index)
-        });
-        self.resident.update(words, |index, resident| resident | mapped(index));
-        for (known, seen) in self.levels.iter_mut().zip(levels) {
+        let mapped = |index| bitmap::word(mapped, index - words.start) & tail(index);
+        let on_slow = |index| bitmap::word(on_slow, index - words.start);
+        self.slow.update(words.clone(), |index, slow| slow & !mapped(index) | on_slow(index) & mapped(index));
+        self.resident.update(words.clone(), |index, resident| resident | mapped(index));
+        let first = (self.gfn_start + pages.start as u64) / PAGES_PER_2M - self.gfn_start / PAGES_PER_2M;
+        for (known, seen) in self.levels.iter_mut().skip(first as usize).zip(levels) {
             if *seen != Level::None {
                 *known = *seen;
             }
