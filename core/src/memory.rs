@@ -497,7 +497,7 @@ mod tests {
             for page in 0..pages as usize {
                 let index = first as usize + page;
                 bitmap::fill(&mut harvest.mapped, page..page + 1, index % 7 != 3);
-                bitmap::fill(&mut harvest.on_slow, page..page + 1, index % 5 == 0 && index % 7 != 3);
+                bitmap::fill(&mut harvest.on_slow, page..page + 1, index.is_multiple_of(5) && index % 7 != 3);
                 bitmap::fill(&mut harvest.accessed, page..page + 1, index % 7 == 1);
             }
             for (index, level) in harvest.levels.iter_mut().enumerate() {
