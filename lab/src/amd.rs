@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The AMD host with libvirt: SVM with nested paging and two memory tiers, emulated by QEMU
 //! without any help of the machine's own processor (TCG). It boots once; every
-//! use starts from a snapshot in which libvirt is up. There is one for each Debian
-//! suite, with the libvirt and the QEMU of that suite.
+//! use starts from a snapshot in which libvirt is up. There is one for each flavour:
+//! with the libvirt and the QEMU of a Debian suite, under a small init or systemd.
 
 mod image;
 mod payload;
@@ -20,7 +20,7 @@ use anyhow::{Context, Result, bail};
 use crate::Lab;
 use crate::apt::{self, Need, need};
 use crate::cache::Key;
-use crate::debian::Suite;
+use crate::flavour::Flavour;
 use crate::kernel::Kernel;
 use crate::proc::{self, Child, log_tail};
 use crate::verdict::Follower;
@@ -87,7 +87,7 @@ pub const NEEDS: &[Need] = &[
 
 /// The host's files, all in the cache.
 pub struct AmdHost {
-    suite: Suite,
+    flavour: Flavour,
     kernel: PathBuf,
     initramfs: PathBuf,
     root: PathBuf,
@@ -114,13 +114,13 @@ pub struct Machine {
 
 impl AmdHost {
     /// Makes all that is not in the cache: images, then the snapshot.
-    pub fn prepare(lab: &Lab, kernel: &Kernel, suite: Suite) -> Result<Self> {
+    pub fn prepare(lab: &Lab, kernel: &Kernel, flavour: Flavour) -> Result<Self> {
         apt::ensure(lab, NEEDS)?;
         let mut host = Self {
-            suite,
+            flavour,
             kernel: kernel.image.clone(),
-            initramfs: image::initramfs(lab, kernel, suite)?,
-            root: image::root(lab, suite)?,
+            initramfs: image::initramfs(lab, kernel, flavour)?,
+            root: image::root(lab, flavour)?,
             ready: PathBuf::new(),
         };
         let key = Key::new("ready 1")
@@ -130,7 +130,7 @@ impl AmdHost {
             .item(&kernel.root)
             .item(&host.initramfs)
             .item(&host.root);
-        let name = suite.item("amd-ready");
+        let name = flavour.item("amd-ready");
         host.ready = lab.cache.get_or_build(&name, &key, |state| host.boot_and_save(lab, state))?;
         Ok(host)
     }
@@ -176,8 +176,8 @@ impl AmdHost {
     }
 
     fn boot_and_save(&self, lab: &Lab, state: &Path) -> Result<()> {
-        let name = self.suite.item("amd-boot");
-        let step = lab.progress.step(format!("booting the AMD host for the first time ({})", self.suite));
+        let name = self.flavour.item("amd-boot");
+        let step = lab.progress.step(format!("booting the AMD host for the first time ({})", self.flavour));
         let work = lab.run_folder(&name)?;
         payload::write_empty(&work.join("payload"))?;
         let wire = lab.log(&format!("{name}-wire"));

@@ -73,7 +73,7 @@ fn amd(lab: &Lab, chosen: impl Fn(&str) -> bool) -> Result<bool> {
 /// Measurements that count instructions.
 fn intel(lab: &Lab, chosen: impl Fn(&Boot) -> bool) -> Result<bool> {
     let chosen: Vec<&Boot> = boots::BENCHES.iter().filter(|boot| chosen(boot)).collect();
-    prepare::packages(lab, &Plan { suites: Vec::new(), boots: chosen.clone() })?;
+    prepare::packages(lab, &Plan { flavours: Vec::new(), boots: chosen.clone() })?;
     let agent = product::build_agent(lab)?;
     let hosts = MicroHosts::new(lab, &agent);
     let tally = Tally::new(&lab.progress);

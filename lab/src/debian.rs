@@ -13,6 +13,7 @@ use clap::ValueEnum;
 use crate::Lab;
 use crate::apt::{self, Need, need};
 use crate::cache::Key;
+use crate::flavour::{Flavour, Init};
 use crate::kernel::{Kernel, Line};
 use crate::proc;
 
@@ -42,14 +43,16 @@ const LEFT_OUT: [&str; 5] = [
 const BUILD_PACKAGES: [&str; 6] =
     ["linux-image-amd64", "linux-headers-amd64", "gcc", "make", "libc6-dev", "perl"];
 
-/// libvirt and QEMU without recommends, and what the host's init uses.
-const HOST_PACKAGES: [&str; 7] = [
+/// libvirt and QEMU without recommends, what the host's init uses, and `kill`, which
+/// units reload daemons with.
+const HOST_PACKAGES: [&str; 8] = [
     "busybox-static",
     "kmod",
     "libvirt-clients",
     "libvirt-daemon",
     "libvirt-daemon-driver-qemu",
     "numactl",
+    "procps",
     "qemu-system-x86",
 ];
 
@@ -60,6 +63,9 @@ const BOOKWORM_USERS: &str = "groupadd --system libvirt && groupadd --system --f
     && useradd --system --uid 64055 --gid kvm --groups libvirt-qemu \
     --home-dir /var/lib/libvirt --shell /usr/sbin/nologin libvirt-qemu";
 
+/// What makes bookworm a host with systemd.
+const BOOKWORM_SYSTEMD: [&str; 2] = ["libvirt-daemon-system", "systemd-sysv"];
+
 /// What unpacking a tree takes.
 pub const NEEDS: &[Need] = &[
     need("mmdebstrap", "unpacks Debian trees for the emulated hosts"),
@@ -68,9 +74,6 @@ pub const NEEDS: &[Need] = &[
 ];
 
 impl Suite {
-    /// All of them.
-    pub const ALL: [Self; 2] = [Self::Trixie, Self::Bookworm];
-
     /// That of whoever does not ask for another.
     pub const MAIN: Self = Self::Trixie;
 
@@ -87,14 +90,6 @@ impl Suite {
         match self {
             Self::MAIN => what.to_owned(),
             other => format!("{what}-{other}"),
-        }
-    }
-
-    /// What is done in its host's tree when all is unpacked.
-    fn setup(self) -> Option<&'static str> {
-        match self {
-            Self::Trixie => None,
-            Self::Bookworm => Some(BOOKWORM_USERS),
         }
     }
 }
@@ -136,8 +131,23 @@ pub fn kernel(lab: &Lab, line: Line) -> Result<Kernel> {
 }
 
 /// The tree of an AMD host with libvirt (about 80 s).
-pub fn host_tree(lab: &Lab, suite: Suite) -> Result<PathBuf> {
-    tree(lab, &suite.item("host-tree"), &[suite.name()], &HOST_PACKAGES, suite.setup())
+pub fn host_tree(lab: &Lab, flavour: Flavour) -> Result<PathBuf> {
+    let (more, setup): (&[&str], _) = match (flavour.suite, flavour.init) {
+        (Suite::Trixie, _) => (&[], None),
+        (Suite::Bookworm, Init::Script) => (&[], Some(BOOKWORM_USERS)),
+        (Suite::Bookworm, Init::Systemd) => (&BOOKWORM_SYSTEMD, None),
+    };
+    let name = tree_owner(flavour).item("host-tree");
+    tree(lab, &name, &[flavour.suite.name()], &[&HOST_PACKAGES, more].concat(), setup)
+}
+
+/// The flavour that the tree of a host is named after: trixie's libvirt brings systemd
+/// and its units by itself, so that one tree serves both inits.
+pub fn tree_owner(flavour: Flavour) -> Flavour {
+    match flavour.suite {
+        Suite::Trixie => Flavour::script(Suite::Trixie),
+        Suite::Bookworm => flavour,
+    }
 }
 
 /// A tree of `packages`, unpacked when it is not in the cache; `setup` is a shell's

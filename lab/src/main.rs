@@ -11,6 +11,7 @@ mod cpio;
 mod debian;
 mod debug_kernel;
 mod demo;
+mod flavour;
 mod intel_bochs;
 mod intel_kernel;
 mod kernel;

@@ -11,7 +11,7 @@ use crate::Lab;
 use crate::amd::{self, AmdHost};
 use crate::apt::{self, Need};
 use crate::boots::{Boot, Host};
-use crate::debian::Suite;
+use crate::flavour::Flavour;
 use crate::kernel::Line;
 use crate::micro::Target;
 use crate::product::{self, Installation};
@@ -21,7 +21,7 @@ use crate::{debian, intel_bochs, micro_amd, micro_intel};
 #[derive(Default)]
 pub struct Plan<'a> {
     /// AMD hosts with libvirt.
-    pub suites: Vec<Suite>,
+    pub flavours: Vec<Flavour>,
     /// Micro hosts.
     pub boots: Vec<&'a Boot>,
 }
@@ -34,7 +34,7 @@ impl Plan<'_> {
     /// The kernels that it needs: what takes longest to run after first.
     pub fn lines(&self) -> Vec<Line> {
         let wanted = |line| {
-            let main = !self.suites.is_empty() && line == Line::MAIN;
+            let main = !self.flavours.is_empty() && line == Line::MAIN;
             main || self.boots.iter().any(|boot| boot.kernel == line)
         };
         let (mut first, rest): (Vec<Line>, Vec<Line>) =
@@ -47,7 +47,7 @@ impl Plan<'_> {
 /// Installs all packages at once: apt serves one caller at a time.
 pub fn packages(lab: &Lab, plan: &Plan) -> Result<()> {
     let mut needs: Vec<Need> = [product::NEEDS, debian::NEEDS, micro_amd::NEEDS].concat();
-    if !plan.suites.is_empty() {
+    if !plan.flavours.is_empty() {
         needs.extend(amd::NEEDS);
     }
     if plan.intel() {
@@ -61,10 +61,12 @@ pub fn packages(lab: &Lab, plan: &Plan) -> Result<()> {
 pub fn in_background<'scope>(scope: &'scope Scope<'scope, '_>, lab: &'scope Lab, plan: &'scope Plan) {
     // A thread of their own: children end with the thread that started them.
     scope.spawn(move || {
-        let (main, others): (Vec<Suite>, Vec<Suite>) =
-            plan.suites.iter().partition(|suite| **suite == Suite::MAIN);
-        let hosts = |suites: &[Suite]| {
-            suites.iter().try_for_each(|suite| AmdHost::prepare(lab, &Line::MAIN.get(lab)?, *suite).map(drop))
+        let (main, others): (Vec<Flavour>, Vec<Flavour>) =
+            plan.flavours.iter().partition(|flavour| flavour.suite == Flavour::MAIN.suite);
+        let hosts = |flavours: &[Flavour]| {
+            flavours
+                .iter()
+                .try_for_each(|flavour| AmdHost::prepare(lab, &Line::MAIN.get(lab)?, *flavour).map(drop))
         };
         for line in plan.lines() {
             let kernel = line.get(lab);
@@ -83,14 +85,14 @@ pub fn in_background<'scope>(scope: &'scope Scope<'scope, '_>, lab: &'scope Lab,
 
 /// The main AMD host with libvirt and the product for it, all made that was missing.
 pub fn amd(lab: &Lab) -> Result<(AmdHost, Installation)> {
-    let plan = Plan { suites: vec![Suite::MAIN], boots: Vec::new() };
+    let plan = Plan { flavours: vec![Flavour::MAIN], boots: Vec::new() };
     packages(lab, &plan)?;
     thread::scope(|scope| {
         in_background(scope, lab, &plan);
         let agent = product::build_agent(lab)?;
         let product = product::build(lab)?;
         let Target { kernel, module, .. } = Target::get(lab, Line::MAIN)?;
-        let host = AmdHost::prepare(lab, &kernel, Suite::MAIN)?;
+        let host = AmdHost::prepare(lab, &kernel, Flavour::MAIN)?;
         let (kernel, modules) = (kernel.image, kernel.modules);
         Ok((host, Installation { product, module, agent, kernel, modules }))
     })

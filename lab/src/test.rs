@@ -17,6 +17,7 @@ use crate::Lab;
 use crate::amd::{AmdHost, Wire};
 use crate::boots::{self, Boot, Host, Wishes};
 use crate::debian::Suite;
+use crate::flavour::Flavour;
 use crate::kernel::Line;
 use crate::micro::{MicroHosts, Target};
 use crate::once::Once;
@@ -31,16 +32,18 @@ const CARGO_TIMEOUT: Duration = Duration::from_secs(20 * 60);
 #[derive(Clone)]
 struct Run<'a> {
     name: &'a str,
-    suite: Suite,
+    flavour: Flavour,
     scenarios: Vec<&'a str>,
 }
 
+const BOOKWORM: Flavour = Flavour::script(Suite::Bookworm);
+
 /// All runs. Scenarios that must not see each other's traces stand apart.
-const AMD_RUNS: &[(&str, Suite, &[&str])] = &[
-    ("amd-place", Suite::Trixie, &["boot", "e2e-memfd", "e2e-thp"]),
+const AMD_RUNS: &[(&str, Flavour, &[&str])] = &[
+    ("amd-place", Flavour::MAIN, &["boot", "e2e-memfd", "e2e-thp"]),
     (
         "amd-bad",
-        Suite::Trixie,
+        Flavour::MAIN,
         &[
             "bad-no-module",
             "bad-no-daemon",
@@ -54,10 +57,10 @@ const AMD_RUNS: &[(&str, Suite, &[&str])] = &[
             "bad-guest-dies",
         ],
     ),
-    ("amd-hook", Suite::Trixie, &["hook-table", "two-libvirtd", "many-domains", "session", "memory-added"]),
-    ("amd-policy", Suite::Trixie, &["policy-live", "policy-required"]),
-    ("amd-bookworm", Suite::Bookworm, &["boot", "hook-table", "policy-live", "policy-required"]),
-    ("amd-libvirt-fire", Suite::Trixie, &["fire-memory", "fire-life", "fire-migrate", "fire-hugetlbfs"]),
+    ("amd-hook", Flavour::MAIN, &["hook-table", "two-libvirtd", "many-domains", "session", "memory-added"]),
+    ("amd-policy", Flavour::MAIN, &["policy-live", "policy-required"]),
+    ("amd-bookworm", BOOKWORM, &["boot", "hook-table", "policy-live", "policy-required"]),
+    ("amd-libvirt-fire", Flavour::MAIN, &["fire-memory", "fire-life", "fire-migrate", "fire-hugetlbfs"]),
 ];
 const SCENARIO_TIMEOUT: Duration = Duration::from_secs(240);
 
@@ -73,6 +76,9 @@ pub struct Options {
     /// Run them on a host with this Debian's libvirt.
     #[arg(long, value_enum, default_value_t = Suite::MAIN, requires = "amd")]
     suite: Suite,
+    /// Run them on a host whose process 1 is systemd, with Debian's units.
+    #[arg(long, requires = "amd")]
+    systemd: bool,
     /// Only the boots of micro hosts whose names begin with intel.
     #[arg(long, conflicts_with = "boot")]
     intel: bool,
@@ -110,26 +116,29 @@ impl Options {
             _ if self.intel => boots::TESTS.iter().filter(|boot| boot.host != Host::Amd).collect(),
             _ => boots::named(&self.boot),
         };
-        Plan { suites: Suite::ALL.into_iter().filter(|suite| self.has(*suite)).collect(), boots }
+        let mut flavours: Vec<Flavour> = self.runs().iter().map(|run| run.flavour).collect();
+        flavours.sort_unstable();
+        flavours.dedup();
+        Plan { flavours, boots }
     }
 
-    /// Whether a run is on a host of this suite.
-    fn has(&self, suite: Suite) -> bool {
-        self.runs().iter().any(|run| run.suite == suite)
+    /// The flavour that was asked for.
+    fn flavour(&self) -> Flavour {
+        if self.systemd { Flavour::systemd(self.suite) } else { Flavour::script(self.suite) }
     }
 
     /// What runs on hosts with libvirt.
     fn runs(&self) -> Vec<Run<'_>> {
-        let run = |(name, suite, scenarios): &(&'static str, Suite, &'static [&'static str])| Run {
+        let run = |(name, flavour, scenarios): &(&'static str, Flavour, &'static [&'static str])| Run {
             name,
-            suite: *suite,
+            flavour: *flavour,
             scenarios: scenarios.to_vec(),
         };
         let some: Vec<&str> = self.amd.iter().map(String::as_str).collect();
         match some.is_empty() {
             true if self.all() => AMD_RUNS.iter().map(run).collect(),
             true => Vec::new(),
-            false => vec![Run { name: "amd-some", suite: self.suite, scenarios: some }],
+            false => vec![Run { name: "amd-some", flavour: self.flavour(), scenarios: some }],
         }
     }
 }
@@ -202,8 +211,8 @@ impl Job<'_> {
 fn hosts(lab: &Lab, options: &Options, plan: &Plan, tally: &Tally) -> Result<()> {
     let agent = product::build_agent(lab)?;
     let hosts = MicroHosts::new(lab, &agent);
-    let libvirt: BTreeMap<Suite, Once<Amd>> =
-        Suite::ALL.into_iter().map(|suite| (suite, Once::new())).collect();
+    let libvirt: BTreeMap<Flavour, Once<Amd>> =
+        plan.flavours.iter().map(|flavour| (*flavour, Once::new())).collect();
     let jobs = Mutex::new(jobs(options, plan));
     let work = |job: &Job| match job {
         Job::Module(line) => {
@@ -212,9 +221,9 @@ fn hosts(lab: &Lab, options: &Options, plan: &Plan, tally: &Tally) -> Result<()>
         }
         Job::Boot(boot) => hosts.run(boot, &options.wishes(), tally),
         Job::Scenarios(run) => libvirt
-            .get(&run.suite)
-            .context("a suite that is not in the list of all")?
-            .get(|| Amd::prepare(lab, hosts.target(Line::MAIN)?, &agent, run.suite))?
+            .get(&run.flavour)
+            .context("a flavour that is not in the plan")?
+            .get(|| Amd::prepare(lab, hosts.target(Line::MAIN)?, &agent, run.flavour))?
             .scenarios(run, tally),
     };
     thread::scope(|scope| {
@@ -254,7 +263,7 @@ struct Amd<'a> {
 }
 
 impl<'a> Amd<'a> {
-    fn prepare(lab: &'a Lab, target: &Target, agent: &Path, suite: Suite) -> Result<Self> {
+    fn prepare(lab: &'a Lab, target: &Target, agent: &Path, flavour: Flavour) -> Result<Self> {
         let files = Installation {
             product: product::build(lab)?,
             module: target.module.clone(),
@@ -262,12 +271,12 @@ impl<'a> Amd<'a> {
             kernel: target.kernel.image.clone(),
             modules: target.kernel.modules.clone(),
         };
-        Ok(Self { lab, host: AmdHost::prepare(lab, &target.kernel, suite)?, files })
+        Ok(Self { lab, host: AmdHost::prepare(lab, &target.kernel, flavour)?, files })
     }
 
     fn scenarios(&self, run: &Run, tally: &Tally) -> Result<()> {
-        // Verdicts of the main suite's host carry the scenarios' names alone.
-        let program = match run.suite {
+        // Verdicts of the main suite's hosts carry the scenarios' names alone.
+        let program = match run.flavour.suite {
             Suite::MAIN => "scenario".to_owned(),
             other => format!("scenario-on {other}"),
         };
@@ -318,15 +327,18 @@ mod tests {
     }
 
     #[test]
-    fn a_suite_is_chosen_for_scenarios_alone() {
-        let suites = |line: &[&str]| {
-            Line::try_parse_from([&["test"], line].concat()).map(|line| line.options.plan().suites)
+    fn a_flavour_is_chosen_for_scenarios_alone() {
+        let flavours = |line: &[&str]| {
+            Line::try_parse_from([&["test"], line].concat()).map(|line| line.options.plan().flavours)
         };
-        assert_eq!(suites(&["--amd", "boot"]).unwrap(), [Suite::Trixie]);
-        assert_eq!(suites(&["--amd", "boot", "--suite", "bookworm"]).unwrap(), [Suite::Bookworm]);
-        assert_eq!(suites(&[]).unwrap(), Suite::ALL);
-        assert!(suites(&["--intel"]).unwrap().is_empty());
-        assert!(suites(&["--suite", "bookworm"]).is_err());
+        assert_eq!(flavours(&["--amd", "boot"]).unwrap(), [Flavour::MAIN]);
+        assert_eq!(flavours(&["--amd", "boot", "--suite", "bookworm"]).unwrap(), [BOOKWORM]);
+        let systemd = flavours(&["--amd", "unit", "--systemd"]).unwrap();
+        assert_eq!(systemd, [Flavour::systemd(Suite::Trixie)]);
+        assert_eq!(flavours(&[]).unwrap(), [Flavour::MAIN, BOOKWORM]);
+        assert!(flavours(&["--intel"]).unwrap().is_empty());
+        assert!(flavours(&["--suite", "bookworm"]).is_err());
+        assert!(flavours(&["--systemd"]).is_err());
     }
 
     #[test]

@@ -11,12 +11,15 @@ use anyhow::{Context, Result};
 use crate::Lab;
 use crate::cache::Key;
 use crate::cpio::Cpio;
-use crate::debian::{self, Suite};
+use crate::debian;
+use crate::flavour::{Flavour, Init};
 use crate::kernel::Kernel;
 use crate::{modules, proc};
 
 const INITRAMFS_INIT: &str = include_str!("../../amd/initramfs-init");
 const HOST_INIT: &str = include_str!("../../amd/host-init");
+const HOST_INIT_SYSTEMD: &str = include_str!("../../amd/host-init-systemd");
+const HOST_PAYLOAD: &str = include_str!("../../amd/host-payload");
 
 /// What Debian has as modules and the host needs; what these need in turn is
 /// looked up, except crc32c_generic, which erofs asks for only by algorithm.
@@ -25,14 +28,16 @@ const MODULES: [&str; 6] = ["virtio_blk", "crc32c_generic", "erofs", "overlay", 
 const TOOL_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// The root image: the host's Debian tree as erofs.
-pub fn root(lab: &Lab, suite: Suite) -> Result<PathBuf> {
-    let tree = debian::host_tree(lab, suite)?;
+pub fn root(lab: &Lab, flavour: Flavour) -> Result<PathBuf> {
+    let tree = debian::host_tree(lab, flavour)?;
     let key = Key::new("erofs 1").item(&tree);
-    lab.cache.get_or_build(&suite.item("amd-root"), &key, |image| {
-        let step = lab.progress.step(format!("making the AMD host's root image ({suite})"));
+    // Flavours of one tree have one image as well.
+    let flavour = debian::tree_owner(flavour);
+    lab.cache.get_or_build(&flavour.item("amd-root"), &key, |image| {
+        let step = lab.progress.step(format!("making the AMD host's root image ({flavour})"));
         proc::run(
             Command::new("mkfs.erofs").arg("-zlz4").arg(image).arg(&tree),
-            &lab.log(&suite.item("mkfs-erofs")),
+            &lab.log(&flavour.item("mkfs-erofs")),
             TOOL_TIMEOUT,
         )?;
         step.done("");
@@ -40,19 +45,25 @@ pub fn root(lab: &Lab, suite: Suite) -> Result<PathBuf> {
     })
 }
 
-/// The initramfs: busybox, both init scripts and kernel modules.
-pub fn initramfs(lab: &Lab, kernel: &Kernel, suite: Suite) -> Result<PathBuf> {
-    let host = debian::host_tree(lab, suite)?;
-    let key = Key::new("initramfs 1")
+/// The initramfs: busybox, the host's scripts and kernel modules.
+pub fn initramfs(lab: &Lab, kernel: &Kernel, flavour: Flavour) -> Result<PathBuf> {
+    let host = debian::host_tree(lab, flavour)?;
+    let host_init = match flavour.init {
+        Init::Script => HOST_INIT,
+        Init::Systemd => HOST_INIT_SYSTEMD,
+    };
+    let key = Key::new("initramfs 2")
         .item(&kernel.root)
         .item(&host)
         .text(INITRAMFS_INIT)
-        .text(HOST_INIT)
+        .text(host_init)
+        .text(HOST_PAYLOAD)
         .texts(&MODULES);
-    lab.cache.get_or_build(&suite.item("amd-initramfs"), &key, |out| {
+    lab.cache.get_or_build(&flavour.item("amd-initramfs"), &key, |out| {
         let mut archive = Cpio::default();
         archive.content("init", INITRAMFS_INIT.as_bytes())?;
-        archive.content("host-init", HOST_INIT.as_bytes())?;
+        archive.content("host-init", host_init.as_bytes())?;
+        archive.content("host-payload", HOST_PAYLOAD.as_bytes())?;
         archive.directory("bin")?;
         archive.file("bin/busybox", &host.join("usr/bin/busybox"))?;
         archive.directory("modules")?;
