@@ -26,6 +26,10 @@ pub const NEEDS: &[Need] = &[
 /// What guests load when they are told to.
 const GUEST_MODULES: [&str; 1] = ["virtio_balloon"];
 
+/// What a package of the product has besides programs.
+const UNIT: &[u8] = include_bytes!("../../cli/dist/ept-virt.service");
+const CONFIG: &[u8] = include_bytes!("../../cli/dist/ept-virt.toml");
+
 /// Of the workspace: release without link-time optimisation, which builds in a
 /// quarter of the time.
 const PROFILE: &str = "--profile=lab";
@@ -68,6 +72,8 @@ impl Installation {
             .file("ept-virt", &self.product.cli)?
             .file("ept-virt-hook", &self.product.hook)?
             .file("kvm_ept_sample.ko", &self.module)?
+            .content("ept-virt.service", UNIT)?
+            .content("ept-virt.toml", CONFIG)?
             .file("vmlinuz", &self.kernel)?
             .content("guest.cpio", &initramfs.finish()?)
     }

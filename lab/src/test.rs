@@ -60,6 +60,7 @@ const AMD_RUNS: &[(&str, Flavour, &[&str])] = &[
     ("amd-hook", Flavour::MAIN, &["hook-table", "two-libvirtd", "many-domains", "session", "memory-added"]),
     ("amd-policy", Flavour::MAIN, &["policy-live", "policy-required"]),
     ("amd-bookworm", BOOKWORM, &["boot", "hook-table", "policy-live", "policy-required"]),
+    ("amd-systemd", Flavour::systemd(Suite::Trixie), &["unit", "unit-restarts"]),
     ("amd-libvirt-fire", Flavour::MAIN, &["fire-memory", "fire-life", "fire-migrate", "fire-hugetlbfs"]),
 ];
 const SCENARIO_TIMEOUT: Duration = Duration::from_secs(240);
@@ -335,7 +336,7 @@ mod tests {
         assert_eq!(flavours(&["--amd", "boot", "--suite", "bookworm"]).unwrap(), [BOOKWORM]);
         let systemd = flavours(&["--amd", "unit", "--systemd"]).unwrap();
         assert_eq!(systemd, [Flavour::systemd(Suite::Trixie)]);
-        assert_eq!(flavours(&[]).unwrap(), [Flavour::MAIN, BOOKWORM]);
+        assert_eq!(flavours(&[]).unwrap(), [Flavour::MAIN, systemd[0], BOOKWORM]);
         assert!(flavours(&["--intel"]).unwrap().is_empty());
         assert!(flavours(&["--suite", "bookworm"]).is_err());
         assert!(flavours(&["--systemd"]).is_err());

@@ -27,9 +27,11 @@ mod policies;
 mod qemu;
 mod second_host;
 mod session;
+mod systemd;
 mod tiny;
 mod truth;
 mod two_libvirtd;
+mod unit;
 
 use std::process::Command;
 
@@ -69,6 +71,8 @@ const SCENARIOS: &[(&str, Test)] = &[
     ("many-domains", many_domains::run),
     ("session", session::run),
     ("memory-added", hotplug::run),
+    ("unit", unit::places),
+    ("unit-restarts", unit::restarts),
     ("fire-life", fire_life::run),
     ("fire-hugetlbfs", fire_huge::run),
     ("fire-memory", fire_memory::run),

@@ -21,7 +21,7 @@ const TIMES: &str = "<ev:sampling><ev:interval unit='ms'>500</ev:interval></ev:s
 
 /// The hot block and a little for the guest's kernel; what is above that stays
 /// with whatever is there, idle pages among it.
-const MEMFD_POLICY: &str = "<ev:dram><ev:max unit='MiB'>37</ev:max></ev:dram>";
+pub const MEMFD_POLICY: &str = "<ev:dram><ev:max unit='MiB'>37</ev:max></ev:dram>";
 
 /// In units of 2 MiB the guest's kernel makes about 56 MiB look hot beside the
 /// block's 32, all of the same heat: what does not fit stays where it is, whosever
@@ -84,7 +84,9 @@ pub fn huge_pages() -> Result<Outcome> {
     )))
 }
 
-fn start(memory: Memory, dram: &str) -> Result<(Domain, Truth)> {
+/// Starts a guest that is placed under this element of a policy, and waits until it
+/// is.
+pub fn start(memory: Memory, dram: &str) -> Result<(Domain, Truth)> {
     let policy = policy("place", &format!("{TIMES}{dram}"));
     let spec = DomainSpec { memory, policy, ..DomainSpec::default() };
     let mut guest = spec.start()?;
@@ -97,7 +99,7 @@ fn start(memory: Memory, dram: &str) -> Result<(Domain, Truth)> {
 
 /// Waits until nine tenths of the idle block lie on the slow node and nine
 /// tenths of the hot block on the fast one, by the host's kernel.
-fn wait_placed(guest: &Domain, truth: &Truth) -> Result<String> {
+pub fn wait_placed(guest: &Domain, truth: &Truth) -> Result<String> {
     let mut seen = String::new();
     let outcome = host::wait_until("the guest is placed", PLACE_TIMEOUT, || {
         let idle = share_on(SLOW, guest, &truth.idle)?;
