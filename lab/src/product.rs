@@ -24,7 +24,7 @@ pub const NEEDS: &[Need] = &[
 ];
 
 /// What guests load when they are told to.
-const GUEST_MODULES: [&str; 1] = ["virtio_balloon"];
+const GUEST_MODULES: [&str; 2] = ["virtio_balloon", "virtio_mem"];
 
 /// What a package of the product has besides programs.
 const UNIT: &[u8] = include_bytes!("../../cli/dist/ept-virt.service");

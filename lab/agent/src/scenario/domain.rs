@@ -26,6 +26,9 @@ pub enum Memory {
     Hugetlbfs,
 }
 
+/// Devices that fit the room of a domain that can get memory.
+const ROOM_SLOTS: u32 = 2;
+
 /// What a domain is made of.
 #[derive(Clone, Debug)]
 pub struct DomainSpec {
@@ -50,6 +53,9 @@ pub struct DomainSpec {
     pub spare_cpus: u32,
     /// A virtio balloon.
     pub balloon: bool,
+    /// Memory that can be added and taken away again while it runs, for which it has
+    /// ACPI as well.
+    pub room_mib: u32,
 }
 
 impl Default for DomainSpec {
@@ -65,6 +71,7 @@ impl Default for DomainSpec {
             rest_mib: 96,
             spare_cpus: 0,
             balloon: false,
+            room_mib: 0,
         }
     }
 }
@@ -122,10 +129,25 @@ impl DomainSpec {
     /// Its definition for libvirt.
     pub fn xml(&self) -> String {
         let kind = if self.kvm { "kvm" } else { "qemu" };
-        let cpu = if self.kvm {
-            "<cpu mode='host-passthrough'><feature policy='disable' name='svm'/></cpu>"
-        } else {
-            ""
+        let memory_mib = self.memory_mib();
+        let cpus = 1 + self.spare_cpus;
+        let (room, numa, online) = match self.room_mib {
+            0 => (String::new(), String::new(), ""),
+            more => (
+                format!("<maxMemory slots='{ROOM_SLOTS}' unit='MiB'>{}</maxMemory>", memory_mib + more),
+                format!(
+                    "<numa><cell id='0' cpus='0-{}' memory='{memory_mib}' unit='MiB' memAccess='shared'/></numa>",
+                    cpus - 1
+                ),
+                // What the guest's kernel puts elsewhere can be taken away from it.
+                "memhp_default_state=online_movable",
+            ),
+        };
+        let cpu = match self.kvm {
+            true => {
+                format!("<cpu mode='host-passthrough'><feature policy='disable' name='svm'/>{numa}</cpu>")
+            }
+            false => String::new(),
         };
         let backing = match self.memory {
             Memory::Memfd => "<memoryBacking><source type='memfd'/></memoryBacking>",
@@ -138,10 +160,9 @@ impl DomainSpec {
         let metadata =
             self.policy.as_ref().map_or(String::new(), |policy| format!("<metadata>{policy}</metadata>"));
         let Self { name, hot_mib, idle_mib, .. } = self;
-        let memory_mib = self.memory_mib();
-        let (cpus, acpi, features) = match self.spare_cpus {
-            0 => (1, "acpi=off", ""),
-            spare => (1 + spare, "", "<features><acpi/></features>"),
+        let (acpi, features) = match self.spare_cpus + self.room_mib {
+            0 => ("acpi=off", ""),
+            _ => ("", "<features><acpi/></features>"),
         };
         let balloon = if self.balloon { "virtio" } else { "none" };
         // Words after "--" reach the guest's first program.
@@ -149,6 +170,7 @@ impl DomainSpec {
             "<domain type='{kind}'>
   <name>{name}</name>
   {metadata}
+  {room}
   <memory unit='MiB'>{memory_mib}</memory>
   {backing}
   <vcpu current='1'>{cpus}</vcpu>
@@ -158,7 +180,7 @@ impl DomainSpec {
     <kernel>{PAYLOAD}/vmlinuz</kernel>
     <initrd>{PAYLOAD}/guest.cpio</initrd>
     <cmdline>console=ttyS0 loglevel=1 nokaslr mitigations=off tsc=reliable no_timer_check \
-{acpi} panic=-1 HOT_MIB={hot_mib} IDLE_MIB={idle_mib} -- guest</cmdline>
+{acpi} {online} panic=-1 HOT_MIB={hot_mib} IDLE_MIB={idle_mib} -- guest</cmdline>
   </os>
   {features}
   {cpu}
