@@ -99,6 +99,12 @@ impl Cache {
         &self.dir
     }
 
+    /// The item's path, if it is there.
+    pub fn get(&self, name: &str, key: &Key) -> Option<PathBuf> {
+        let item = self.item(name, key);
+        item.exists().then_some(item)
+    }
+
     /// Returns the item's path, building it first when it is not there.
     ///
     /// `build` gets a path at which nothing exists and makes a file or a folder
@@ -111,7 +117,7 @@ impl Cache {
         key: &Key,
         build: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<PathBuf> {
-        let item = self.dir.join(format!("{name}-{}", key.hex()));
+        let item = self.item(name, key);
         if item.exists() {
             return Ok(item);
         }
@@ -129,6 +135,10 @@ impl Cache {
         fs::rename(&temp, &item).with_context(|| format!("moving {} into place", item.display()))?;
         self.prune(name, &item)?;
         Ok(item)
+    }
+
+    fn item(&self, name: &str, key: &Key) -> PathBuf {
+        self.dir.join(format!("{name}-{}", key.hex()))
     }
 
     /// Removes all items of `name` but `newest` and the newest others. Of a link
@@ -195,7 +205,9 @@ mod tests {
         let dir = scratch("once");
         let cache = Cache::open(&dir).unwrap();
         let key = Key::new("r");
+        assert_eq!(cache.get("x", &key), None);
         let first = cache.get_or_build("x", &key, |p| Ok(fs::write(p, "1")?)).unwrap();
+        assert_eq!(cache.get("x", &key).as_ref(), Some(&first));
         let second = cache.get_or_build("x", &key, |_| panic!("built twice")).unwrap();
         assert_eq!(first, second);
         remove(&dir).unwrap();

@@ -3,7 +3,7 @@
 //! built for it, and those that emulated AMD hosts with libvirt run.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -194,4 +194,16 @@ pub fn tree(
         step.done("");
         Ok(())
     })
+}
+
+/// Runs a shell's script in a tree, with a /proc of its own: build tools read it.
+pub fn inside(root: &Path, script: &str) -> Command {
+    let mut command = Command::new("unshare");
+    command
+        .args(["--mount", "--pid", "--fork", "--kill-child"])
+        .arg(format!("--mount-proc={}", root.join("proc").display()))
+        .arg("chroot")
+        .arg(root)
+        .args(["sh", "-c", script]);
+    command
 }

@@ -94,27 +94,15 @@ fn build(lab: &Lab, tree: &Path, root: &Path) -> Result<()> {
     proc::run(&mut copy, &log, CONFIGURE_TIMEOUT)?;
     fs::write(root.join("lab.config"), CONFIG).context("writing the kernel's configuration")?;
     step.note("unpacking and configuring");
-    proc::run(&mut inside(root, CONFIGURE), &log, CONFIGURE_TIMEOUT)?;
+    proc::run(&mut debian::inside(root, CONFIGURE), &log, CONFIGURE_TIMEOUT)?;
     let missing = missing(CONFIG, &fs::read_to_string(root.join("linux/.config"))?);
     if !missing.is_empty() {
         bail!("the kernel does not take these settings: {}", missing.join(", "));
     }
     step.note("compiling");
-    proc::run(&mut inside(root, BUILD), &log, BUILD_TIMEOUT)?;
+    proc::run(&mut debian::inside(root, BUILD), &log, BUILD_TIMEOUT)?;
     step.done("");
     Ok(())
-}
-
-/// Runs a script in the tree, with a /proc of its own: the kernel's tools read it.
-fn inside(root: &Path, script: &str) -> Command {
-    let mut command = Command::new("unshare");
-    command
-        .args(["--mount", "--pid", "--fork", "--kill-child"])
-        .arg(format!("--mount-proc={}", root.join("proc").display()))
-        .arg("chroot")
-        .arg(root)
-        .args(["sh", "-c", script]);
-    command
 }
 
 /// The settings that were asked for and did not come out: a dependency changed.

@@ -31,6 +31,7 @@ mod progress;
 mod shell;
 mod test;
 mod verdict;
+mod virtqemud;
 
 use std::fs;
 use std::io;
@@ -74,6 +75,8 @@ enum Command {
 enum LabCommand {
     /// Build the kernel that watches itself, for `test --boot amd-debug intel-debug`.
     BuildDebugKernel,
+    /// Build the daemon that Debian does not ship, for `test --amd virtqemud`.
+    BuildVirtqemud,
 }
 
 /// What all parts of the lab share.
@@ -155,5 +158,6 @@ fn run(cli: Cli) -> Result<bool> {
         Command::Lab { what: Some(LabCommand::BuildDebugKernel) } => {
             debug_kernel::prepare(&lab).map(|()| true)
         }
+        Command::Lab { what: Some(LabCommand::BuildVirtqemud) } => virtqemud::prepare(&lab).map(|()| true),
     }
 }

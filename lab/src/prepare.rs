@@ -15,7 +15,7 @@ use crate::flavour::Flavour;
 use crate::kernel::Line;
 use crate::micro::Target;
 use crate::product::{self, Installation};
-use crate::{debian, intel_bochs, micro_amd, micro_intel};
+use crate::{debian, intel_bochs, micro_amd, micro_intel, virtqemud};
 
 /// What will run.
 #[derive(Default)]
@@ -94,6 +94,7 @@ pub fn amd(lab: &Lab) -> Result<(AmdHost, Installation)> {
         let Target { kernel, module, .. } = Target::get(lab, Line::MAIN)?;
         let host = AmdHost::prepare(lab, &kernel, Flavour::MAIN)?;
         let (kernel, modules) = (kernel.image, kernel.modules);
-        Ok((host, Installation { product, module, agent, kernel, modules }))
+        let virtqemud = virtqemud::built(lab, Flavour::MAIN)?;
+        Ok((host, Installation { product, module, agent, kernel, modules, virtqemud }))
     })
 }

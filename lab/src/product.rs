@@ -57,6 +57,8 @@ pub struct Installation {
     pub kernel: PathBuf,
     /// Folder of that kernel's modules.
     pub modules: PathBuf,
+    /// libvirt's daemon for QEMU alone, where it was built.
+    pub virtqemud: Option<PathBuf>,
 }
 
 impl Installation {
@@ -67,7 +69,12 @@ impl Installation {
         for module in modules::load_order(&self.modules, &GUEST_MODULES)? {
             initramfs.content(&format!("{}.ko", modules::stem(&module)), &modules::unpack(&module)?)?;
         }
-        Payload::new(run)?
+        let payload = Payload::new(run)?;
+        let payload = match &self.virtqemud {
+            Some(program) => payload.file("virtqemud", program)?,
+            None => payload,
+        };
+        payload
             .file("lab-agent", &self.agent)?
             .file("ept-virt", &self.product.cli)?
             .file("ept-virt-hook", &self.product.hook)?

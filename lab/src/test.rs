@@ -24,7 +24,7 @@ use crate::once::Once;
 use crate::prepare::{self, Plan};
 use crate::product::{self, Installation};
 use crate::verdict::{self, Tally, Verdict};
-use crate::{native, proc};
+use crate::{native, proc, virtqemud};
 
 const CARGO_TIMEOUT: Duration = Duration::from_secs(20 * 60);
 
@@ -67,6 +67,7 @@ const AMD_RUNS: &[(&str, Flavour, &[&str])] = &[
             "session",
             "memory-added",
             "memory-removed",
+            "virtqemud",
         ],
     ),
     ("amd-policy", Flavour::MAIN, &["policy-live", "policy-required"]),
@@ -282,6 +283,7 @@ impl<'a> Amd<'a> {
             agent: agent.into(),
             kernel: target.kernel.image.clone(),
             modules: target.kernel.modules.clone(),
+            virtqemud: virtqemud::built(lab, flavour)?,
         };
         Ok(Self { lab, host: AmdHost::prepare(lab, &target.kernel, flavour)?, files })
     }

@@ -32,6 +32,7 @@ mod tiny;
 mod truth;
 mod two_libvirtd;
 mod unit;
+mod virtqemud;
 
 use std::process::Command;
 
@@ -72,6 +73,7 @@ const SCENARIOS: &[(&str, Test)] = &[
     ("session", session::run),
     ("memory-added", hotplug::added),
     ("memory-removed", hotplug::removed),
+    ("virtqemud", virtqemud::run),
     ("unit", unit::places),
     ("unit-restarts", unit::restarts),
     ("fire-life", fire_life::run),
