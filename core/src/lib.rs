@@ -13,6 +13,7 @@ pub mod migrate;
 pub mod plan;
 pub mod policy;
 pub mod process;
+pub mod record;
 pub mod sampler;
 pub mod samples;
 pub mod text;
