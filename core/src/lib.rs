@@ -16,6 +16,7 @@ pub mod process;
 pub mod record;
 pub mod sampler;
 pub mod samples;
+pub mod simulate;
 pub mod text;
 pub mod topology;
 pub mod uapi;

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The one place where the simulator calls what the daemon runs: heat, place, plan
+//! and bandwidth. `cli/src/daemon/guest.rs` does the same with a real guest.
+
+use std::time::Duration;
+
+use crate::memory::GuestMemory;
+use crate::migrate::{MoveOutcome, TokenBucket, unit_bytes};
+use crate::plan::MoveUnit;
+use crate::policy::Policy;
+use crate::sampler::{Harvest, MemSlot};
+use crate::units::{Bytes, PAGE_BYTES, PAGES_PER_2M};
+use crate::wire::Place;
+
+/// Least quota of a plan: one huge page comes and one goes.
+const SMALLEST_QUOTA_PAGES: u64 = 2 * PAGES_PER_2M;
+
+/// What the daemon keeps of a guest.
+pub(super) struct Engine {
+    memory: GuestMemory,
+    policy: Policy,
+    bucket: TokenBucket,
+    /// Of the plan that holds: to the slow tier, then to the fast one.
+    demote: Vec<MoveUnit>,
+    promote: Vec<MoveUnit>,
+}
+
+impl Engine {
+    pub(super) fn new(policy: Policy, now: Duration) -> Self {
+        Self {
+            memory: GuestMemory::new(policy.heat_params()),
+            bucket: TokenBucket::new(policy.migration.bandwidth.0, now),
+            policy,
+            demote: Vec::new(),
+            promote: Vec::new(),
+        }
+    }
+
+    /// Takes in the guest's slots; a plan for others is void.
+    pub(super) fn adopt(&mut self, generation: u64, slots: Vec<MemSlot>) {
+        self.memory.adopt(generation, slots);
+        self.demote.clear();
+        self.promote.clear();
+    }
+
+    /// Takes in a harvest of the slot `index`; without `elapsed` it tells only
+    /// where pages lie.
+    pub(super) fn observe(&mut self, index: usize, harvest: &Harvest, elapsed: Option<Duration>) {
+        self.memory.observe(index, harvest, elapsed);
+    }
+
+    /// Ends a round, when all slots were taken in.
+    pub(super) fn end_round(&mut self, elapsed: Option<Duration>) {
+        self.memory.end_round(elapsed);
+    }
+
+    /// What the policy grants of DRAM; all of the memory without a limit.
+    pub(super) fn policy_target(&self) -> Bytes {
+        let memory = self.memory.bytes();
+        self.policy.dram_target(memory).unwrap_or(memory)
+    }
+
+    /// Plans what to move in the next `interval`.
+    pub(super) fn plan(&mut self, target: Bytes, interval: Duration) {
+        let bandwidth = self.policy.migration.bandwidth.0;
+        let budget = u128::from(bandwidth) * interval.as_nanos() / 1_000_000_000;
+        let quota_pages = (u64::try_from(budget).unwrap_or(u64::MAX) / PAGE_BYTES).max(SMALLEST_QUOTA_PAGES);
+        let plan = self.memory.plan(Some(target), self.policy.migration.tolerance, quota_pages);
+        (self.demote, self.promote) = (plan.demote, plan.promote);
+    }
+
+    /// The units that move from `now` until `end`, as the bandwidth allows, with the
+    /// tier that they go to. What is left is void.
+    pub(super) fn moves(&mut self, mut now: Duration, end: Duration) -> Vec<(MoveUnit, Place)> {
+        let demote = std::mem::take(&mut self.demote).into_iter().map(|unit| (unit, Place::Slow));
+        let promote = std::mem::take(&mut self.promote).into_iter().map(|unit| (unit, Place::Fast));
+        let mut moved = Vec::new();
+        for (unit, target) in demote.chain(promote) {
+            match self.bucket.take(unit_bytes(&unit), now) {
+                Ok(()) => {}
+                Err(None) => break,
+                Err(Some(wait)) => {
+                    now = now.saturating_add(wait);
+                    if now >= end || self.bucket.take(unit_bytes(&unit), now).is_err() {
+                        break;
+                    }
+                }
+            }
+            moved.push((unit, target));
+        }
+        for target in [Place::Slow, Place::Fast] {
+            let units = moved.iter().filter(|(_, place)| *place == target).map(|(unit, _)| (*unit, Ok(())));
+            self.memory.record_moves(&MoveOutcome { units: units.collect() }, target);
+        }
+        moved
+    }
+}
