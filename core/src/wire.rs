@@ -97,6 +97,13 @@ pub enum Command {
         /// Name, id or UUID.
         domain: String,
     },
+    /// Record the domain's rounds: answered with [`Reply::Done`], then with a recording
+    /// ([`crate::record`]) until one side closes; no more lines on this connection. For
+    /// root alone, as it shows what the guest does.
+    Record {
+        /// Name, id or UUID.
+        domain: String,
+    },
     /// The hook's word that something happened; answered with [`Reply::Done`]
     /// at once. The daemon then looks at libvirt itself.
     Nudge {

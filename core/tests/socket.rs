@@ -56,10 +56,11 @@ fn every_request_is_one_and_every_verb_is_shown() {
                 Command::Pause { .. } => 4,
                 Command::Resume { .. } => 5,
                 Command::Nudge { .. } => 6,
+                Command::Record { .. } => 7,
             });
         }
     }
-    assert_eq!(verbs, (0..7).collect());
+    assert_eq!(verbs, (0..8).collect());
     assert!(lines("C: ").any(|line| line.contains(UNKNOWN_VERB)));
 }
 

@@ -20,6 +20,7 @@ use ept_virt_core::units::{Bytes, PAGE_BYTES, PAGES_PER_2M};
 use ept_virt_core::wire::{MoveTotals, Place, RoundStatus};
 
 use super::state::lock;
+use super::tap::Tap;
 
 /// How long pages that were refused are left alone, at least.
 const HOLD: Duration = Duration::from_secs(30);
@@ -122,6 +123,8 @@ pub struct Guest {
     slow_is_full: bool,
     /// More lies on the fast tier than granted, and all of it is in use.
     all_in_use: bool,
+    /// Somebody records the rounds.
+    tap: Option<Tap>,
 }
 
 impl Guest {
@@ -150,7 +153,13 @@ impl Guest {
             forbidden_until: None,
             slow_is_full: false,
             all_in_use: false,
+            tap: None,
         }
+    }
+
+    /// Gives what rounds find to somebody who records it, from the next one on.
+    pub fn record(&mut self, tap: Tap) {
+        self.tap = Some(tap);
     }
 
     /// What is done with the guest.
@@ -247,10 +256,12 @@ impl Guest {
                 };
                 self.sampler.harvest(&request, &self.orders.tiers.slow, &mut self.harvest)?;
                 stats.add(&self.harvest.stats);
+                self.tap.iter_mut().for_each(|tap| tap.add(info, &self.harvest));
                 lock(&self.memory).observe_part(*index, pages, &self.harvest, elapsed);
             }
         }
         lock(&self.memory).end_round(elapsed);
+        self.tap.take_if(|tap| !tap.end(elapsed));
         self.harvested_at = Some(self.suspended_since.unwrap_or(now));
         self.rounds += 1;
         Ok(self.round_status(&stats, elapsed, started))

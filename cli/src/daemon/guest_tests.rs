@@ -228,6 +228,26 @@ fn counts_what_a_harvest_finds() {
 }
 
 #[test]
+fn rounds_are_given_to_who_records_them() {
+    let cell = super::super::state::Cell::new("vm1", "6695eb01");
+    cell.update(|status| status.state = ept_virt_core::wire::DomainState::Observing);
+    let rounds = cell.record().unwrap();
+    let mut test = Test::new(orders(Mode::Observe), vec![slot(0, 16), slot(512, 100)]);
+    test.round();
+    test.guest.record(cell.take_tap().unwrap());
+    test.world().touch(512..522);
+    test.round();
+    let frame = rounds.next_round().unwrap();
+    let pages: Vec<u64> = frame.slots.iter().map(|slot| bitmap::count(&slot.accessed)).collect();
+    assert_eq!((pages, frame.time), (vec![0, 10], ROUND));
+    assert_eq!(frame.slots[1].levels, [Level::Page4K]);
+    drop(rounds);
+    // Nobody listens any more.
+    test.rounds(2, 512..522);
+    assert!(cell.record().is_ok());
+}
+
+#[test]
 fn one_flush_a_round_and_only_if_wanted() {
     let slots = vec![slot(0, 16), slot(512, 100), slot(1024, 8)];
     let mut test = Test::new(orders(Mode::Observe), slots.clone());

@@ -14,6 +14,7 @@ mod reconcile;
 mod server;
 mod service;
 mod state;
+mod tap;
 mod worker;
 
 use std::io;
@@ -38,6 +39,8 @@ use mailbox::{Event, Mail, Mailbox};
 use reconcile::Reconciler;
 use server::Server;
 use state::{Phase, Shared};
+
+pub use tap::header;
 
 /// After a nudge libvirt needs a moment: the hook runs before the domain has
 /// wholly come or gone.

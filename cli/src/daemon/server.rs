@@ -21,6 +21,7 @@ use nix::sys::stat::{Mode, umask};
 use super::files;
 use super::mailbox::{Event, Mailbox};
 use super::state::{Cell, Hold, Shared};
+use super::tap::Rounds;
 use crate::failure::Failure;
 
 /// Clients served at once; one more is turned away.
@@ -185,13 +186,45 @@ fn serve(stream: &UnixStream, may_change: bool, shared: &Shared, mailbox: &Mailb
         if line.is_empty() {
             return Ok(());
         }
-        let reply = answer(&line, may_change, shared, mailbox);
         let mut writer = stream;
+        if let Some(wanted) = recording(&line, may_change) {
+            match record(shared, &wanted) {
+                Ok((cell, rounds)) => {
+                    writer.write_all(&Response::line(Reply::Done))?;
+                    let (name, uuid) = cell.names();
+                    info!("domain {name:?} is recorded");
+                    return rounds.stream(stream, &name, &uuid);
+                }
+                Err(reply) => writer.write_all(&Response::line(reply))?,
+            }
+            continue;
+        }
+        let reply = answer(&line, may_change, shared, mailbox);
         writer.write_all(&Response::line(reply))?;
         if too_long {
             // Where the next line begins can not be told.
             return Ok(());
         }
+    }
+}
+
+/// The domain that a client who may do so wants to record.
+fn recording(line: &[u8], may_change: bool) -> Option<String> {
+    match Request::read(line) {
+        Ok(Command::Record { domain }) if may_change => Some(domain),
+        _ => None,
+    }
+}
+
+/// The domain's rounds, or why they can not be had.
+fn record(shared: &Shared, wanted: &str) -> Result<(Arc<Cell>, Rounds), Reply> {
+    let cell = find(shared, wanted)?;
+    match cell.record() {
+        Ok(rounds) => Ok((cell, rounds)),
+        Err(reason) => Err(error(
+            ErrorKind::NotObserved,
+            format!("there are no rounds of domain {wanted:?} to record: {reason}"),
+        )),
     }
 }
 
@@ -217,6 +250,8 @@ fn answer(line: &[u8], may_change: bool, shared: &Shared, mailbox: &Mailbox) -> 
         command if !may_change && changes(&command) => {
             error(ErrorKind::NotPermitted, "only root may change what the daemon does".into())
         }
+        // The one verb whose answer is no line; see `serve`.
+        Command::Record { .. } => error(ErrorKind::Internal, "the recording can not begin".into()),
         Command::Start { domain } => hold(shared, mailbox, &domain, &[Hold::Stopped], Hold::None),
         Command::Stop { domain } => {
             hold(shared, mailbox, &domain, &[Hold::None, Hold::Paused], Hold::Stopped)
@@ -236,8 +271,8 @@ fn answer(line: &[u8], may_change: bool, shared: &Shared, mailbox: &Mailbox) -> 
 }
 
 fn changes(command: &Command) -> bool {
-    use Command::{Pause, Resume, Start, Stop};
-    matches!(command, Start { .. } | Stop { .. } | Pause { .. } | Resume { .. })
+    use Command::{Pause, Record, Resume, Start, Stop};
+    matches!(command, Start { .. } | Stop { .. } | Pause { .. } | Resume { .. } | Record { .. })
 }
 
 /// Takes note of what a person asked for, and makes the daemon look.

@@ -93,6 +93,36 @@ fn kind(reply: Reply) -> ErrorKind {
 }
 
 #[test]
+fn rounds_of_an_observed_domain_are_recorded() {
+    use ept_virt_core::record::Reader;
+    use ept_virt_core::sampler::{Harvest, MemSlot};
+    use ept_virt_core::wire::DomainState;
+    let test = Test::new();
+    let cell = Arc::new(Cell::new("vm1", "6695eb01"));
+    test.shared.insert("6695eb01-f6a4-8304-79aa-97f2502e193f", Arc::clone(&cell));
+    let ask = r#"{"v":1,"cmd":"record","domain":"vm1"}"#;
+    assert_eq!(kind(test.client().ask(ask)), ErrorKind::NotObserved);
+    cell.update(|status| status.state = DomainState::Observing);
+    let mut client = test.client();
+    assert!(matches!(client.ask(ask), Reply::Done));
+    assert_eq!(kind(test.client().ask(ask)), ErrorKind::NotObserved, "it is recorded already");
+    // As a worker does in each round.
+    let mut tap = cell.take_tap().unwrap();
+    let slot = MemSlot { gfn_start: 0, page_count: 70, hva: 0, id: 0, read_only: false, dirty_log: false };
+    let mut harvest = Harvest::default();
+    harvest.reset(0, 70);
+    harvest.accessed[1] = 0x21;
+    tap.add(&slot, &harvest);
+    assert!(tap.end(None));
+    let mut reader = Reader::new(client.0).unwrap();
+    assert_eq!((reader.header().domain.as_str(), reader.header().uuid.as_str()), ("vm1", "6695eb01"));
+    assert_eq!(reader.frame().unwrap().unwrap().slots[0].accessed, [0, 0x21]);
+    // The domain is let go, and the recording ends.
+    drop(tap);
+    assert!(reader.frame().unwrap().is_none());
+}
+
+#[test]
 fn answers_line_after_line() {
     let test = Test::new();
     test.shared.insert("6695eb01-f6a4-8304-79aa-97f2502e193f", Arc::new(Cell::new("vm1", "6695eb01")));

@@ -13,6 +13,8 @@ use ept_virt_core::wire::{
     DaemonStatus, DomainState, DomainStatus, MemoryMap, ModuleStatus, MoveTotals, Status,
 };
 
+use super::tap::{self, Rounds, Tap};
+
 /// Parts of the picture of a domain's memory.
 const STRIP_CELLS: usize = 256;
 
@@ -45,6 +47,8 @@ pub struct Cell {
     /// own: whose memory this is no longer has nothing to say here. Locked before
     /// `status` where both are.
     memory: Mutex<Memory>,
+    /// Who records wants the worker's rounds.
+    rounds: tap::Socket,
 }
 
 /// What one worker knows of its guest's memory.
@@ -71,7 +75,7 @@ impl Cell {
             strip: Vec::new(),
         };
         let (hold, memory) = (Mutex::default(), Mutex::new(empty_memory()));
-        Self { hold, status: Mutex::new(status), memory }
+        Self { hold, status: Mutex::new(status), memory, rounds: tap::Socket::default() }
     }
 
     /// The domain's UUID.
@@ -128,6 +132,7 @@ impl Cell {
         let mut memory = lock(&self.memory);
         *memory = empty_memory();
         self.update(|status| forget(status, state, reason));
+        drop(self.rounds.take());
     }
 
     /// Forgets all that the worker with this memory found, if nobody did so yet.
@@ -136,7 +141,28 @@ impl Cell {
         if Arc::ptr_eq(&memory, worker) {
             *memory = empty_memory();
             self.update(|status| forget(status, state, reason));
+            drop(self.rounds.take());
         }
+    }
+
+    /// Asks the worker for its rounds, or says why they can not be had.
+    pub fn record(&self) -> Result<Rounds, String> {
+        let status = lock(&self.status);
+        if !matches!(status.state, DomainState::Observing | DomainState::Placing) {
+            return Err(status.reason.clone().unwrap_or_else(|| "it is not observed".into()));
+        }
+        self.rounds.plug().ok_or_else(|| "it is being recorded already".into())
+    }
+
+    /// The tap that somebody who records has asked for.
+    pub fn take_tap(&self) -> Option<Tap> {
+        self.rounds.take()
+    }
+
+    /// Name and UUID.
+    pub fn names(&self) -> (String, String) {
+        let status = lock(&self.status);
+        (status.name.clone(), status.uuid.clone())
     }
 
     fn memory(&self) -> Memory {

@@ -298,6 +298,9 @@ impl Run {
             self.publish();
             return Ok(());
         }
+        if let Some(tap) = self.cell.take_tap() {
+            self.guest.record(tap);
+        }
         self.round = Some(self.guest.round(self.now())?);
         let asked = self.guest.orders().policy.sampling.interval;
         let interval = asked.unwrap_or(AUTO_INTERVAL).max(SHORTEST_INTERVAL);
