@@ -42,14 +42,20 @@ pub fn attach(domain: &RunningDomain) -> Result<Attached, Unattached> {
 
 /// For a command that works on the module itself: takes root, no daemon.
 pub fn attach_named(uri: &str, wanted: &str) -> Result<Attached, Failure> {
+    attach_running(uri, wanted).map(|(_, attached)| attached)
+}
+
+/// The same, with the domain.
+pub fn attach_running(uri: &str, wanted: &str) -> Result<(RunningDomain, Attached), Failure> {
     let domain = DefinedDomain::find(uri, wanted, true)?;
     let running = domain.running()?;
     let running = running.ok_or_else(|| {
         Failure::refused(format!("domain \"{}\" does not run", domain.name)).hint("`virsh start` starts it")
     })?;
-    attach(&running).map_err(|unattached| {
+    let attached = attach(&running).map_err(|unattached| {
         Failure::refused(format!("domain \"{}\" can not be observed: {}", domain.name, unattached.reason))
-    })
+    })?;
+    Ok((running, attached))
 }
 
 fn open_qemu(domain: &RunningDomain) -> Result<Process, String> {

@@ -66,6 +66,65 @@ pub fn change(path: &Path, command: Command) -> Result<(), Failure> {
     }
 }
 
+/// How a domain can be recorded.
+pub enum Recorded {
+    /// The daemon observes it: a recording of its rounds.
+    Rounds(Patient),
+    /// There is no daemon, or it leaves the domain alone.
+    NotObserved,
+}
+
+/// Asks the daemon for its rounds of `domain`.
+pub fn record(path: &Path, domain: &str) -> Result<Recorded, Failure> {
+    let at = |error: io::Error| explain(path, ANSWER_TIMEOUT, &error);
+    let deadline = Instant::now() + ANSWER_TIMEOUT;
+    let mut stream = match open(path, deadline) {
+        Ok(stream) => stream,
+        Err(error) if matches!(error.kind(), Io::NotFound | Io::ConnectionRefused) => {
+            return Ok(Recorded::NotObserved);
+        }
+        Err(error) => return Err(at(error)),
+    };
+    let command = Command::Record { domain: domain.into() };
+    stream.set_write_timeout(Some(ANSWER_TIMEOUT)).map_err(at)?;
+    stream.write_all(&Request::line(command)).map_err(at)?;
+    // Byte by byte: what comes after the line is no line.
+    let mut line = Vec::new();
+    while line.last() != Some(&b'\n') && line.len() < MAX_LINE_BYTES {
+        stream.set_read_timeout(Some(left(deadline).map_err(at)?)).map_err(at)?;
+        let mut byte = [0];
+        stream.read_exact(&mut byte).map_err(at)?;
+        line.push(byte[0]);
+    }
+    match understand(path, &line) {
+        Ok(Reply::Done) => Ok(Recorded::Rounds(Patient { stream, until: None })),
+        Ok(Reply::Error(error)) if error.kind == ErrorKind::NotObserved => Ok(Recorded::NotObserved),
+        Ok(Reply::Error(error)) => Err(answered(error)),
+        Ok(other) => Err(misfit(&other)),
+        Err(failure) => Err(failure),
+    }
+}
+
+/// A connection on which much may come, at no certain time.
+pub struct Patient {
+    stream: UnixStream,
+    until: Option<Instant>,
+}
+
+impl Patient {
+    /// How long reading waits from now on; for good without a time.
+    pub fn wait_until(&mut self, until: Option<Instant>) {
+        self.until = until;
+    }
+}
+
+impl Read for Patient {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.stream.set_read_timeout(self.until.map(left).transpose()?)?;
+        self.stream.read(bytes)
+    }
+}
+
 fn ask(path: &Path, command: Command) -> Result<Reply, Failure> {
     ask_within(path, command, ANSWER_TIMEOUT)
 }
@@ -73,7 +132,15 @@ fn ask(path: &Path, command: Command) -> Result<Reply, Failure> {
 /// Sends one request and reads its answer; an error in it is a [`Failure`].
 fn ask_within(path: &Path, command: Command, timeout: Duration) -> Result<Reply, Failure> {
     let line = exchange(path, command, timeout).map_err(|error| explain(path, timeout, &error))?;
-    let response: Response = serde_json::from_slice(&line).map_err(|error| {
+    match understand(path, &line)? {
+        Reply::Error(error) => Err(answered(error)),
+        reply => Ok(reply),
+    }
+}
+
+/// Reads an answer.
+fn understand(path: &Path, line: &[u8]) -> Result<Reply, Failure> {
+    let response: Response = serde_json::from_slice(line).map_err(|error| {
         Failure::refused(format!(
             "the answer of the daemon at {} is not understood ({error})",
             path.display()
@@ -85,7 +152,6 @@ fn ask_within(path: &Path, command: Command, timeout: Duration) -> Result<Reply,
             "the daemon speaks version {v} of the protocol, this program version {PROTOCOL_VERSION}"
         ))
         .hint("restart the daemon after an upgrade: `systemctl restart ept-virt`")),
-        Response { reply: Reply::Error(error), .. } => Err(answered(error)),
         Response { reply, .. } => Ok(reply),
     }
 }

@@ -18,9 +18,11 @@ mod map;
 mod memslots;
 mod output;
 mod policy;
+mod record;
 mod samples;
 #[cfg(test)]
 mod schema_tests;
+mod simulate;
 mod status;
 mod strip;
 mod style;
@@ -115,6 +117,11 @@ enum Command {
     Resume(Domain),
     /// Show, change and check policies.
     Policy(policy::PolicyArgs),
+    /// Record what a domain accesses, round by round, for `simulate`.
+    Record(record::RecordArgs),
+    /// Try a policy on guests that are made up or were recorded: hit ratio, moves,
+    /// slowdown, money.
+    Simulate(simulate::SimulateArgs),
     /// Look for what is wrong with this host, and say what mends it; exits with 1
     /// when guests can not be observed so.
     Doctor(Output),
@@ -222,6 +229,8 @@ fn run(mut cli: Cli) -> Result<ExitCode, Failure> {
         Command::Pause(Domain { domain }) => client::change(&cli.socket, wire::Command::Pause { domain }),
         Command::Resume(Domain { domain }) => client::change(&cli.socket, wire::Command::Resume { domain }),
         Command::Policy(args) => policy::run(&args, &cli.connect, &style),
+        Command::Record(args) => record::run(&args, &cli.connect, &cli.socket),
+        Command::Simulate(args) => simulate::run(&args, &style),
         Command::Doctor(output) => return doctor::run(&cli.connect, &cli.socket, output, &style),
         Command::Version(output) => {
             let parts = version::Parts::ask(&cli.connect, &cli.socket);

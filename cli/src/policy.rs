@@ -281,7 +281,7 @@ fn read_text(file: &Path) -> Result<String, Failure> {
 }
 
 /// The policy in a file with a bare element or a domain's XML.
-fn read_file(file: &Path) -> Result<Layer, Failure> {
+pub fn read_file(file: &Path) -> Result<Layer, Failure> {
     let text = read_text(file)?;
     let wrong = |problem: String| Failure::refused(format!("{}: {problem}", file.display()));
     if !is_domain(&text) {

@@ -20,7 +20,7 @@ use serde_json::{Value, json, to_value};
 
 use crate::doctor::report::{Check, Report};
 use crate::golden::read;
-use crate::{EXIT_CODES, hook, list, memslots, policy, samples, version};
+use crate::{EXIT_CODES, hook, list, memslots, policy, samples, simulate, version};
 
 const DOCUMENT: &str = include_str!("../../docs/CLI.md");
 
@@ -49,6 +49,7 @@ fn printed() -> Vec<(&'static str, Value)> {
         ("doctor", to_value(Report::new(vec![Check::ok("a", "b")])).unwrap()),
         ("hook status", to_value(hook::Hooks::look(Path::new("/nonexistent"))).unwrap()),
         ("version", to_value(parts).unwrap()),
+        ("simulate", to_value(simulate::tests::any_report()).unwrap()),
     ]
 }
 

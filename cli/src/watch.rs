@@ -78,7 +78,7 @@ pub fn watch(
 
 /// Ends the program at SIGINT and SIGTERM, not amid an answer; but a reader that
 /// reads no more is not waited for.
-fn end_on_signals(writing: Arc<Mutex<()>>) -> io::Result<()> {
+pub fn end_on_signals(writing: Arc<Mutex<()>>) -> io::Result<()> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGINT);
     signals.add(Signal::SIGTERM);
