@@ -70,7 +70,7 @@ const AMD_RUNS: &[(&str, Flavour, &[&str])] = &[
             "virtqemud",
         ],
     ),
-    ("amd-policy", Flavour::MAIN, &["policy-live", "policy-required"]),
+    ("amd-policy", Flavour::MAIN, &["policy-live", "policy-required", "recording"]),
     ("amd-bookworm", BOOKWORM, &["boot", "hook-table", "policy-live", "policy-required"]),
     ("amd-systemd", Flavour::systemd(Suite::Trixie), &["unit", "unit-restarts"]),
     ("amd-libvirt-fire", Flavour::MAIN, &["fire-memory", "fire-life", "fire-migrate", "fire-hugetlbfs"]),

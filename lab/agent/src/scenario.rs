@@ -25,6 +25,7 @@ mod many_domains;
 mod placement;
 mod policies;
 mod qemu;
+mod recording;
 mod second_host;
 mod session;
 mod systemd;
@@ -65,6 +66,7 @@ const SCENARIOS: &[(&str, Test)] = &[
     ("bad-libvirtd-restarted", bad_paths::libvirtd_restarted),
     ("bad-module-removed", bad_paths::module_removed),
     ("bad-guest-dies", bad_paths::guest_dies),
+    ("recording", recording::run),
     ("policy-live", policies::live),
     ("policy-required", policies::required),
     ("hook-table", hook_table::run),
