@@ -115,6 +115,8 @@ pub struct GuestMemory {
     shifts: u64,
     /// Pages that may move for little gain.
     trickle: f64,
+    /// The variance of temperatures by which all was put right last.
+    passed_at: f64,
 }
 
 impl GuestMemory {
@@ -131,6 +133,7 @@ impl GuestMemory {
             settled_for: 0,
             shifts: 0,
             trickle: 0.0,
+            passed_at: f64::INFINITY,
         }
     }
 
@@ -260,16 +263,26 @@ impl GuestMemory {
 
     /// What to move: see [`PlanInput`].
     pub fn plan(&mut self, dram_target: Option<Bytes>, gap: Share, quota_pages: u64) -> Plan {
+        let largest = self.slots.iter().max_by_key(|slot| slot.heat.pages());
+        let variance = largest.map_or(0.0, |slot| slot.heat.variance());
+        let settling = self.is_settling();
+        // Knowing twice as much, it is worth putting right what lies wrong by little.
+        let passes = settling || variance * 2.0 <= self.passed_at;
         let plan = plan::plan(&PlanInput {
             slots: &self.views(),
             dram_target,
             gap,
             quota_pages,
-            settling: self.is_settling(),
+            settling,
             heat: self.heat,
-            trickle_pages: self.trickle as u64,
+            trickle_pages: if passes { u64::MAX } else { self.trickle as u64 },
         });
-        self.trickle -= plan.trickled_pages as f64;
+        if !passes {
+            self.trickle -= plan.trickled_pages as f64;
+        } else if settling || plan.pages() < quota_pages / 2 {
+            // Of what a round could not move, the next one moves more.
+            self.passed_at = variance;
+        }
         plan
     }
 

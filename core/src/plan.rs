@@ -55,7 +55,7 @@ pub struct PlanInput<'a> {
     /// pages lie wrong, and what is known of them changes from round to round.
     pub settling: bool,
     /// All heat of the domain, in pages of the highest temperature: what exchanges are
-    /// measured by. 0: not known.
+    /// measured by.
     pub heat: f64,
     /// Pages of 4 KiB that may move in exchanges which would win little, both
     /// directions together.
@@ -65,6 +65,10 @@ pub struct PlanInput<'a> {
 /// Part of all heat that exchanges must bring to the fast tier to be worth their moves
 /// at once. Below that they are as good as what chance makes of temperatures.
 const WORTH_MOVING: f64 = 0.02;
+
+/// A domain is thought to have as much heat as if this part of it were hot: in one that
+/// does next to nothing, all that could be won is next to nothing too.
+const LEAST_HEAT: f64 = 0.1;
 
 /// Part of the scale from which on a difference of temperature is worth a move whatever
 /// all exchanges win: a small block may be hotter than one bit for each page can tell.
@@ -137,7 +141,9 @@ pub fn plan(input: &PlanInput<'_>) -> Plan {
     let trickles = !input.settling && {
         let largest = input.slots.iter().max_by_key(|slot| slot.place.pages());
         let variance = largest.map_or(0.0, |slot| slot.heat.variance());
-        candidates.potential.gain(gap, variance) < WORTH_MOVING * input.heat
+        let pages: u64 = input.slots.iter().map(|slot| slot.place.pages() as u64).sum();
+        let heat = input.heat.max(LEAST_HEAT * pages as f64);
+        candidates.potential.gain(gap.sure(), variance) < WORTH_MOVING * heat
     };
     plan.add(exchanges, trickles.then_some(input.trickle_pages));
     plan
@@ -168,6 +174,11 @@ impl Exchange {
 }
 
 impl Plan {
+    /// Pages of 4 KiB that are to move.
+    pub fn pages(&self) -> u64 {
+        self.demote.iter().chain(&self.promote).map(|unit| u64::from(unit.pages)).sum()
+    }
+
     /// Adds the exchanges, best first, or as many of them as a trickle allows.
     fn add(&mut self, exchanges: Vec<Exchange>, trickle_pages: Option<u64>) {
         let mut allowed = trickle_pages.unwrap_or(0);

@@ -293,10 +293,13 @@ impl Policy {
             Mode::Off => "off: neither observed nor moved".into(),
             Mode::Observe => format!("observe: {observed}; nothing is moved"),
             Mode::Place => format!(
-                "place: {observed}; DRAM {}{}; demote after {} without access, exchange pages {} of the heat scale apart, move at most {}",
+                "place: {observed}; DRAM {}{}; {}exchange pages {} of the heat scale apart, move at most {}",
                 self.dram,
                 self.describe_nodes(),
-                format_duration(self.migration.delay),
+                match self.migration.delay {
+                    Duration::ZERO => String::new(),
+                    delay => format!("demote after {} without access, ", format_duration(delay)),
+                },
                 self.migration.tolerance,
                 self.migration.bandwidth,
             ),

@@ -24,12 +24,7 @@ const TO_HOT: f64 = 0.9;
 
 fn policy(settings: &[(&str, &str)]) -> Policy {
     let mut layer = Layer::default();
-    let usual = [
-        ("dram.share", "30%"),
-        ("temperature.half-life", "10s"),
-        ("migration.delay", "2s"),
-        ("migration.bandwidth", "1GiB/s"),
-    ];
+    let usual = [("dram.share", "30%"), ("migration.bandwidth", "1GiB/s")];
     for (path, value) in usual.iter().chain(settings) {
         layer.assign(path, value).unwrap();
     }
@@ -70,40 +65,60 @@ fn check_settled(rounds: &[Round], part: f64, within: usize) {
     assert!(at <= within, "{part} of the oracle from round {at} on: {:?}", of_oracle(rounds));
 }
 
+/// Of the first round the daemon does not know how long it was, and what it plans after
+/// a round moves in the next.
+const BEFORE_FIRST_MOVE: usize = 2;
+
 #[test]
 fn a_static_hot_set_comes_to_dram() {
     let rounds = run(params(&[]), workload(Pattern::Static { hot: HOT, to_hot: TO_HOT }), 40);
-    check_settled(&rounds, 0.98, 8);
+    check_settled(&rounds, 0.98, BEFORE_FIRST_MOVE + 3);
     let summary = Summary::of(&rounds);
     assert!(summary.late.of_oracle().unwrap() >= 0.999);
 }
 
 #[test]
 fn zipf_comes_near_the_oracle() {
-    let rounds = run(params(&[]), workload(Pattern::Zipf { theta: 0.99 }), 50);
-    check_settled(&rounds, 0.98, 31);
+    let zipf = |rate_hz| WorkloadParams { rate_hz, ..workload(Pattern::Zipf { theta: 0.99 }) };
+    let rounds = run(params(&[]), zipf(3.0), 40);
+    check_settled(&rounds, 0.97, BEFORE_FIRST_MOVE + 5);
+    check_settled(&rounds, 0.98, BEFORE_FIRST_MOVE + 12);
+    // Accessed so seldom, one bit a round takes longer to tell pages apart.
+    check_settled(&run(params(&[]), zipf(1.0), 40), 0.96, BEFORE_FIRST_MOVE + 8);
 }
 
 #[test]
 fn a_phase_shift_is_followed() {
     let pattern = Pattern::Phase { hot: HOT, to_hot: TO_HOT, period: 40 * Duration::from_secs(1) };
     let rounds = run(params(&[]), workload(pattern), 80);
-    check_settled(&rounds[..40], 0.95, 8);
-    check_settled(&rounds[40..], 0.95, 12);
+    check_settled(&rounds[..40], 0.95, BEFORE_FIRST_MOVE + 3);
+    check_settled(&rounds[40..], 0.95, 5);
     assert!(of_oracle(&rounds)[40] < 0.5, "the shift is one");
 }
 
 #[test]
 fn a_scan_drives_no_hot_page_out() {
     let rounds = run(params(&[]), workload(Pattern::Scan { hot: HOT, to_hot: TO_HOT, period: MINUTE }), 70);
-    check_settled(&rounds, 0.95, 9);
+    check_settled(&rounds, 0.95, BEFORE_FIRST_MOVE + 5);
 }
 
 #[test]
 fn a_hot_block_of_a_thousandth_is_found() {
     let pattern = Pattern::HotBlock { hot: 0.001, to_hot: TO_HOT };
     let rounds = run(params(&[]), workload(pattern), 20);
-    check_settled(&rounds, 0.98, 7);
+    check_settled(&rounds, 0.98, BEFORE_FIRST_MOVE + 2);
+}
+
+/// Once all is known that can be: see `GuestMemory::plan`.
+#[test]
+fn a_steady_guest_is_left_alone() {
+    let zipf = Pattern::Zipf { theta: 0.99 };
+    let block = Pattern::HotBlock { hot: 0.001, to_hot: TO_HOT };
+    for pattern in [Pattern::Static { hot: HOT, to_hot: TO_HOT }, zipf, block, Pattern::Uniform] {
+        let rounds = run(params(&[]), workload(pattern), 200);
+        let minute: u64 = rounds[140..].iter().map(Round::moved_pages).sum();
+        assert!(minute * 1000 <= PAGES, "{minute} of {PAGES} pages moved in a minute: {pattern:?}");
+    }
 }
 
 #[test]

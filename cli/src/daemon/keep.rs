@@ -43,7 +43,7 @@ const WRITE_BYTES: usize = 256 << 10;
 const LONGEST_NAP: Duration = Duration::from_millis(100);
 
 /// Even under the shortest delay, heat may be out by this much.
-const SMALLEST_SKEW: Duration = Duration::from_secs(1);
+const SMALLEST_SKEW: Duration = Duration::from_millis(2500);
 
 /// Shortest time between two writes of one domain's heat.
 const SHORTEST_PAUSE: Duration = Duration::from_secs(10);

@@ -13,6 +13,10 @@ const SETTLED_SIGMAS: f64 = 2.0;
 /// the simulator: with 1 zipf takes five rounds to 98 % of the best, with this three.
 const SETTLING_SIGMAS: f64 = 0.5;
 
+/// The same for what exchanges could win in all. Of a million pages, those that chance
+/// favours most and least are five standard deviations of either apart.
+const SURE_SIGMAS: f64 = 4.0;
+
 /// What a temperature says, and how sure it is.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Estimate {
@@ -47,6 +51,11 @@ impl Gap {
     pub(super) fn new(tolerance: Share, settling: bool) -> Self {
         let least = tolerance.of(u64::from(MAX_TEMPERATURE)) as f64;
         Gap { least, sigmas: if settling { SETTLING_SIGMAS } else { SETTLED_SIGMAS } }
+    }
+
+    /// What would be left if chance had no part in it.
+    pub(super) fn sure(self) -> Self {
+        Gap { sigmas: SURE_SIGMAS, ..self }
     }
 
     /// Whether `comes` is hotter than `goes` by enough.
