@@ -143,9 +143,16 @@ fn domain(page: &mut Page, domain: &DomainStatus) {
     if let Some(error) = &domain.policy_error {
         page.alert("", &format!("the domain's own policy is not in force: {error}"));
     }
+    for warning in &domain.policy_warnings {
+        page.alert("", warning);
+    }
     if domain.slots > 0 {
         let slots = counted(domain.slots.into(), "slot");
         page.field("memory", &format!("{} in {slots}", Bytes(domain.memory_bytes)));
+    }
+    if domain.excluded_bytes > 0 {
+        let excluded = part(domain.excluded_bytes, domain.memory_bytes, "memory");
+        page.field("excluded", &format!("{excluded}, by the policy: it is not moved"));
     }
     match &domain.round {
         Some(round_status) => {

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What is known of a guest's memory: heat and place of every page.
 
+mod holds;
+
 use std::ops::Range;
 use std::time::Duration;
 
@@ -9,9 +11,13 @@ use crate::heat::store::SlotRange;
 use crate::heat::{ClassCounts, HeatMap, HeatParams, Round, Surprise};
 use crate::migrate::{MoveOutcome, Refused};
 use crate::plan::{self, MoveUnit, PlaceCounts, PlaceMap, Plan, PlanInput, Recent, SlotView};
+use crate::policy::Excluded;
 use crate::sampler::{Harvest, MemSlot};
 use crate::units::{Bytes, PAGE_BYTES, PAGES_PER_2M, Share};
 use crate::wire::Place;
+
+use holds::Holds;
+pub use holds::SHORTEST_HOLD;
 
 /// Rounds after the start, or after the guest turned to other pages, in which it
 /// settles: see [`PlanInput::settling`].
@@ -34,11 +40,8 @@ struct Slot {
     place: PlaceMap,
     /// As the last harvest saw it.
     mapped: PageSet,
-    /// Pages that are not planned: refused lately, or all while dirty logging is
-    /// on in the slot.
-    held: Vec<u64>,
-    /// Of those, the ones refused since holds were last released.
-    newly_held: Vec<u64>,
+    /// Pages that are not planned.
+    holds: Holds,
     recent: Recent,
     /// The round that is being taken in.
     round: Option<Round>,
@@ -49,32 +52,32 @@ struct Slot {
 impl Slot {
     fn new(info: MemSlot, params: HeatParams) -> Self {
         let pages = info.page_count as usize;
-        let words = bitmap::words_for(pages);
         let mut slot = Self {
             info,
             heat: HeatMap::new(pages, params),
             place: PlaceMap::new(info.gfn_start, pages),
             mapped: PageSet::new(pages),
-            held: vec![0; words],
-            newly_held: vec![0; words],
+            holds: Holds::new(pages),
             recent: Recent::default(),
             round: None,
             observed: false,
         };
-        slot.hold_all_if_logged();
+        slot.holds.set_logged(info.dirty_log);
         slot
     }
 
-    /// Whoever logs writes would see each moved page as written.
-    fn hold_all_if_logged(&mut self) {
-        if self.info.dirty_log {
-            self.held.fill(!0);
-        }
+    /// Leaves alone what lies in these frames, and no other pages for good.
+    fn exclude(&mut self, frames: &[Range<u64>]) {
+        let (first, end) = (self.info.gfn_start, self.info.gfn_start + self.info.page_count);
+        let ours = frames.iter().map(|range| range.start.max(first)..range.end.min(end));
+        let ours = ours.filter(|range| range.start < range.end);
+        let pages = ours.map(|range| (range.start - first) as usize..(range.end - first) as usize);
+        self.holds.exclude(pages, self.info.hva);
     }
 
     fn view(&self) -> SlotView<'_> {
-        let Self { info, heat, place, held, recent, .. } = self;
-        SlotView { hva: info.hva, heat, place, held, recent }
+        let Self { info, heat, place, holds, recent, .. } = self;
+        SlotView { hva: info.hva, heat, place, held: holds.held(), recent }
     }
 
     fn range(&self) -> SlotRange {
@@ -102,6 +105,7 @@ pub struct GuestMemory {
     params: HeatParams,
     generation: Option<u64>,
     slots: Vec<Slot>,
+    excluded: Excluded,
     /// Where the survey of unmapped pages goes on: slot and page.
     survey_at: (usize, usize),
     surveyed: bool,
@@ -126,6 +130,7 @@ impl GuestMemory {
             params,
             generation: None,
             slots: Vec::new(),
+            excluded: Excluded::default(),
             survey_at: (0, 0),
             surveyed: false,
             surprise: Surprise::default(),
@@ -145,10 +150,33 @@ impl GuestMemory {
         }
     }
 
+    /// Leaves this memory where it is, and no other for good.
+    pub fn exclude(&mut self, excluded: &Excluded) {
+        if self.excluded != *excluded {
+            self.excluded.clone_from(excluded);
+            self.slots.iter_mut().for_each(|slot| slot.exclude(&excluded.frames));
+        }
+    }
+
+    /// Memory that is excluded, and what can not be moved without it.
+    pub fn excluded_bytes(&self) -> Bytes {
+        Bytes::of_pages(self.slots.iter().map(|slot| slot.holds.excluded_pages()).sum())
+    }
+
+    /// Frames that are excluded and of which none is memory.
+    pub fn excluded_in_vain(&self) -> impl Iterator<Item = &Range<u64>> {
+        let is_memory = |frames: &&Range<u64>| {
+            let end = |slot: &Slot| slot.info.gfn_start + slot.info.page_count;
+            self.slots.iter().any(|slot| slot.info.gfn_start < frames.end && frames.start < end(slot))
+        };
+        self.excluded.frames.iter().filter(move |frames| !is_memory(frames))
+    }
+
     /// Takes in the guest's slots. What is known of slots that are still the
     /// same is kept.
     pub fn adopt(&mut self, generation: u64, infos: Vec<MemSlot>) {
-        if self.generation.replace(generation) == Some(generation) {
+        let earlier = self.generation.replace(generation);
+        if earlier == Some(generation) {
             return;
         }
         let mut before = std::mem::take(&mut self.slots);
@@ -157,12 +185,18 @@ impl GuestMemory {
                 Some(index) => {
                     let mut slot = before.swap_remove(index);
                     slot.info = info;
-                    slot.hold_all_if_logged();
+                    slot.holds.set_logged(info.dirty_log);
                     slot
                 }
                 None => {
                     self.surveyed = false;
-                    Slot::new(info, self.params)
+                    let mut slot = Slot::new(info, self.params);
+                    slot.exclude(&self.excluded.frames);
+                    // Where a device that was plugged in lies is told a moment later.
+                    if self.excluded.by_device && earlier.is_some() {
+                        slot.holds.settle();
+                    }
+                    slot
                 }
             };
             self.slots.push(slot);
@@ -342,6 +376,11 @@ impl GuestMemory {
         self.surveyed
     }
 
+    /// Whether the last look at unmapped pages came to the end of the memory.
+    pub fn survey_came_round(&self) -> bool {
+        self.survey_at == (0, 0)
+    }
+
     /// Forgets that the places were looked at: the tiers have changed.
     pub fn survey_again(&mut self) {
         self.surveyed = false;
@@ -389,11 +428,11 @@ impl GuestMemory {
             }
         }
         // The search has come back to the start.
-        self.surveyed |= self.survey_at == (0, 0);
+        self.surveyed |= self.survey_came_round();
     }
 
-    /// Takes in what became of units that were to go to the tier `target`.
-    pub fn record_moves(&mut self, outcome: &MoveOutcome, target: Place) {
+    /// Takes in what became, at `now`, of units that were to go to the tier `target`.
+    pub fn record_moves(&mut self, outcome: &MoveOutcome, target: Place, now: Duration) {
         for (unit, result) in &outcome.units {
             let Some((slot, pages)) = self.locate(unit) else { continue };
             match result {
@@ -403,22 +442,15 @@ impl GuestMemory {
                 }
                 Err(Refused::AlreadyThere) => slot.place.record(pages, target),
                 Err(Refused::NotPresent) => slot.place.record(pages, Place::Absent),
-                Err(_) => {
-                    bitmap::fill(&mut slot.held, pages.clone(), true);
-                    bitmap::fill(&mut slot.newly_held, pages, true);
-                }
+                Err(_) => slot.holds.refuse(pages, now),
             }
         }
     }
 
-    /// Lets pages be planned again that were held before the last release, so
-    /// that a hold lasts between one and two times the time between releases.
-    pub fn release_held(&mut self) {
-        for slot in &mut self.slots {
-            slot.held.clone_from(&slot.newly_held);
-            slot.newly_held.fill(0);
-            slot.hold_all_if_logged();
-        }
+    /// Lets pages be planned again that were refused, when they were held for long
+    /// enough at `now`: [`SHORTEST_HOLD`] at first.
+    pub fn release_held(&mut self, now: Duration) {
+        self.slots.iter_mut().for_each(|slot| slot.holds.release(now));
     }
 
     fn locate(&mut self, unit: &MoveUnit) -> Option<(&mut Slot, Range<usize>)> {
@@ -557,14 +589,42 @@ mod tests {
             (unit(512), Err(Refused::NotPresent)),
             (unit(513), Err(Refused::AlreadyThere)),
         ];
-        memory.record_moves(&MoveOutcome { units }, Place::Slow);
+        memory.record_moves(&MoveOutcome { units }, Place::Slow, Duration::ZERO);
         assert_eq!(memory.places(), PlaceCounts { fast: 0, slow: 2, absent: 126 });
         assert_eq!(memory.views()[0].held, [1 << 2]);
         assert_eq!(memory.views()[1].held, [0]);
-        memory.release_held();
-        assert_eq!(memory.views()[0].held, [1 << 2], "held for one whole period at least");
-        memory.release_held();
+        memory.release_held(SHORTEST_HOLD - Duration::from_secs(1));
+        assert_eq!(memory.views()[0].held, [1 << 2]);
+        memory.release_held(SHORTEST_HOLD);
         assert_eq!(memory.views()[0].held, [0]);
+    }
+
+    #[test]
+    fn excluded_memory_is_held_for_good_in_slots_that_come_later_too() {
+        let mut memory = GuestMemory::new(params());
+        memory.adopt(1, vec![info(0, 1024)]);
+        let mut excluded = Excluded { frames: vec![600..601, 4096..4100, 9000..9001], ..Excluded::default() };
+        memory.exclude(&excluded);
+        assert_eq!(memory.excluded_bytes(), Bytes::of_pages(512), "what moves with the page stays as well");
+        let in_vain: Vec<_> = memory.excluded_in_vain().cloned().collect();
+        assert_eq!(in_vain, [4096..4100, 9000..9001]);
+        memory.release_held(SHORTEST_HOLD * 100);
+        assert!(bitmap::all(memory.views()[0].held, 512..1024));
+        assert!(!bitmap::any(memory.views()[0].held, 0..512));
+        memory.adopt(2, vec![info(0, 1024), info(4096, 512)]);
+        assert_eq!(memory.excluded_bytes(), Bytes::of_pages(1024));
+        assert_eq!(memory.excluded_in_vain().count(), 1);
+        // A slot that may be an excluded device waits until it is known.
+        excluded.by_device = true;
+        memory.exclude(&excluded);
+        memory.adopt(3, vec![info(0, 1024), info(8192, 512)]);
+        assert!(bitmap::all(memory.views()[1].held, 0..512));
+        memory.release_held(Duration::ZERO);
+        memory.release_held(SHORTEST_HOLD);
+        assert!(!bitmap::any(memory.views()[1].held, 0..512));
+        memory.exclude(&Excluded::default());
+        assert_eq!(memory.excluded_bytes(), Bytes(0));
+        assert!(!bitmap::any(memory.views()[0].held, 0..1024));
     }
 
     #[test]
@@ -574,10 +634,10 @@ mod tests {
         memory.adopt(1, vec![info(0, 128), logged]);
         assert!(!memory.mostly_logged());
         assert_eq!(memory.views()[1].held, [!0]);
-        memory.release_held();
+        memory.release_held(SHORTEST_HOLD);
         assert_eq!(memory.views()[1].held, [!0]);
         memory.adopt(2, vec![info(0, 128), info(512, 64)]);
-        memory.release_held();
+        memory.release_held(SHORTEST_HOLD);
         assert_eq!(memory.views()[1].held, [0]);
         memory.adopt(3, vec![MemSlot { dirty_log: true, ..info(0, 128) }, info(512, 64)]);
         assert!(memory.mostly_logged());

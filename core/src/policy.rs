@@ -4,6 +4,7 @@
 //! and says more when something is wrong.
 
 mod config;
+mod exclude;
 mod layer;
 mod parse;
 mod serve;
@@ -21,6 +22,7 @@ use crate::units::{Bytes, BytesPerSecond, Share, format_duration};
 
 pub use crate::xml::LONGEST_XML;
 pub use config::{Config, ConfigError, DEFAULT_CONFIG};
+pub use exclude::Excluded;
 pub use layer::{Exclusion, Layer};
 pub use parse::{NAMESPACE, PolicyError};
 pub use serve::{Host, refusal, shortcoming};

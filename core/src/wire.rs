@@ -279,8 +279,15 @@ pub struct DomainStatus {
     /// What is wrong with the policy and where, when it could not be read. The
     /// domain is then observed by default.
     pub policy_error: Option<String>,
+    /// What is odd about the policy, though it is in force, in plain words.
+    #[serde(default)]
+    pub policy_warnings: Vec<String>,
     /// Guest memory by its memory slots, in bytes (ROMs left out).
     pub memory_bytes: u64,
+    /// Of it, what the policy excludes from being moved, rounded outwards to 2 MiB of
+    /// the VMM's address space: huge pages move as a whole.
+    #[serde(default)]
+    pub excluded_bytes: u64,
     /// Number of memory slots.
     pub slots: u32,
     /// The last round; none before the first has ended.

@@ -13,7 +13,7 @@ use ept_virt_core::migrate::{
     BATCH_UNITS, MoveOutcome, Mover, ProcessGone, Refused, RefusedBytes, TokenBucket, unit_bytes,
 };
 use ept_virt_core::plan::MoveUnit;
-use ept_virt_core::policy::{Mode, Policy};
+use ept_virt_core::policy::{Excluded, Mode, Policy};
 use ept_virt_core::sampler::{Harvest, HarvestRequest, HarvestStats, MemSlot, Sampler, SamplerError};
 use ept_virt_core::topology::Tiers;
 use ept_virt_core::units::{Bytes, PAGE_BYTES, PAGES_PER_2M};
@@ -22,7 +22,7 @@ use ept_virt_core::wire::{MoveTotals, Place, RoundStatus};
 use super::state::lock;
 use super::tap::Tap;
 
-/// How long pages that were refused are left alone, at least.
+/// How long nothing is moved after the kernel forbade it.
 const HOLD: Duration = Duration::from_secs(30);
 
 /// Bytes of a huge page of 2 MiB.
@@ -53,6 +53,8 @@ pub struct Orders {
     pub tiers: Tiers,
     /// Why nothing is moved though the policy says so.
     pub obstacle: Option<String>,
+    /// Memory that is left where it is.
+    pub excluded: Excluded,
     /// The guest's CPUs stand still, and so does its heat.
     pub suspended: bool,
     /// The host takes memory away by what it sees accessed: it must be told of what
@@ -117,7 +119,6 @@ pub struct Guest {
     harvested_at: Option<Duration>,
     /// Time from here on is none for the guest.
     suspended_since: Option<Duration>,
-    released_at: Duration,
     /// The kernel forbade moves; until when they are not tried again.
     forbidden_until: Option<Duration>,
     slow_is_full: bool,
@@ -136,7 +137,9 @@ impl Guest {
         orders: Orders,
         now: Duration,
     ) -> Self {
-        *lock(&memory) = GuestMemory::new(orders.policy.heat_params());
+        let mut blank = GuestMemory::new(orders.policy.heat_params());
+        blank.exclude(&orders.excluded);
+        *lock(&memory) = blank;
         Self {
             sampler,
             mover,
@@ -149,7 +152,6 @@ impl Guest {
             totals: MoveTotals::default(),
             rounds: 0,
             harvested_at: None,
-            released_at: now,
             forbidden_until: None,
             slow_is_full: false,
             all_in_use: false,
@@ -171,6 +173,7 @@ impl Guest {
     pub fn obey(&mut self, orders: Orders, now: Duration) {
         let mut memory = lock(&self.memory);
         memory.set_params(orders.policy.heat_params());
+        memory.exclude(&orders.excluded);
         if orders.tiers != self.orders.tiers {
             memory.survey_again();
         }
@@ -227,6 +230,19 @@ impl Guest {
     pub fn size(&self) -> (Bytes, u32) {
         let memory = lock(&self.memory);
         (memory.bytes(), memory.slots().count() as u32)
+    }
+
+    /// What is excluded, and what is odd about that, in plain words.
+    pub fn excluded(&self) -> (Bytes, Vec<String>) {
+        let memory = lock(&self.memory);
+        let mut warnings = self.orders.excluded.warnings.clone();
+        // Before the first round there is no memory at all.
+        let in_vain = memory.excluded_in_vain().filter(|_| self.rounds > 0);
+        warnings.extend(in_vain.map(|frames| {
+            let [start, end] = [frames.start, frames.end].map(|frame| frame * PAGE_BYTES);
+            format!("the policy excludes {start:#x} to {end:#x}, where the guest has no memory")
+        }));
+        (memory.excluded_bytes(), warnings)
     }
 
     /// Harvests all of the guest's memory once.
@@ -305,8 +321,9 @@ impl Guest {
                 Some(node) if self.orders.tiers.slow.contains(*node) => Place::Slow,
                 Some(_) => Place::Fast,
             };
-            lock(&self.memory).record_places(&pages, nodes.iter().map(place));
-            if pages.len() < SURVEY_PAGES || Instant::now() >= until {
+            let mut memory = lock(&self.memory);
+            memory.record_places(&pages, nodes.iter().map(place));
+            if memory.survey_came_round() || Instant::now() >= until {
                 return Ok(());
             }
         }
@@ -346,10 +363,7 @@ impl Guest {
             return Moves::default();
         }
         let mut memory = lock(&self.memory);
-        if now.saturating_sub(self.released_at) >= HOLD {
-            memory.release_held();
-            self.released_at = now;
-        }
+        memory.release_held(now);
         let Orders { policy, tiers, .. } = &self.orders;
         let bandwidth = policy.migration.bandwidth.0;
         let budget = u128::from(bandwidth) * interval.as_nanos() / 1_000_000_000;
@@ -393,7 +407,7 @@ impl Guest {
         let target = if place == Place::Slow { &tiers.slow } else { &tiers.fast };
         let outcome = self.mover.apply(units, target, stop)?;
         let tried = units.len();
-        self.account(&outcome, place);
+        self.account(&outcome, place, now);
         moves.done += tried;
         if outcome.units.iter().any(|(_, result)| *result == Err(Refused::NotPermitted)) {
             self.forbidden_until = Some(now + HOLD);
@@ -402,8 +416,8 @@ impl Guest {
         Ok(Pace::More)
     }
 
-    fn account(&mut self, outcome: &MoveOutcome, target: Place) {
-        lock(&self.memory).record_moves(outcome, target);
+    fn account(&mut self, outcome: &MoveOutcome, target: Place, now: Duration) {
+        lock(&self.memory).record_moves(outcome, target, now);
         self.refused.add(outcome);
         let (tried, moved) = match target {
             Place::Slow => (&mut self.totals.demote_tried_bytes, &mut self.totals.demoted_bytes),

@@ -162,7 +162,8 @@ fn orders(mode: Mode) -> Orders {
     };
     let tiers =
         Tiers { fast: NodeSet::from_iter([FAST]), slow: NodeSet::from_iter([SLOW]), from: "test".into() };
-    Orders { policy, tiers, obstacle: None, suspended: false, keep_young: false }
+    let excluded = Excluded::default();
+    Orders { policy, tiers, obstacle: None, excluded, suspended: false, keep_young: false }
 }
 
 impl Test {
@@ -311,6 +312,29 @@ fn idle_pages_leave_the_fast_tier_and_hot_ones_stay() {
     let totals = test.guest.totals();
     assert_eq!((totals.demote_tried_bytes, totals.demoted_bytes), (50 * PAGE_BYTES, 50 * PAGE_BYTES));
     assert_eq!((totals.promoted_bytes, totals.refused.len()), (0, 0));
+}
+
+#[test]
+fn excluded_memory_stays_and_what_names_nothing_is_told() {
+    let mut orders = orders(Mode::Place);
+    orders.excluded.frames = vec![1030..1040, 9000..9010];
+    orders.excluded.warnings = vec!["odd".into()];
+    let mut test = Test::new(orders, vec![slot(0, 2048)]);
+    assert_eq!(test.guest.excluded().1, ["odd"], "nothing is known of the memory yet");
+    test.world().touch(0..2048);
+    test.rounds(40, 0..10);
+    let slow = test.world().on(SLOW);
+    assert_eq!(slow.len(), 1024, "the rest makes up for it");
+    assert!(slow.iter().all(|gfn| !(1024..1536).contains(gfn)), "{slow:?}");
+    let (bytes, warnings) = test.guest.excluded();
+    assert_eq!(bytes, Bytes::of_pages(512));
+    assert_eq!(warnings[1], "the policy excludes 0x2328000 to 0x2332000, where the guest has no memory");
+    // Nor does it come back when it is hot.
+    let mut orders = test.guest.orders().clone();
+    orders.excluded.frames = vec![slow[0]..slow[0] + 1];
+    test.guest.obey(orders, test.now);
+    test.rounds(20, slow[0]..slow[0] + 1);
+    assert_eq!(test.world().pages[&slow[0]].node, Some(SLOW));
 }
 
 /// Nested guests, and hosts without tables to walk: a page is accessed and not

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ept_virt_core::domain::{Activity, Jobs, Libvirt, RunningDomain};
-use ept_virt_core::policy::{Config, Effective, Layer, Mode, Policy};
+use ept_virt_core::policy::{Config, Effective, Excluded, Layer, Mode, Policy};
 use ept_virt_core::sampler::{KernelSampler, ModuleInfo, Sampler};
 use ept_virt_core::topology::{NumaBalancing, Tiers, numa_balancing, reclaims};
 use ept_virt_core::wire::{DomainState, ModuleStatus};
@@ -242,6 +242,10 @@ impl Entry {
         orders.keep_young = around.reclaims;
         if self.policy.mode == Mode::Place {
             orders.obstacle = orders.obstacle.or_else(|| migrates(domain, around.job));
+            match Excluded::resolve(&self.policy.exclude, self.xml.as_deref().unwrap_or_default()) {
+                Ok(excluded) => orders.excluded = excluded,
+                Err(problem) => orders.obstacle = Some(format!("nothing is moved: {problem}")),
+            }
         }
         match self.cell.hold() {
             Hold::Paused if self.policy.mode == Mode::Place => {
@@ -356,7 +360,8 @@ fn migrates(domain: &RunningDomain, job: bool) -> Option<String> {
 fn orders(policy: &Policy, host: &Tiers) -> Orders {
     let (tiers, obstacle) = policy.tiers(host);
     let obstacle = obstacle.map(|obstacle| format!("nothing is moved: {obstacle}"));
-    Orders { policy: policy.clone(), tiers, obstacle, suspended: false, keep_young: false }
+    let excluded = Excluded::default();
+    Orders { policy: policy.clone(), tiers, obstacle, excluded, suspended: false, keep_young: false }
 }
 
 #[cfg(test)]
@@ -461,6 +466,27 @@ mod tests {
         let mut observed = Entry::new(&domain("<domain type='qemu'/>"), &Config::default());
         look(&mut observed, &domain("<domain type='qemu'/>"), true);
         assert_eq!(observed.orders.unwrap().obstacle, None);
+    }
+
+    #[test]
+    fn what_is_excluded_is_found_in_the_domain_s_xml() {
+        let policy = "<metadata><placement xmlns='https://ept-virt.org/xmlns/placement/1.0' mode='place'>\
+            <exclude><memory alias='dimm0'/></exclude></placement></metadata>";
+        let xml = |address: &str| {
+            format!(
+                "<domain type='qemu'>{policy}<devices><memory model='dimm'><target><size unit='MiB'>2</size></target>\
+                 <alias name='dimm0'/>{address}</memory></devices></domain>"
+            )
+        };
+        let mut running = domain(&xml("<address type='dimm' base='0x40000000'/>"));
+        let mut entry = Entry::new(&running, &Config::default());
+        look(&mut entry, &running, false);
+        let orders = entry.orders.clone().unwrap();
+        assert_eq!((orders.excluded.frames, orders.obstacle), (vec![0x40000..0x40200], None));
+        running.xml = Ok(xml(""));
+        look(&mut entry, &running, false);
+        let obstacle = entry.orders.clone().unwrap().obstacle.unwrap();
+        assert!(obstacle.contains("\"dimm0\"") && obstacle.contains("does not tell where"), "{obstacle}");
     }
 
     #[test]

@@ -67,7 +67,9 @@ impl Cell {
             policy_from: String::new(),
             policy: String::new(),
             policy_error: None,
+            policy_warnings: Vec::new(),
             memory_bytes: 0,
+            excluded_bytes: 0,
             slots: 0,
             round: None,
             moves: MoveTotals::default(),
@@ -196,7 +198,9 @@ fn forget(status: &mut DomainStatus, state: DomainState, reason: Option<String>)
     status.state = state;
     status.reason = reason;
     status.pid = None;
+    status.policy_warnings = Vec::new();
     status.memory_bytes = 0;
+    status.excluded_bytes = 0;
     status.slots = 0;
     status.round = None;
     status.moves = MoveTotals::default();

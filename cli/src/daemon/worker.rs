@@ -356,11 +356,14 @@ impl Run {
         let reason = self.guest.hindrance(self.now());
         let (bytes, slots) = self.guest.size();
         let moves = self.guest.totals();
+        let (excluded, warnings) = self.guest.excluded();
         self.cell.update_by(&self.memory, |status| {
             status.pid = Some(self.process.pid());
             status.state = state;
             status.reason = reason;
             status.memory_bytes = bytes.0;
+            status.excluded_bytes = excluded.0;
+            status.policy_warnings = warnings;
             status.slots = slots;
             status.round.clone_from(&self.round);
             status.moves = moves;

@@ -5,7 +5,7 @@ use std::process::{Child, Command};
 
 use ept_virt_core::migrate::MoveOutcome;
 use ept_virt_core::plan::MoveUnit;
-use ept_virt_core::policy::Policy;
+use ept_virt_core::policy::{Excluded, Policy};
 use ept_virt_core::sampler::{EntryFormat, Harvest, HarvestRequest, MemSlot, ModuleInfo};
 use ept_virt_core::topology::{NodeSet, Tiers};
 
@@ -112,7 +112,8 @@ impl Mover for NoMemory {
 fn orders(interval: Duration) -> Orders {
     let mut policy = Policy::default();
     policy.sampling.interval = Some(interval);
-    Orders { policy, tiers: Tiers::default(), obstacle: None, suspended: false, keep_young: false }
+    let (tiers, excluded) = (Tiers::default(), Excluded::default());
+    Orders { policy, tiers, obstacle: None, excluded, suspended: false, keep_young: false }
 }
 
 /// A worker for a process that only sleeps.

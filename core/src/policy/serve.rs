@@ -4,7 +4,6 @@
 use crate::text::word;
 use crate::topology::{NodeSet, Tiers};
 
-use super::parse::EXCLUDE;
 use super::{Config, Effective, Layer, Mode, Policy, Value, parse};
 
 impl Policy {
@@ -17,9 +16,6 @@ impl Policy {
         let words = |nodes: &NodeSet| word(&nodes.to_string());
         let obstacle = if self.mode != Mode::Place {
             None
-        } else if !self.exclude.is_empty() {
-            // Rather too little than what was to be left alone.
-            Some("the policy excludes memory, which this version can not tell from the rest".into())
         } else if !unknown.is_empty() {
             Some(format!("the policy's NUMA nodes {} have no memory on this host", words(&unknown)))
         } else if !both.is_empty() {
@@ -71,13 +67,10 @@ pub(super) fn unserved(policy: &Policy) -> Vec<&'static str> {
     asked.map(|unserved| unserved.words).collect()
 }
 
-/// What this version falls short of with a setting, as `dram.share`, or with
-/// exclusions, as `exclude`; `None` when it does what was asked.
+/// What this version falls short of with a setting, as `dram.share`; `None` when it
+/// does what was asked.
 pub fn shortcoming(setting: &str) -> Option<&'static str> {
-    match setting {
-        EXCLUDE => Some("with any, nothing is moved yet"),
-        _ => UNSERVED.iter().any(|unserved| unserved.settings.contains(&setting)).then_some("not used yet"),
-    }
+    UNSERVED.iter().any(|unserved| unserved.settings.contains(&setting)).then_some("not used yet")
 }
 
 /// What a host is asked before a domain starts. Each answer is only asked for
@@ -207,7 +200,7 @@ mod tests {
         assert!(refused(&required("profile='gold'", ""), &good()).contains("no profile \"gold\""));
         assert_eq!(refused(&place, &Fake { config: Err("broken".into()), ..good() }), "broken");
         let excluded = required("mode='place'", "<p:exclude><p:memory alias='dimm0'/></p:exclude>");
-        assert!(refused(&excluded, &good()).contains("excludes memory"));
+        assert_eq!(refusal(&excluded, &good()), None);
         // Who only observes needs no second tier, and who does nothing needs nothing.
         let observe = required("", "");
         assert_eq!(refusal(&observe, &Fake { slow: vec![], ..good() }), None);
@@ -221,7 +214,6 @@ mod tests {
             assert!(SETTINGS.iter().any(|known| known.path() == *setting), "{setting}");
             assert_eq!(shortcoming(setting), Some("not used yet"));
         }
-        assert!(shortcoming("exclude").is_some());
         assert_eq!((shortcoming("dram.share"), shortcoming("mode")), (None, None));
         // Each is named when it is asked for, and by default none is.
         assert!(unserved(&Policy::default()).is_empty());

@@ -90,7 +90,7 @@ impl Engine {
         }
         for target in [Place::Slow, Place::Fast] {
             let units = moved.iter().filter(|(_, place)| *place == target).map(|(unit, _)| (*unit, Ok(())));
-            self.memory.record_moves(&MoveOutcome { units: units.collect() }, target);
+            self.memory.record_moves(&MoveOutcome { units: units.collect() }, target, now);
         }
         moved
     }

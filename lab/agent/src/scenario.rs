@@ -10,6 +10,7 @@ mod console;
 mod daemon;
 mod demo;
 mod domain;
+mod excluded;
 mod fire_huge;
 mod fire_life;
 mod fire_memory;
@@ -56,6 +57,7 @@ const SCENARIOS: &[(&str, Test)] = &[
     ("boot", boot::guest_runs_under_kvm),
     ("e2e-memfd", placement::memfd),
     ("e2e-thp", placement::huge_pages),
+    ("e2e-excluded", excluded::run),
     ("bad-no-module", bad_paths::no_module),
     ("bad-no-daemon", bad_paths::no_daemon),
     ("bad-tcg-guest", bad_paths::tcg_guest),

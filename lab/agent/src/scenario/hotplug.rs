@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Memory that a running domain gets is observed as the rest is, and what it gives
-//! back is no longer.
+//! Memory that a running domain gets is observed as the rest is, left alone where the
+//! policy excludes it by its alias, and what it gives back is no longer observed.
 
 use std::fs;
 use std::time::Duration;
@@ -32,7 +32,8 @@ const KEPT_MIB: u64 = 4;
 
 /// Memory is added to a running guest.
 pub fn added() -> Result<Outcome> {
-    let path = tiny::write(NAME, None)?;
+    let place = policy("place", "<ev:exclude><ev:memory alias='dimm0'/></ev:exclude>");
+    let path = tiny::write(NAME, place.as_deref())?;
     let xml = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
     fs::write(&path, with_room(&xml)?).with_context(|| format!("writing {path}"))?;
     virsh(&["define", &path])?;
@@ -44,6 +45,7 @@ pub fn added() -> Result<Outcome> {
     let before =
         daemon::wait_for(NAME, "a round", TIMEOUT, |d| d.round.as_ref().is_some_and(|r| r.number > 1))?;
 
+    ensure!(before.policy_warnings.iter().any(|w| w.contains("\"dimm0\"")), "{:?}", before.policy_warnings);
     let dimm = format!(
         "<memory model='dimm'><target><size unit='MiB'>{ADDED_MIB}</size><node>0</node></target></memory>"
     );
@@ -59,10 +61,14 @@ pub fn added() -> Result<Outcome> {
     // The guest's accesses to the rest are seen as before.
     let accessed = later.round.as_ref().map_or(0, |round| round.accessed_bytes);
     ensure!(accessed > 0, "nothing is seen accessed any more: {later:?}");
+    let excluded = daemon::wait_for(NAME, "what was added is excluded", TIMEOUT, |d| {
+        d.excluded_bytes == ADDED_MIB << 20
+    })?;
+    ensure!(excluded.policy_warnings.is_empty(), "{:?}", excluded.policy_warnings);
     console.check_data()?;
     daemon.stop()?;
     Ok(Outcome::Pass(format!(
-        "{} MiB in {} slots, then {} in {}",
+        "{} MiB in {} slots, then {} in {}, of it {ADDED_MIB} excluded",
         before.memory_bytes >> 20,
         before.slots,
         later.memory_bytes >> 20,
