@@ -234,6 +234,10 @@ fn moves(page: &mut Page, moves: &MoveTotals) {
             moved(moves.promoted_bytes, moves.promote_tried_bytes),
         ),
     );
+    if moves.places_verified > 0 {
+        let checked = format!("places verified {}, wrong {}", moves.places_verified, moves.places_wrong);
+        page.field("", &checked);
+    }
     for refusal in &moves.refused {
         let text = format!("{} {}: {}", Bytes(refusal.bytes), refusal.reason, refusal.explanation);
         page.alert("refused", &text);

@@ -5,6 +5,7 @@
 //! [`policy`] that `domain` reads from libvirt. The modules between are pure.
 
 pub mod bitmap;
+pub mod devices;
 #[cfg(feature = "libvirt")]
 pub mod domain;
 pub mod heat;

@@ -33,6 +33,22 @@ const TRICKLE_PER_MINUTE: f64 = 1.0 / 1200.0;
 /// Minutes for which that is saved up, so that seldom rounds lose none of it.
 const TRICKLE_MINUTES: f64 = 10.0;
 
+/// Words of a bitmap that are looked at for a page to draw.
+const LONGEST_LOOK: usize = 1 << 10;
+
+/// Numbers that look random, the same in each run: xorshift64 (Marsaglia, 2003).
+struct Random(u64);
+
+impl Random {
+    /// One below `bound`, which is not 0.
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 % bound.max(1) as u64) as usize
+    }
+}
+
 /// A read-write memory slot.
 struct Slot {
     info: MemSlot,
@@ -90,10 +106,9 @@ impl Slot {
     }
 }
 
-/// A page whose place the harvest can not tell, because the guest did not touch
-/// it since it was last unmapped.
+/// A page whose place is asked of the host's kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct UnmappedPage {
+pub struct AskedPage {
     /// Address in the VMM.
     pub hva: u64,
     slot: usize,
@@ -106,6 +121,7 @@ pub struct GuestMemory {
     generation: Option<u64>,
     slots: Vec<Slot>,
     excluded: Excluded,
+    random: Random,
     /// Where the survey of unmapped pages goes on: slot and page.
     survey_at: (usize, usize),
     surveyed: bool,
@@ -131,6 +147,7 @@ impl GuestMemory {
             generation: None,
             slots: Vec::new(),
             excluded: Excluded::default(),
+            random: Random(1),
             survey_at: (0, 0),
             surveyed: false,
             surprise: Surprise::default(),
@@ -387,9 +404,10 @@ impl GuestMemory {
         self.survey_at = (0, 0);
     }
 
-    /// The next unmapped pages to look at, at most `limit`. Fewer at the end of
-    /// the memory; the call after that begins again.
-    pub fn next_unmapped(&mut self, limit: usize) -> Vec<UnmappedPage> {
+    /// The next unmapped pages to look at, at most `limit`: those whose place the
+    /// harvest can not tell, because the guest did not touch them since they were last
+    /// unmapped. Fewer at the end of the memory; the call after that begins again.
+    pub fn next_unmapped(&mut self, limit: usize) -> Vec<AskedPage> {
         let mut found = Vec::new();
         let (mut index, mut page) = self.survey_at;
         while let Some(slot) = self.slots.get(index) {
@@ -406,7 +424,7 @@ impl GuestMemory {
                         self.survey_at = (index, page);
                         return found;
                     }
-                    found.push(UnmappedPage {
+                    found.push(AskedPage {
                         hva: slot.info.hva + page as u64 * PAGE_BYTES,
                         slot: index,
                         page,
@@ -421,7 +439,7 @@ impl GuestMemory {
     }
 
     /// Takes in where the pages of [`GuestMemory::next_unmapped`] lie.
-    pub fn record_places(&mut self, pages: &[UnmappedPage], places: impl Iterator<Item = Place>) {
+    pub fn record_places(&mut self, pages: &[AskedPage], places: impl Iterator<Item = Place>) {
         for (at, place) in pages.iter().zip(places) {
             if let Some(slot) = self.slots.get_mut(at.slot) {
                 slot.place.record(at.page..at.page + 1, place);
@@ -429,6 +447,46 @@ impl GuestMemory {
         }
         // The search has come back to the start.
         self.surveyed |= self.survey_came_round();
+    }
+
+    /// Up to `limit` pages whose place the last harvest told, drawn anew each time from
+    /// all of the memory.
+    pub fn draw_mapped(&mut self, limit: usize) -> Vec<AskedPage> {
+        let words: usize = self.slots.iter().map(|slot| slot.mapped.len()).sum();
+        let mut drawn = Vec::with_capacity(limit);
+        for _ in 0..limit.min(words) {
+            let mut word = self.random.below(words);
+            let slot = self.slots.iter().position(|slot| {
+                let is_here = word < slot.mapped.len();
+                word -= if is_here { 0 } else { slot.mapped.len() };
+                is_here
+            });
+            let Some((index, slot)) = slot.and_then(|index| Some((index, self.slots.get(index)?))) else {
+                break;
+            };
+            // Little may be mapped: the first pages behind do as well.
+            let rest = slot.mapped.iter().enumerate().skip(word).take(LONGEST_LOOK);
+            let Some((word, bits)) = rest.into_iter().find(|(_, bits)| **bits != 0) else { continue };
+            let nth = self.random.below(bits.count_ones() as usize);
+            let bit = bitmap::ones(*bits).nth(nth).unwrap_or_default();
+            let page = word * bitmap::WORD_BITS + bit;
+            drawn.push(AskedPage { hva: slot.info.hva + page as u64 * PAGE_BYTES, slot: index, page });
+        }
+        drawn
+    }
+
+    /// Compares where pages lie with what was known of them, and corrects that; the
+    /// number of pages that lay elsewhere.
+    pub fn verify_places(&mut self, pages: &[AskedPage], places: impl Iterator<Item = Place>) -> u64 {
+        let mut wrong = 0;
+        for (at, place) in pages.iter().zip(places) {
+            let Some(slot) = self.slots.get_mut(at.slot) else { continue };
+            if slot.place.place(at.page) != place {
+                slot.place.record(at.page..at.page + 1, place);
+                wrong += 1;
+            }
+        }
+        wrong
     }
 
     /// Takes in what became, at `now`, of units that were to go to the tier `target`.
@@ -442,6 +500,8 @@ impl GuestMemory {
                 }
                 Err(Refused::AlreadyThere) => slot.place.record(pages, target),
                 Err(Refused::NotPresent) => slot.place.record(pages, Place::Absent),
+                // What is wrong with the node, or with our rights, is not the page's.
+                Err(Refused::NodeFull | Refused::HugetlbFull | Refused::NotPermitted) => {}
                 Err(_) => slot.holds.refuse(pages, now),
             }
         }
@@ -569,6 +629,29 @@ mod tests {
             assert!(whole.next_unmapped(usize::MAX) == parts.next_unmapped(usize::MAX));
             assert_eq!(whole.places(), parts.places());
         }
+    }
+
+    #[test]
+    fn places_are_verified_all_over_the_memory() {
+        let mut memory = GuestMemory::new(params());
+        assert_eq!(memory.draw_mapped(64), []);
+        memory.adopt(1, vec![info(0, 70), info(512, 6400)]);
+        memory.observe(0, &harvest(&info(0, 70), &[3]), None);
+        memory.observe(1, &harvest(&info(512, 6400), &(0..6400).step_by(2).collect::<Vec<_>>()), None);
+        let mut seen = std::collections::BTreeSet::new();
+        for _ in 0..8000 {
+            seen.extend(memory.draw_mapped(8).iter().map(|page| (page.hva - 0x7f00_0000_0000) / PAGE_BYTES));
+        }
+        // Every page that is mapped is drawn some time, and no other.
+        let mapped: Vec<u64> = [3].into_iter().chain((512..512 + 6400).step_by(2)).collect();
+        assert!(seen.iter().eq(&mapped), "{} of {}", seen.len(), mapped.len());
+        let drawn = memory.draw_mapped(64);
+        assert_eq!(drawn.len(), 64);
+        assert_eq!(memory.verify_places(&drawn, drawn.iter().map(|_| Place::Fast)), 0);
+        let elsewhere = |at: usize| if at == 7 { Place::Slow } else { Place::Fast };
+        assert_eq!(memory.verify_places(&drawn, (0..64).map(elsewhere)), 1);
+        assert_eq!(memory.places().slow, 1, "what was wrong is corrected");
+        assert_eq!(memory.verify_places(&drawn[7..8], [Place::Slow].into_iter()), 0);
     }
 
     #[test]

@@ -5,8 +5,10 @@
 //! and one that was not moved has a reason. The kernel keeps the guest's data
 //! whole whatever happens here; a page that can not be moved stays where it is.
 
+mod backoff;
 mod bucket;
 mod kernel;
+mod mappings;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -19,15 +21,22 @@ use log::warn;
 use crate::plan::MoveUnit;
 use crate::process::Process;
 use crate::topology::{NodeMemory, NodeSet, TopologyError};
-use crate::units::PAGE_BYTES;
+use crate::units::{PAGE_BYTES, PAGES_PER_2M};
 use crate::wire::Refusal;
 
+pub use backoff::Backoff;
 pub use bucket::TokenBucket;
 
 use kernel::LinuxPages;
 
-/// Units in one system call: bounds how long a cancelled move goes on.
+/// Units in one system call: bounds how long a cancelled move goes on, where each takes
+/// as long whatever its size.
 pub const BATCH_UNITS: usize = 512;
+
+/// Bytes in one system call: bounds how long a cancelled move goes on, where copying is
+/// what takes the time. Less than 100 ms from 160 MiB/s on; a kernel copies several
+/// times as much between nodes.
+pub const BATCH_BYTES: u64 = 16 << 20;
 
 /// Part of a node's memory that moves leave free, for the host's own needs.
 const RESERVE_DIVISOR: u64 = 64;
@@ -44,6 +53,8 @@ pub enum Refused {
     Busy,
     /// Another error of the kernel.
     Failed,
+    /// A page of hugetlbfs, for which no target node has a free one.
+    HugetlbFull,
     /// No target node has room.
     NodeFull,
     /// The process may not have memory on the node, or we may not move it.
@@ -52,6 +63,8 @@ pub enum Refused {
     NotPresent,
     /// Other processes map it too.
     Shared,
+    /// Part of a page of 1 GiB, which would move as a whole.
+    TooLarge,
 }
 
 impl Refused {
@@ -61,10 +74,12 @@ impl Refused {
             Self::AlreadyThere => "already-there",
             Self::Busy => "busy",
             Self::Failed => "failed",
+            Self::HugetlbFull => "hugetlb-full",
             Self::NodeFull => "node-full",
             Self::NotPermitted => "not-permitted",
             Self::NotPresent => "not-present",
             Self::Shared => "shared",
+            Self::TooLarge => "too-large",
         }
     }
 
@@ -73,9 +88,12 @@ impl Refused {
         match self {
             Self::AlreadyThere => "the page lay on the target tier already",
             Self::Busy => {
-                "in use by a device or the kernel (pinned for DMA by VFIO, under I/O or being written back); tried again later"
+                "in use by a device or the kernel (pinned for DMA, under I/O or being written back); tried again later, and more seldom each time"
             }
             Self::Failed => "the kernel could not move the page; the daemon's log has the error",
+            Self::HugetlbFull => {
+                "a page of hugetlbfs, and no node of the target tier has a free one of its size: give it some in /sys/devices/system/node/node*/hugepages/"
+            }
             Self::NodeFull => {
                 "no node of the target tier has room; a part of each node stays free for the host"
             }
@@ -85,6 +103,9 @@ impl Refused {
             Self::NotPresent => "the page was freed, swapped out or never used",
             Self::Shared => {
                 "mapped more than once: by other processes (vhost-user, ivshmem) or merged by KSM"
+            }
+            Self::TooLarge => {
+                "part of a page of 1 GiB of hugetlbfs, which moves as a whole or not at all: give the domain pages of 2 MiB"
             }
         }
     }
@@ -179,7 +200,8 @@ pub trait Mover: Send {
     fn room(&self, target: &NodeSet) -> u64;
 
     /// Moves the units to the nodes of `target`, to the one with the most room
-    /// first. Ends early, leaving units untried, when `stop` becomes true.
+    /// first. Ends early, leaving units untried, when `stop` becomes true: after the
+    /// system call that is under way, which moves [`BATCH_BYTES`] at most.
     fn apply(
         &mut self,
         units: &[MoveUnit],
@@ -196,26 +218,37 @@ trait Pages: Send {
     /// As move_pages(2): the number of pages that were not migrated.
     fn migrate(&self, addresses: &[u64], node: u32, statuses: &mut [i32]) -> io::Result<u64>;
     fn node_memory(&self, node: u32) -> Result<NodeMemory, TopologyError>;
+    /// Size of the pages of hugetlbfs at `address`; `None` for memory of any other kind.
+    fn hugetlb_page(&self, address: u64) -> Option<u64>;
+    /// Bytes of the node's free pages of hugetlbfs of this size.
+    fn hugetlb_free(&self, node: u32, page_bytes: u64) -> u64;
 }
+
+/// The largest page that may move: the largest unit of a plan.
+const LARGEST_PAGE: u64 = PAGES_PER_2M * PAGE_BYTES;
 
 /// Moves pages with move_pages(2).
 pub struct KernelMover {
     pages: Box<dyn Pages>,
+    /// Size of the process's pages of hugetlbfs, as soon as some were met.
+    hugetlb: Option<u64>,
 }
 
 impl KernelMover {
     /// A mover for the pages of `process`, on the host whose sysfs is at `sys`.
     pub fn new(process: Arc<Process>, sys: PathBuf) -> Self {
-        Self { pages: Box::new(LinuxPages { process, sys }) }
+        Self { pages: Box::new(LinuxPages::new(process, sys)), hugetlb: None }
     }
 
     /// The nodes of the set that tell their memory, each with the bytes that it
-    /// can take.
+    /// can take. Pages of hugetlbfs come out of their pool, or else out of free memory.
     fn rooms<'a>(&'a self, target: &'a NodeSet) -> impl Iterator<Item = (u32, u64)> + 'a {
         target.iter().filter_map(|node| match self.pages.node_memory(node) {
             Ok(memory) => {
                 let reserve = memory.total_bytes / RESERVE_DIVISOR;
-                Some((node, memory.free_bytes.saturating_sub(reserve)))
+                let free = memory.free_bytes.saturating_sub(reserve);
+                let pool = self.hugetlb.map_or(0, |page_bytes| self.pages.hugetlb_free(node, page_bytes));
+                Some((node, free.saturating_add(pool)))
             }
             Err(error) => {
                 warn!("node {node} takes no pages: {error}");
@@ -224,13 +257,17 @@ impl KernelMover {
         })
     }
 
-    /// Tries at most [`BATCH_UNITS`] units.
+    /// Tries a batch of units in one system call, or some more when pages fail. Those
+    /// that are left when `stop` becomes true have no result.
     fn apply_batch(
         &mut self,
         batch: &[MoveUnit],
         target: &NodeSet,
+        stop: &AtomicBool,
         outcome: &mut MoveOutcome,
     ) -> Result<(), ProcessGone> {
+        let hugetlb: Vec<Option<u64>> = batch.iter().map(|unit| self.pages.hugetlb_page(unit.hva)).collect();
+        self.hugetlb = self.hugetlb.max(hugetlb.iter().flatten().copied().max());
         let Some((node, mut room)) = self.rooms(target).max_by_key(|(_, room)| *room) else {
             let failed = batch.iter().map(|unit| (*unit, Err(Refused::Failed)));
             outcome.units.extend(failed);
@@ -240,13 +277,15 @@ impl KernelMover {
         let mut nodes = Vec::new();
         self.places(&addresses, &mut nodes)?;
         let mut fit = Vec::with_capacity(batch.len());
-        for (unit, place) in batch.iter().zip(&nodes) {
+        for ((unit, place), hugetlb) in batch.iter().zip(&nodes).zip(&hugetlb) {
+            let bytes = hugetlb.unwrap_or_else(|| unit_bytes(unit));
             let refused = match place {
                 None => Refused::NotPresent,
                 Some(place) if target.contains(*place) => Refused::AlreadyThere,
-                Some(_) if unit_bytes(unit) > room => Refused::NodeFull,
+                Some(_) if bytes > LARGEST_PAGE => Refused::TooLarge,
+                Some(_) if bytes > room => full(*hugetlb),
                 Some(_) => {
-                    room -= unit_bytes(unit);
+                    room -= bytes;
                     fit.push(*unit);
                     continue;
                 }
@@ -254,13 +293,17 @@ impl KernelMover {
             outcome.units.push((*unit, Err(refused)));
         }
         let addresses: Vec<u64> = fit.iter().map(|unit| unit.hva).collect();
-        let results = self.migrate(&addresses, node)?;
+        let results = self.migrate(&addresses, node, stop)?;
         let split = self.split_since(&fit, &results, node)?;
         for (unit, result) in fit.into_iter().zip(results) {
             if split.contains(&unit.hva) {
-                self.apply_split(&unit, target, outcome)?;
+                self.apply_split(&unit, target, stop, outcome)?;
             } else {
-                outcome.units.push((unit, result));
+                let told = result.map_err(|refused| match refused {
+                    Refused::NodeFull => full(self.pages.hugetlb_page(unit.hva)),
+                    other => other,
+                });
+                outcome.units.push((unit, told));
             }
         }
         Ok(())
@@ -292,13 +335,14 @@ impl KernelMover {
         &mut self,
         unit: &MoveUnit,
         target: &NodeSet,
+        stop: &AtomicBool,
         outcome: &mut MoveOutcome,
     ) -> Result<(), ProcessGone> {
         let page =
             |index: u64| MoveUnit { gfn: unit.gfn + index, hva: unit.hva + index * PAGE_BYTES, pages: 1 };
         let rest: Vec<MoveUnit> = (1..u64::from(unit.pages)).map(page).collect();
         outcome.units.push((page(0), Ok(())));
-        self.apply_batch(&rest, target, outcome)
+        self.apply_batch(&rest, target, stop, outcome)
     }
 
     /// Moves the pages at `addresses`, and with each the huge page that it is in.
@@ -306,10 +350,15 @@ impl KernelMover {
     /// When a page fails, the kernel gives up the call: it says how many pages
     /// were not migrated, but neither which nor why, and leaves their status as
     /// it was. A look at the places tells which. The pages behind the failed
-    /// ones were not tried, and are tried in another call.
-    fn migrate(&mut self, addresses: &[u64], node: u32) -> Result<Vec<Result<(), Refused>>, ProcessGone> {
+    /// ones were not tried, and are tried in another call, unless `stop` is true.
+    fn migrate(
+        &mut self,
+        addresses: &[u64],
+        node: u32,
+        stop: &AtomicBool,
+    ) -> Result<Vec<Result<(), Refused>>, ProcessGone> {
         let mut results = Vec::with_capacity(addresses.len());
-        while results.len() < addresses.len() {
+        while results.len() < addresses.len() && !stop.load(Ordering::Relaxed) {
             let rest = &addresses[results.len()..];
             let mut statuses = vec![STATUS_UNKNOWN; rest.len()];
             let (tried, reason) = match self.pages.migrate(rest, node, &mut statuses) {
@@ -346,6 +395,20 @@ impl KernelMover {
     }
 }
 
+/// There is no room for a page, which is of hugetlbfs or not.
+fn full(hugetlb: Option<u64>) -> Refused {
+    if hugetlb.is_some() { Refused::HugetlbFull } else { Refused::NodeFull }
+}
+
+/// Units for one system call, off the front: [`BATCH_UNITS`] at most, and
+/// [`BATCH_BYTES`], but one at least.
+pub fn batch(units: &[MoveUnit]) -> &[MoveUnit] {
+    let mut left = BATCH_BYTES;
+    let fits = |unit: &&MoveUnit| left.checked_sub(unit_bytes(unit)).inspect(|rest| left = *rest).is_some();
+    let count = units.iter().take(BATCH_UNITS).take_while(fits).count().max(1);
+    units.get(..count).unwrap_or(units)
+}
+
 /// How many pages were tried by a call that gave up: the kernel leaves the
 /// status of those that it was migrating when it gave up, and of those that it
 /// never came to. Between the two stands at least one page that it had decided
@@ -368,6 +431,9 @@ impl Mover for KernelMover {
         if !self.pages.is_alive() {
             return Err(ProcessGone);
         }
+        // What has room is asked before anything moves.
+        self.hugetlb =
+            self.hugetlb.max(addresses.first().and_then(|address| self.pages.hugetlb_page(*address)));
         if let Err(error) = self.pages.places(addresses, &mut statuses) {
             if error.raw_os_error() == Some(libc::ESRCH) {
                 return Err(ProcessGone);
@@ -389,14 +455,14 @@ impl Mover for KernelMover {
         stop: &AtomicBool,
     ) -> Result<MoveOutcome, ProcessGone> {
         let mut outcome = MoveOutcome::default();
-        for batch in units.chunks(BATCH_UNITS) {
-            if stop.load(Ordering::Relaxed) {
-                break;
-            }
+        let mut rest = units;
+        while !rest.is_empty() && !stop.load(Ordering::Relaxed) {
             if !self.pages.is_alive() {
                 return Err(ProcessGone);
             }
-            self.apply_batch(batch, target, &mut outcome)?;
+            let batch = batch(rest);
+            self.apply_batch(batch, target, stop, &mut outcome)?;
+            rest = rest.get(batch.len()..).unwrap_or_default();
         }
         Ok(outcome)
     }

@@ -359,13 +359,20 @@ pub struct MoveTotals {
     pub promoted_bytes: u64,
     /// Why the rest was not moved; sorted by reason.
     pub refused: Vec<Refusal>,
+    /// Pages of which the host's kernel was asked where they lie, to compare it with
+    /// what the harvest had told. Drawn from all mapped ones in each round.
+    #[serde(default)]
+    pub places_verified: u64,
+    /// Of them, those that lay on another tier.
+    #[serde(default)]
+    pub places_wrong: u64,
 }
 
 /// Pages that were not moved, for one reason.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refusal {
-    /// For programs: "not-permitted", "node-full", "busy", "not-present",
-    /// "shared", "already-there", "failed".
+    /// For programs: "not-permitted", "node-full", "hugetlb-full", "busy",
+    /// "not-present", "shared", "too-large", "already-there", "failed".
     pub reason: String,
     /// Bytes.
     pub bytes: u64,

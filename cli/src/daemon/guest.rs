@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use ept_virt_core::heat::store::SlotRange;
 use ept_virt_core::memory::GuestMemory;
 use ept_virt_core::migrate::{
-    BATCH_UNITS, MoveOutcome, Mover, ProcessGone, Refused, RefusedBytes, TokenBucket, unit_bytes,
+    Backoff, MoveOutcome, Mover, ProcessGone, Refused, RefusedBytes, TokenBucket, batch, unit_bytes,
 };
 use ept_virt_core::plan::MoveUnit;
 use ept_virt_core::policy::{Excluded, Mode, Policy};
@@ -30,6 +30,12 @@ const HUGE_BYTES: u64 = PAGES_PER_2M * PAGE_BYTES;
 
 /// Least quota of a plan: one huge page comes and one goes.
 const SMALLEST_QUOTA_PAGES: u64 = 2 * PAGES_PER_2M;
+
+/// How long nothing goes to a tier that has no room for it, at first and at most.
+const FULL_WAITS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+
+/// Pages of which it is verified in each round that they lie where the harvest says.
+const VERIFIED_PAGES: usize = 64;
 
 /// Pages in one look at the places of unmapped pages.
 const SURVEY_PAGES: usize = 512;
@@ -88,9 +94,16 @@ impl Moves {
         let mut left = bytes;
         let fits =
             |unit: &&MoveUnit| left.checked_sub(unit_bytes(unit)).inspect(|rest| left = *rest).is_some();
-        let count = rest.iter().take(BATCH_UNITS).take_while(fits).count();
+        let count = batch(rest).iter().take_while(fits).count();
         (target, &rest[..count.max(1).min(rest.len())])
     }
+}
+
+/// Keeps the first units, up to so many bytes.
+fn keep_bytes(units: &mut Vec<MoveUnit>, bytes: u64) {
+    let mut left = bytes;
+    let fits = |unit: &&MoveUnit| left.checked_sub(unit_bytes(unit)).inspect(|rest| left = *rest).is_some();
+    units.truncate(units.iter().take_while(fits).count());
 }
 
 /// How moving goes on.
@@ -121,6 +134,8 @@ pub struct Guest {
     suspended_since: Option<Duration>,
     /// The kernel forbade moves; until when they are not tried again.
     forbidden_until: Option<Duration>,
+    /// The kernel found no room on the slow, on the fast tier.
+    full: [Backoff; 2],
     slow_is_full: bool,
     /// More lies on the fast tier than granted, and all of it is in use.
     all_in_use: bool,
@@ -153,6 +168,7 @@ impl Guest {
             rounds: 0,
             harvested_at: None,
             forbidden_until: None,
+            full: [Backoff::new(FULL_WAITS.0, FULL_WAITS.1); 2],
             slow_is_full: false,
             all_in_use: false,
             tap: None,
@@ -309,6 +325,27 @@ impl Guest {
         }
     }
 
+    /// Verifies of some pages that they lie where the harvest says.
+    pub fn verify_places(&mut self) -> Result<(), ProcessGone> {
+        let pages = lock(&self.memory).draw_mapped(VERIFIED_PAGES);
+        let addresses: Vec<u64> = pages.iter().map(|page| page.hva).collect();
+        let mut nodes = Vec::new();
+        self.mover.places(&addresses, &mut nodes)?;
+        let places = nodes.iter().map(|node| self.place(*node));
+        let wrong = lock(&self.memory).verify_places(&pages, places);
+        self.totals.places_verified += pages.len() as u64;
+        self.totals.places_wrong += wrong;
+        Ok(())
+    }
+
+    fn place(&self, node: Option<u32>) -> Place {
+        match node {
+            None => Place::Absent,
+            Some(node) if self.orders.tiers.slow.contains(node) => Place::Slow,
+            Some(_) => Place::Fast,
+        }
+    }
+
     /// Looks where unmapped pages lie, until all were looked at or `until`.
     pub fn survey(&mut self, until: Instant) -> Result<(), ProcessGone> {
         let mut nodes = Vec::new();
@@ -316,13 +353,9 @@ impl Guest {
             let pages = lock(&self.memory).next_unmapped(SURVEY_PAGES);
             let addresses: Vec<u64> = pages.iter().map(|page| page.hva).collect();
             self.mover.places(&addresses, &mut nodes)?;
-            let place = |node: &Option<u32>| match node {
-                None => Place::Absent,
-                Some(node) if self.orders.tiers.slow.contains(*node) => Place::Slow,
-                Some(_) => Place::Fast,
-            };
+            let places = nodes.iter().map(|node| self.place(*node));
             let mut memory = lock(&self.memory);
-            memory.record_places(&pages, nodes.iter().map(place));
+            memory.record_places(&pages, places);
             if memory.survey_came_round() || Instant::now() >= until {
                 return Ok(());
             }
@@ -334,8 +367,31 @@ impl Guest {
         lock(&self.memory).surveyed()
     }
 
-    /// Why nothing is moved now, though the orders say so, in plain words.
+    /// Why nothing, or not all, is moved now, though the orders say so, in plain words.
     pub fn hindrance(&self, now: Duration) -> Option<String> {
+        if let Some(stop) = self.stop(now) {
+            return Some(stop);
+        }
+        let again = |left: Duration| format!("tried again in {} s", left.as_secs() + 1);
+        let [slow, fast] = self.full.map(|full| full.left(now).filter(|_| self.orders.place()));
+        if let Some(left) = slow {
+            Some(format!(
+                "the kernel found no room on the slow tier for what should be demoted; {}",
+                again(left)
+            ))
+        } else if let Some(left) = fast {
+            Some(format!("the kernel found no room in DRAM for what should come there; {}", again(left)))
+        } else if self.slow_is_full {
+            Some("the slow tier has no room for what should be demoted".into())
+        } else if self.all_in_use {
+            Some("more DRAM is in use than the policy grants: what lies there was accessed within the delay, and huge pages count whole".into())
+        } else {
+            None
+        }
+    }
+
+    /// Why nothing at all is moved now.
+    fn stop(&self, now: Duration) -> Option<String> {
         let memory = lock(&self.memory);
         if self.orders.suspended {
             Some("the guest is suspended: until it goes on its heat rests, and nothing is moved".into())
@@ -347,10 +403,6 @@ impl Guest {
             Some(format!("placement pauses: not permitted: {}", Refused::NotPermitted.explanation()))
         } else if self.rounds > 0 && !memory.surveyed() {
             Some("placement waits until the place of every page is known".into())
-        } else if self.slow_is_full {
-            Some("the slow tier has no room for what should be demoted".into())
-        } else if self.all_in_use {
-            Some("more DRAM is in use than the policy grants: what lies there was accessed within the delay, and huge pages count whole".into())
         } else {
             None
         }
@@ -359,7 +411,7 @@ impl Guest {
     /// Plans what to move in the next `interval`.
     pub fn plan(&mut self, now: Duration, interval: Duration) -> Moves {
         (self.slow_is_full, self.all_in_use) = (false, false);
-        if !self.orders.place() || self.hindrance(now).is_some() {
+        if !self.orders.place() || self.stop(now).is_some() {
             return Moves::default();
         }
         let mut memory = lock(&self.memory);
@@ -373,17 +425,24 @@ impl Guest {
         let target = policy.dram_target(memory.bytes()).map_or(reachable, |target| target.0.min(reachable));
         // Less would never move a huge page; the bucket keeps the pace.
         let quota_pages = (u64::try_from(budget).unwrap_or(u64::MAX) / PAGE_BYTES).max(SMALLEST_QUOTA_PAGES);
-        let plan = memory.plan(Some(Bytes(target)), policy.migration.tolerance, quota_pages);
-        self.all_in_use = fast >= target + HUGE_BYTES && plan.demote.is_empty();
-        let mut room = self.mover.room(&tiers.slow);
-        let fits =
-            |unit: &MoveUnit| room.checked_sub(unit_bytes(unit)).inspect(|rest| room = *rest).is_some();
+        let mut plan = memory.plan(Some(Bytes(target)), policy.migration.tolerance, quota_pages);
+        let [slow_is_closed, fast_is_closed] = self.full.map(|full| full.left(now).is_some());
+        // Neither direction may count on the room that the other would have made.
+        if slow_is_closed {
+            plan.demote.clear();
+            keep_bytes(&mut plan.promote, target.saturating_sub(fast));
+        }
+        if fast_is_closed {
+            plan.promote.clear();
+            keep_bytes(&mut plan.demote, fast.saturating_sub(target));
+        }
+        self.all_in_use = fast >= target + HUGE_BYTES && plan.demote.is_empty() && !slow_is_closed;
         let wanted = plan.demote.len();
-        let demote: Vec<MoveUnit> = plan.demote.into_iter().take_while(fits).collect();
-        self.slow_is_full = demote.len() < wanted;
+        keep_bytes(&mut plan.demote, self.mover.room(&tiers.slow));
+        self.slow_is_full = plan.demote.len() < wanted;
         // Without the room that the demotions were to make, nothing comes.
         let promote = if self.slow_is_full { Vec::new() } else { plan.promote };
-        Moves { demote, promote, done: 0 }
+        Moves { demote: plan.demote, promote, done: 0 }
     }
 
     /// Moves as much as the bandwidth allows at once.
@@ -408,6 +467,17 @@ impl Guest {
         let outcome = self.mover.apply(units, target, stop)?;
         let tried = units.len();
         self.account(&outcome, place, now);
+        let is_full = |(_, result): &(MoveUnit, Result<(), Refused>)| {
+            matches!(result, Err(Refused::NodeFull | Refused::HugetlbFull))
+        };
+        let full = &mut self.full[usize::from(place == Place::Fast)];
+        if outcome.units.iter().any(is_full) {
+            full.fail(now);
+            // What would come needs the room that what would go leaves.
+            return Ok(Pace::Done);
+        } else if outcome.moved_bytes() > 0 {
+            full.succeed();
+        }
         moves.done += tried;
         if outcome.units.iter().any(|(_, result)| *result == Err(Refused::NotPermitted)) {
             self.forbidden_until = Some(now + HOLD);

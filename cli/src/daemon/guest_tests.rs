@@ -182,6 +182,7 @@ impl Test {
     /// A whole round, with what may move until the next one begins.
     fn round(&mut self) -> RoundStatus {
         let status = self.guest.round(self.now).unwrap();
+        self.guest.verify_places().unwrap();
         self.guest.survey(Instant::now() + Duration::from_secs(60)).unwrap();
         let mut moves = self.guest.plan(self.now, ROUND);
         let stop = AtomicBool::new(false);
@@ -275,7 +276,8 @@ fn nothing_moves_without_an_order() {
         test.world().touch(0..100);
         test.rounds(10, 0..20);
         assert!(test.world().on(SLOW).is_empty());
-        assert_eq!(test.guest.totals(), MoveTotals::default());
+        let totals = MoveTotals { places_verified: 0, ..test.guest.totals() };
+        assert_eq!(totals, MoveTotals::default());
         assert_eq!(test.guest.hindrance(test.now), test.guest.orders().obstacle);
     }
 }
@@ -436,6 +438,44 @@ fn refusals_have_reasons_and_are_not_repeated_at_once() {
 }
 
 #[test]
+fn a_tier_that_the_kernel_finds_full_is_left_alone_for_longer_each_time() {
+    for refused in [Refused::NodeFull, Refused::HugetlbFull] {
+        let mut test = Test::new(orders(Mode::Place), vec![slot(0, 100)]);
+        test.world().touch(0..100);
+        test.rounds(4, 0..20);
+        test.world().refuse = Some(refused);
+        test.rounds(120, 0..20);
+        // Tried after 1, 2, 4, 8, 16, 32 s: not in each of 120 rounds.
+        let totals = test.guest.totals();
+        let tries = totals.demote_tried_bytes / (50 * PAGE_BYTES);
+        assert!((5..8).contains(&tries), "{tries} tries");
+        assert!(test.guest.hindrance(test.now).unwrap().contains("no room on the slow tier"));
+        assert_eq!(totals.refused[0].reason, refused.name());
+        // It is no fault of the pages: all of them go as soon as there is room.
+        test.world().refuse = None;
+        test.rounds(130, 0..20);
+        assert_eq!(test.world().on(SLOW).len(), 50);
+        assert_eq!(test.guest.hindrance(test.now), None);
+    }
+}
+
+#[test]
+fn places_are_verified_and_mended() {
+    let mut test = Test::new(orders(Mode::Observe), vec![slot(0, 64)]);
+    test.world().touch(0..64);
+    let first = test.round();
+    assert_eq!(first.fast_bytes, 64 * PAGE_BYTES);
+    let totals = test.guest.totals();
+    assert!(totals.places_verified > 0);
+    assert_eq!(totals.places_wrong, 0);
+    // Moved by somebody else between the harvest and the look.
+    test.guest.round(test.now).unwrap();
+    test.world().pages.values_mut().for_each(|page| page.node = Some(SLOW));
+    test.guest.verify_places().unwrap();
+    assert!(test.guest.totals().places_wrong > 0);
+}
+
+#[test]
 fn a_cpuset_pauses_placement_and_is_told() {
     let mut test = Test::new(orders(Mode::Place), vec![slot(0, 1000)]);
     test.world().touch(0..1000);
@@ -443,7 +483,10 @@ fn a_cpuset_pauses_placement_and_is_told() {
     test.rounds(10, 0..0);
     let reason = test.guest.hindrance(test.now).unwrap();
     assert!(reason.contains("not permitted") && reason.contains("numatune"), "{reason}");
-    assert!(test.guest.totals().demote_tried_bytes <= BATCH_UNITS as u64 * PAGE_BYTES, "one batch");
+    assert!(
+        test.guest.totals().demote_tried_bytes <= ept_virt_core::migrate::BATCH_UNITS as u64 * PAGE_BYTES,
+        "one batch"
+    );
     assert_eq!(test.guest.totals().refused[0].reason, "not-permitted");
     test.world().refuse = None;
     test.rounds(140, 0..0);

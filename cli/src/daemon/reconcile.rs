@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use ept_virt_core::devices::pinning;
 use ept_virt_core::domain::{Activity, Jobs, Libvirt, RunningDomain};
 use ept_virt_core::policy::{Config, Effective, Excluded, Layer, Mode, Policy};
 use ept_virt_core::sampler::{KernelSampler, ModuleInfo, Sampler};
@@ -241,8 +242,9 @@ impl Entry {
         orders.suspended = domain.activity == Activity::Suspended;
         orders.keep_young = around.reclaims;
         if self.policy.mode == Mode::Place {
-            orders.obstacle = orders.obstacle.or_else(|| migrates(domain, around.job));
-            match Excluded::resolve(&self.policy.exclude, self.xml.as_deref().unwrap_or_default()) {
+            let xml = self.xml.as_deref().unwrap_or_default();
+            orders.obstacle = orders.obstacle.or_else(|| pins(xml)).or_else(|| migrates(domain, around.job));
+            match Excluded::resolve(&self.policy.exclude, xml) {
                 Ok(excluded) => orders.excluded = excluded,
                 Err(problem) => orders.obstacle = Some(format!("nothing is moved: {problem}")),
             }
@@ -354,6 +356,13 @@ fn migrates(domain: &RunningDomain, job: bool) -> Option<String> {
         _ => return None,
     };
     Some(format!("placement pauses: {what}"))
+}
+
+/// Memory that is pinned can not be moved: each try would be for nothing, and cost the
+/// guest an unmapping.
+fn pins(xml: &str) -> Option<String> {
+    let device = pinning(xml)?;
+    Some(format!("nothing is moved: pinned: all of the guest's memory is held for DMA by {device}"))
 }
 
 /// What a worker does under this policy on this host.
@@ -487,6 +496,21 @@ mod tests {
         look(&mut entry, &running, false);
         let obstacle = entry.orders.clone().unwrap().obstacle.unwrap();
         assert!(obstacle.contains("\"dimm0\"") && obstacle.contains("does not tell where"), "{obstacle}");
+    }
+
+    #[test]
+    fn memory_that_a_device_has_pinned_is_not_tried() {
+        let xml = "<domain type='qemu'><metadata><placement mode='place' \
+            xmlns='https://ept-virt.org/xmlns/placement/1.0'/></metadata><devices>\
+            <hostdev mode='subsystem' type='pci'><alias name='hostdev0'/></hostdev></devices></domain>";
+        let mut entry = Entry::new(&domain(xml), &Config::default());
+        look(&mut entry, &domain(xml), false);
+        let obstacle = entry.orders.clone().unwrap().obstacle.unwrap();
+        assert!(obstacle.contains("pinned") && obstacle.contains("(hostdev0)"), "{obstacle}");
+        // Until it is unplugged.
+        let without = xml.replace("<hostdev", "<hostdev-no").replace("</hostdev>", "</hostdev-no>");
+        look(&mut entry, &domain(&without), false);
+        assert!(entry.orders.unwrap().place());
     }
 
     #[test]

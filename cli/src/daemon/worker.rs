@@ -19,6 +19,7 @@ use nix::time::{ClockId, clock_gettime};
 
 use crate::attach::{self, Attached, Unattached};
 
+use super::claim::{self, CLAIMS_DIR, Claim};
 use super::guest::{Guest, Moves, Orders, Pace};
 use super::keep::{Keeper, Recalled, Saver};
 use super::logging::about;
@@ -49,6 +50,7 @@ pub struct Attachment {
     process: Arc<Process>,
     sampler: Box<dyn Sampler>,
     mover: Box<dyn Mover>,
+    claim: Claim,
     /// None: the heat is not kept.
     saver: Option<Saver>,
 }
@@ -58,6 +60,9 @@ pub struct Attachment {
 pub fn attach(domain: &RunningDomain, keeper: Option<&Arc<Keeper>>) -> Result<Attachment, Unattached> {
     let Attached { process, sampler } = attach::attach(domain)?;
     let process = Arc::new(process);
+    let pid = process.pid();
+    let claim = Claim::take(Path::new(CLAIMS_DIR), pid)
+        .map_err(|error| Unattached { pid: Some(pid), reason: claim::explain(&error) })?;
     let mover = KernelMover::new(Arc::clone(&process), Path::new("/sys").into());
     let saver = keeper.and_then(|keeper| match process.identity() {
         Ok(identity) => Some(Saver::new(keeper.file(&domain.uuid, identity), monotonic())),
@@ -67,7 +72,7 @@ pub fn attach(domain: &RunningDomain, keeper: Option<&Arc<Keeper>>) -> Result<At
             None
         }
     });
-    Ok(Attachment { process, sampler: Box::new(sampler), mover: Box::new(mover), saver })
+    Ok(Attachment { process, sampler: Box::new(sampler), mover: Box::new(mover), claim, saver })
 }
 
 /// CLOCK_MONOTONIC, which all of a boot share, and which stands still while the
@@ -126,7 +131,7 @@ pub struct Worker {
 impl Worker {
     /// Starts the worker of a domain.
     pub fn spawn(attachment: Attachment, cell: Arc<Cell>, orders: Orders, name: &str) -> io::Result<Self> {
-        let Attachment { process, sampler, mover, saver } = attachment;
+        let Attachment { process, sampler, mover, claim, saver } = attachment;
         let memory = cell.renew_memory();
         let guest = Guest::new(sampler, mover, Arc::clone(&memory), orders, monotonic());
         let (sender, receiver) = mpsc::channel();
@@ -139,6 +144,7 @@ impl Worker {
             memory,
             orders: receiver,
             stop: Arc::clone(&stop),
+            claim,
             saver,
             round: None,
             name: name.to_owned(),
@@ -216,6 +222,7 @@ struct Run {
     memory: Memory,
     orders: Receiver<Orders>,
     stop: Arc<AtomicBool>,
+    claim: Claim,
     saver: Option<Saver>,
     round: Option<RoundStatus>,
     name: String,
@@ -291,6 +298,9 @@ impl Run {
         if !self.process.is_alive() {
             return Err(End::Gone);
         }
+        if let Err(error) = self.claim.renew() {
+            return Err(End::Failed(claim::explain(&error)));
+        }
         self.keep();
         if self.guest.rests() {
             // Only to see whether the guest is still there.
@@ -302,6 +312,7 @@ impl Run {
             self.guest.record(tap);
         }
         self.round = Some(self.guest.round(self.now())?);
+        self.guest.verify_places()?;
         let asked = self.guest.orders().policy.sampling.interval;
         let interval = asked.unwrap_or(AUTO_INTERVAL).max(SHORTEST_INTERVAL);
         // Rounds that could not be held in time are left out, not caught up with.

@@ -116,6 +116,11 @@ fn orders(interval: Duration) -> Orders {
     Orders { policy, tiers, obstacle: None, excluded, suspended: false, keep_young: false }
 }
 
+/// A claim beside those of real daemons.
+fn claim(process: &Process) -> Claim {
+    Claim::take(&std::env::temp_dir().join("ept-virt-test-claims"), process.pid()).unwrap()
+}
+
 /// A worker for a process that only sleeps.
 fn start(interval: Duration, fault: Fault) -> (Worker, Sleeper, Arc<Cell>) {
     let cell = Arc::new(Cell::new("vm1", "6695eb01"));
@@ -128,7 +133,8 @@ fn start_in(cell: &Arc<Cell>, interval: Duration, fault: Fault) -> (Worker, Slee
     let process = Arc::new(Process::open(child.0.id() as i32).unwrap());
     let (sampler, mover) =
         (Box::new(NoMemory { fault: fault.clone(), asked: 0 }), Box::new(NoMemory { fault, asked: 0 }));
-    let attachment = Attachment { process, sampler, mover, saver: None };
+    let claim = claim(&process);
+    let attachment = Attachment { process, sampler, mover, claim, saver: None };
     let worker = Worker::spawn(attachment, Arc::clone(cell), orders(interval), "vm1").unwrap();
     (worker, child)
 }
@@ -150,7 +156,8 @@ impl State {
         let saver = Saver::new(self.1.file(UUID, process.identity().unwrap()), monotonic());
         let (sampler, mover) =
             (Box::new(NoMemory { fault: fault.clone(), asked: 0 }), Box::new(NoMemory { fault, asked: 0 }));
-        let attachment = Attachment { process, sampler, mover, saver: Some(saver) };
+        let claim = claim(&process);
+        let attachment = Attachment { process, sampler, mover, claim, saver: Some(saver) };
         let cell = Arc::new(Cell::new("vm1", UUID));
         let orders = orders(Duration::from_secs(3600));
         let worker = Worker::spawn(attachment, Arc::clone(&cell), orders, "vm1").unwrap();

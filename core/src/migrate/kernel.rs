@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The system call.
 
+use std::cell::RefCell;
 use std::ffi::c_void;
+use std::fs;
 use std::io;
 use std::path::PathBuf;
 use std::ptr;
 use std::sync::Arc;
 
 use super::Pages;
+use super::mappings::Mappings;
 use crate::process::Process;
 use crate::topology::{NodeMemory, TopologyError, node_memory};
 
@@ -21,11 +24,17 @@ const MOVE_OWN: i32 = 1 << 1;
 /// another between the look at the pidfd and the call, then pages of that other
 /// process are moved at worst, which changes no data.
 pub(super) struct LinuxPages {
-    pub(super) process: Arc<Process>,
-    pub(super) sys: PathBuf,
+    process: Arc<Process>,
+    sys: PathBuf,
+    mappings: RefCell<Mappings>,
 }
 
 impl LinuxPages {
+    pub(super) fn new(process: Arc<Process>, sys: PathBuf) -> Self {
+        let mappings = RefCell::new(Mappings::new(process.pid()));
+        Self { process, sys, mappings }
+    }
+
     fn call(&self, addresses: &[u64], nodes: Option<&[i32]>, statuses: &mut [i32]) -> io::Result<u64> {
         if statuses.len() != addresses.len() || nodes.is_some_and(|nodes| nodes.len() != addresses.len()) {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -68,5 +77,15 @@ impl Pages for LinuxPages {
 
     fn node_memory(&self, node: u32) -> Result<NodeMemory, TopologyError> {
         node_memory(&self.sys, node)
+    }
+
+    fn hugetlb_page(&self, address: u64) -> Option<u64> {
+        self.mappings.borrow_mut().hugetlb_page(address)
+    }
+
+    fn hugetlb_free(&self, node: u32, page_bytes: u64) -> u64 {
+        let pool = format!("devices/system/node/node{node}/hugepages/hugepages-{}kB", page_bytes >> 10);
+        let text = fs::read_to_string(self.sys.join(pool).join("free_hugepages")).unwrap_or_default();
+        text.trim().parse::<u64>().unwrap_or(0).saturating_mul(page_bytes)
     }
 }

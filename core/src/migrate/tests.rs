@@ -23,6 +23,10 @@ struct FakeKernel {
     /// A call of itself fails.
     call_error: Option<i32>,
     free_pages: u64,
+    /// Size of all pages, if they are of hugetlbfs, and how many are free on a node.
+    hugetlb: Option<(u64, u64)>,
+    /// Becomes true in the first call.
+    stop: Option<Arc<AtomicBool>>,
     exited: bool,
     calls: usize,
 }
@@ -49,6 +53,9 @@ impl FakeKernel {
 
     fn migrate(&mut self, addresses: &[u64], node: u32, statuses: &mut [i32]) -> io::Result<u64> {
         self.calls += 1;
+        if let Some(stop) = &self.stop {
+            stop.store(true, Ordering::Relaxed);
+        }
         if let Some(errno) = self.call_error {
             return Err(io::Error::from_raw_os_error(errno));
         }
@@ -106,11 +113,22 @@ impl Pages for Fake {
         let free_bytes = self.kernel().free_pages * PAGE_BYTES;
         Ok(NodeMemory { total_bytes: 0, free_bytes })
     }
+
+    fn hugetlb_page(&self, _address: u64) -> Option<u64> {
+        self.kernel().hugetlb.map(|(bytes, _)| bytes)
+    }
+
+    fn hugetlb_free(&self, _node: u32, page_bytes: u64) -> u64 {
+        self.kernel()
+            .hugetlb
+            .filter(|(bytes, _)| *bytes == page_bytes)
+            .map_or(0, |(bytes, free)| bytes * free)
+    }
 }
 
 fn mover(kernel: FakeKernel) -> (KernelMover, Fake) {
     let fake = Fake(Arc::new(Mutex::new(kernel)));
-    (KernelMover { pages: Box::new(fake.clone()) }, fake)
+    (KernelMover { pages: Box::new(fake.clone()), hugetlb: None }, fake)
 }
 
 fn page(index: u64) -> u64 {
@@ -252,6 +270,80 @@ fn a_huge_page_that_was_split_moves_page_by_page() {
     assert_eq!(fake.kernel().pages.values().filter(|node| **node == SLOW).count(), 511);
 }
 
+fn huge(index: u64) -> MoveUnit {
+    MoveUnit { gfn: index * 512, hva: page(index * 512), pages: 512 }
+}
+
+/// A kernel with huge pages, each resident as a whole.
+fn huge_kernel(count: u64) -> FakeKernel {
+    let huge = (0..count).map(|index| page(index * 512)).collect();
+    FakeKernel { huge, ..FakeKernel::with_pages((0..count * 512).map(page)) }
+}
+
+#[test]
+fn a_batch_is_bounded_in_units_and_in_bytes() {
+    let small: Vec<_> = (0..2000).map(small).collect();
+    assert_eq!(batch(&small).len(), BATCH_UNITS);
+    let huge: Vec<_> = (0..100).map(huge).collect();
+    assert_eq!(batch(&huge).iter().map(unit_bytes).sum::<u64>(), BATCH_BYTES);
+    let giant = [MoveUnit { gfn: 0, hva: 0, pages: 1 << 18 }];
+    assert_eq!(batch(&giant).len(), 1);
+    assert_eq!(batch(&[]).len(), 0);
+}
+
+/// However much was asked for, and whatever fails meanwhile.
+#[test]
+fn a_cancelled_move_ends_with_the_call_that_is_under_way() {
+    let stop = Arc::new(AtomicBool::new(false));
+    let (mut mover, fake) = mover(FakeKernel { stop: Some(Arc::clone(&stop)), ..huge_kernel(64) });
+    let units: Vec<_> = (0..64).map(huge).collect();
+    let outcome = mover.apply(&units, &slow(), &stop).unwrap();
+    assert_eq!((outcome.tried_bytes(), fake.kernel().calls), (BATCH_BYTES, 1));
+
+    // Each page that fails takes another call.
+    stop.store(false, Ordering::Relaxed);
+    let mut kernel = FakeKernel::with_pages((0..512).map(page));
+    kernel.pinned = (0..512).step_by(2).map(page).collect();
+    kernel.refused = (1..512).step_by(2).map(|index| (page(index), libc::EACCES)).collect();
+    kernel.stop = Some(Arc::clone(&stop));
+    let (mut mover, fake) = self::mover(kernel);
+    let units: Vec<_> = (0..512).map(small).collect();
+    let outcome = mover.apply(&units, &slow(), &stop).unwrap();
+    assert_eq!(fake.kernel().calls, 1);
+    assert!(!outcome.units.is_empty() && outcome.units.len() < 512, "{}", outcome.units.len());
+}
+
+#[test]
+fn pages_of_hugetlbfs_need_room_in_the_pool_or_in_free_memory() {
+    const HUGE: u64 = 2 << 20;
+    let units: Vec<_> = (0..4).map(huge).collect();
+    for (free_pages, pool, moved) in [(0, 3, 3), (1024, 0, 2), (512, 2, 3), (4096, 0, 4)] {
+        let kernel = FakeKernel { free_pages, hugetlb: Some((HUGE, pool)), ..huge_kernel(4) };
+        let outcome = apply(&mut mover(kernel).0, &units);
+        assert_eq!(outcome.moved_bytes(), moved * HUGE, "{free_pages} free pages, {pool} in the pool");
+        let refused = outcome.units.iter().filter(|(_, result)| *result == Err(Refused::HugetlbFull)).count();
+        assert_eq!(refused as u64, 4 - moved);
+    }
+    // Known as soon as one was asked about.
+    let (mut mover, _) =
+        self::mover(FakeKernel { free_pages: 0, hugetlb: Some((HUGE, 3)), ..huge_kernel(4) });
+    mover.places(&[page(0)], &mut Vec::new()).unwrap();
+    assert_eq!(mover.room(&slow()), 3 * HUGE);
+    // The kernel's own word for it.
+    let kernel = FakeKernel { hugetlb: Some((HUGE, 4)), call_error: Some(libc::ENOMEM), ..huge_kernel(4) };
+    let outcome = apply(&mut self::mover(kernel).0, &units);
+    assert!(outcome.units.iter().all(|(_, result)| *result == Err(Refused::HugetlbFull)));
+}
+
+#[test]
+fn no_part_of_a_page_of_1_gib_is_tried() {
+    let kernel = FakeKernel { hugetlb: Some((1 << 30, 4)), ..huge_kernel(2) };
+    let (mut mover, fake) = mover(kernel);
+    let outcome = apply(&mut mover, &[huge(0), small(512)]);
+    assert!(outcome.units.iter().all(|(_, result)| *result == Err(Refused::TooLarge)), "{outcome:?}");
+    assert_eq!(fake.kernel().pages.values().filter(|node| **node == SLOW).count(), 0);
+}
+
 #[test]
 fn stops_between_batches_and_when_the_process_ends() {
     let (mut mover, fake) = mover(FakeKernel::with_pages((0..10).map(page)));
@@ -301,5 +393,5 @@ fn asks_the_real_kernel() {
     let outcome = mover.apply(&[unit(first)], &nowhere, &stop).unwrap();
     assert_eq!(outcome.units[0].1, Err(Refused::Failed));
     // Past the check for room, so that the system call itself refuses.
-    assert_eq!(mover.migrate(&[first], 1000).unwrap(), [Err(Refused::Failed)]);
+    assert_eq!(mover.migrate(&[first], 1000, &stop).unwrap(), [Err(Refused::Failed)]);
 }

@@ -51,10 +51,13 @@ pub fn memfd() -> Result<Outcome> {
     let idle = truth.idle.len() as u64 * 4096;
     ensure!(slow * 10 >= idle * 9, "numa_maps has {slow} bytes on the slow node, the idle block has {idle}");
     let back = promote(&mut guest, &truth)?;
+    let moves = daemon::domain(guest.name)?.context("the daemon lost the domain")?.moves;
+    let (verified, wrong) = (moves.places_verified, moves.places_wrong);
+    ensure!(verified > 1000 && wrong * 200 <= verified, "{wrong} of {verified} places were wrong");
     guest.check_data()?;
     check_nudged()?;
     Ok(Outcome::Pass(format!(
-        "recall {:.3}, precision {:.3}; {placed}; {back}",
+        "recall {:.3}, precision {:.3}; {placed}; {back}; {wrong} of {verified} places wrong",
         score.recall, score.precision
     )))
 }
