@@ -68,10 +68,16 @@ fn open_qemu(domain: &RunningDomain) -> Result<Process, String> {
 }
 
 fn attach_to(process: Process) -> Result<Attached, String> {
-    let vm = find_vm_fd(&process).map_err(|error| explain(&error))?;
+    let sampler = attach_session(&process)?;
+    Ok(Attached { process, sampler })
+}
+
+/// Binds one more session to the VM of a process.
+pub fn attach_session(process: &Process) -> Result<KernelSampler, String> {
+    let vm = find_vm_fd(process).map_err(|error| explain(&error))?;
     let mut sampler = KernelSampler::open().map_err(|error| error.to_string())?;
     sampler.attach(vm.as_fd()).map_err(|error| error.to_string())?;
-    Ok(Attached { process, sampler })
+    Ok(sampler)
 }
 
 fn explain(error: &ProcessError) -> String {

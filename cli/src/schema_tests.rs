@@ -10,8 +10,8 @@ use ept_virt_core::policy::{Config, Effective};
 use ept_virt_core::sampler::{Level, MemSlot};
 use ept_virt_core::samples::{Access, Sample};
 use ept_virt_core::wire::{
-    DaemonStatus, DomainStatus, MapRun, MemoryMap, ModuleStatus, MoveTotals, Refusal, RoundStatus, Status,
-    StripCell,
+    DaemonStatus, DomainStatus, MapRun, MemoryMap, ModuleStatus, MoveTotals, Refusal, RoundStatus,
+    SamplingStatus, Status, StripCell,
 };
 use serde::de::value::Error;
 use serde::de::{DeserializeOwned, Deserializer, Visitor};
@@ -128,6 +128,7 @@ fn every_field_of_the_daemon_s_types_is_documented() {
         fields_of::<DomainStatus>(),
         fields_of::<RoundStatus>(),
         fields_of::<MoveTotals>(),
+        fields_of::<SamplingStatus>(),
         fields_of::<Refusal>(),
         fields_of::<StripCell>(),
     ];

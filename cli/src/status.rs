@@ -5,7 +5,9 @@
 use std::time::Duration;
 
 use ept_virt_core::units::Bytes;
-use ept_virt_core::wire::{DaemonStatus, DomainState, DomainStatus, MoveTotals, RoundStatus, Status};
+use ept_virt_core::wire::{
+    DaemonStatus, DomainState, DomainStatus, MoveTotals, RoundStatus, SamplingStatus, Status,
+};
 
 use crate::strip;
 use crate::style::{Style, harmless, wrapped};
@@ -157,6 +159,9 @@ fn domain(page: &mut Page, domain: &DomainStatus) {
     match &domain.round {
         Some(round_status) => {
             round(page, domain.memory_bytes, round_status);
+            if let Some(sampling) = &domain.sampling {
+                sampled(page, sampling);
+            }
             moves(page, &domain.moves);
         }
         None if domain.state == DomainState::Unobserved || domain.state == DomainState::Off => {}
@@ -224,6 +229,16 @@ fn round(page: &mut Page, memory: u64, round: &RoundStatus) {
     );
 }
 
+fn sampled(page: &mut Page, sampling: &SamplingStatus) {
+    let SamplingStatus { rate_hz, access, samples, lost, problem } = sampling;
+    let lost = if *lost > 0 { format!(", {lost} lost as rounds came too late") } else { String::new() };
+    let number = counted(*samples, "access");
+    page.field("sampled", &format!("{number} ({access}, {rate_hz} Hz){lost}"));
+    if let Some(problem) = problem {
+        page.alert("", &format!("nothing is sampled now: {problem}"));
+    }
+}
+
 fn moves(page: &mut Page, moves: &MoveTotals) {
     let moved = |moved, tried| format!("{} of {} tried", Bytes(moved), Bytes(tried));
     page.field(
@@ -278,11 +293,11 @@ pub fn percent(bytes: u64, whole: u64) -> String {
 /// `1 slot`, `5 slots`; thousands are set apart.
 fn counted(number: u64, noun: &str) -> String {
     let plural = match noun {
-        _ if number == 1 => noun.into(),
         _ if noun.ends_with('y') => format!("{}ies", &noun[..noun.len() - 1]),
-        _ if noun.ends_with('h') => format!("{noun}es"),
+        _ if noun.ends_with('h') || noun.ends_with('s') => format!("{noun}es"),
         _ => format!("{noun}s"),
     };
+    let plural = if number == 1 { noun.to_owned() } else { plural };
     let digits = number.to_string();
     let mut grouped = String::new();
     for (index, digit) in digits.chars().enumerate() {

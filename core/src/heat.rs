@@ -38,6 +38,7 @@
 //! first needed) and the temperature is stepped when a 256th is to be decayed.
 
 mod histogram;
+mod samples;
 mod step;
 pub mod store;
 mod summary;
@@ -102,6 +103,10 @@ pub struct HeatMap {
     last_step_s: f64,
     /// See [`HeatMap::variance`].
     variance: f64,
+    /// Sampled in the round that the next step ends.
+    sampled: samples::Sampled,
+    /// Sampled with more weight than a bit has, and not in the temperatures yet.
+    raised: samples::Sampled,
 }
 
 /// Number of pages of each class.
@@ -129,6 +134,8 @@ impl HeatMap {
             past_s: 0.0,
             last_step_s: 0.0,
             variance: 1.0,
+            sampled: samples::Sampled::default(),
+            raised: samples::Sampled::default(),
         }
     }
 
@@ -211,16 +218,18 @@ impl HeatMap {
         let all = self.cells.len() / WORD_BITS;
         let (start, end) = (words.start.min(all), words.end.min(all));
         let tail = if end == all { bitmap::tail_mask(self.pages) } else { !0 };
+        let accessed = self.sampled.heating(accessed, start..end);
         let Some(cells) = self.cells.as_chunks_mut().0.get_mut(start..end) else { return };
         match round.step {
-            Some(step) => round.sums += step.apply(cells, accessed, tail),
-            None => put_off(cells, &mut self.pending[start..end], accessed, tail),
+            Some(step) => round.sums += step.apply(cells, &accessed, tail),
+            None => put_off(cells, &mut self.pending[start..end], &accessed, tail),
         }
     }
 
     /// Ends a round, after all its parts. Says what was not expected of it: nothing,
     /// when the temperatures are stepped later.
     pub fn end(&mut self, round: Round) -> Surprise {
+        self.end_samples();
         if round.step.is_some() {
             let mut surprise = round.surprise;
             surprise += self.finish(&round);
@@ -313,7 +322,10 @@ impl HeatMap {
         let mut pending = std::mem::take(&mut self.pending);
         let time = std::mem::take(&mut self.pending_time);
         let mut round = self.start(time);
+        // What was sampled since is of the round that comes.
+        let sampled = std::mem::take(&mut self.sampled);
         self.part(&mut round, 0..usize::MAX, &pending);
+        self.sampled = sampled;
         pending.fill(0);
         self.pending = pending;
         self.finish(&round)
@@ -328,6 +340,9 @@ impl HeatMap {
 
     /// Takes note that all cells were stepped.
     fn finish(&mut self, round: &Round) -> Surprise {
+        if let Some(step) = round.step {
+            std::mem::take(&mut self.raised).raise(&mut self.cells, step.gain());
+        }
         let surprise = round.sums.surprise(self.variance);
         self.past_s += round.dt.as_secs_f64();
         self.last_step_s = round.dt.as_secs_f64();

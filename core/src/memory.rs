@@ -12,7 +12,7 @@ use crate::heat::{ClassCounts, HeatMap, HeatParams, Round, Surprise};
 use crate::migrate::{MoveOutcome, Refused};
 use crate::plan::{self, MoveUnit, PlaceCounts, PlaceMap, Plan, PlanInput, Recent, SlotView};
 use crate::policy::Excluded;
-use crate::sampler::{Harvest, MemSlot};
+use crate::sampler::{Harvest, Level, MemSlot};
 use crate::units::{Bytes, PAGE_BYTES, PAGES_PER_2M, Share};
 use crate::wire::Place;
 
@@ -280,6 +280,28 @@ impl GuestMemory {
         }
     }
 
+    /// Takes in what was sampled since the last round, before the harvest of this one:
+    /// a page, the size of its mapping, and how much the access weighs.
+    pub fn weigh(&mut self, samples: impl Iterator<Item = (u64, Level, u32)>) {
+        for (gfn, level, weight) in samples {
+            let after = self.slots.partition_point(|slot| slot.info.gfn_start <= gfn);
+            let slot = after.checked_sub(1).and_then(|index| self.slots.get_mut(index));
+            // Of a slot that was never harvested nothing counts yet.
+            let Some(slot) = slot.filter(|slot| slot.observed) else { continue };
+            let pages = match level {
+                Level::None | Level::Page4K => 1,
+                Level::Huge2M => PAGES_PER_2M,
+                Level::Huge1G => PAGES_PER_2M * PAGES_PER_2M,
+            };
+            let (first, end) = (slot.info.gfn_start, slot.info.gfn_start + slot.info.page_count);
+            if gfn < end {
+                let mapping = gfn / pages * pages;
+                let start = mapping.max(first) - first;
+                slot.heat.weigh(start as usize..((mapping + pages).min(end) - first) as usize, weight);
+            }
+        }
+    }
+
     /// Ends a round, after all slots were taken in: `elapsed` since the one before, if
     /// it counts for the heat.
     pub fn end_round(&mut self, elapsed: Option<Duration>) {
@@ -452,23 +474,25 @@ impl GuestMemory {
     /// Up to `limit` pages whose place the last harvest told, drawn anew each time from
     /// all of the memory.
     pub fn draw_mapped(&mut self, limit: usize) -> Vec<AskedPage> {
-        let words: usize = self.slots.iter().map(|slot| slot.mapped.len()).sum();
+        let words_of = |slot: &Slot| bitmap::words_for(slot.info.page_count as usize);
+        let words: usize = self.slots.iter().map(words_of).sum();
         let mut drawn = Vec::with_capacity(limit);
         for _ in 0..limit.min(words) {
             let mut word = self.random.below(words);
             let slot = self.slots.iter().position(|slot| {
-                let is_here = word < slot.mapped.len();
-                word -= if is_here { 0 } else { slot.mapped.len() };
+                let is_here = word < words_of(slot);
+                word -= if is_here { 0 } else { words_of(slot) };
                 is_here
             });
             let Some((index, slot)) = slot.and_then(|index| Some((index, self.slots.get(index)?))) else {
                 break;
             };
             // Little may be mapped: the first pages behind do as well.
-            let rest = slot.mapped.iter().enumerate().skip(word).take(LONGEST_LOOK);
-            let Some((word, bits)) = rest.into_iter().find(|(_, bits)| **bits != 0) else { continue };
+            let mut rest =
+                (word..words_of(slot)).take(LONGEST_LOOK).map(|word| (word, slot.mapped.word(word)));
+            let Some((word, bits)) = rest.find(|(_, bits)| *bits != 0) else { continue };
             let nth = self.random.below(bits.count_ones() as usize);
-            let bit = bitmap::ones(*bits).nth(nth).unwrap_or_default();
+            let bit = bitmap::ones(bits).nth(nth).unwrap_or_default();
             let page = word * bitmap::WORD_BITS + bit;
             drawn.push(AskedPage { hva: slot.info.hva + page as u64 * PAGE_BYTES, slot: index, page });
         }
@@ -652,6 +676,30 @@ mod tests {
         assert_eq!(memory.verify_places(&drawn, (0..64).map(elsewhere)), 1);
         assert_eq!(memory.places().slow, 1, "what was wrong is corrected");
         assert_eq!(memory.verify_places(&drawn[7..8], [Place::Slow].into_iter()), 0);
+    }
+
+    #[test]
+    fn samples_weigh_for_all_of_their_mapping() {
+        let mut memory = GuestMemory::new(params());
+        memory.adopt(1, vec![info(700, 1000)]);
+        let round = |memory: &mut GuestMemory| {
+            let mut seen = harvest(&info(700, 1000), &[]);
+            bitmap::fill(&mut seen.accessed, 0..1000, true);
+            memory.observe(0, &seen, Some(Duration::from_millis(100)));
+        };
+        // What comes before the first harvest is of a time that does not count.
+        memory.weigh([(701, Level::Page4K, 0)].into_iter());
+        round(&mut memory);
+        round(&mut memory);
+        let ignored = [(1, Level::Page4K, 0), (5000, Level::Page4K, 0)];
+        let samples = [(702, Level::Page4K, 0), (1100, Level::Huge2M, 0)];
+        memory.weigh(samples.into_iter().chain(ignored));
+        round(&mut memory);
+        let heat = memory.views()[0].heat;
+        let cold: Vec<u64> =
+            (700..1700).filter(|gfn| heat.temperature((gfn - 700) as usize) < heat.temperature(1)).collect();
+        // The mapping of 2 MiB goes from 1024 to 1536.
+        assert!(cold.iter().copied().eq([702].into_iter().chain(1024..1536)), "{cold:?}");
     }
 
     #[test]

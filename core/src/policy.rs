@@ -15,7 +15,7 @@ use std::fmt;
 use std::time::Duration;
 
 use crate::heat::HeatParams;
-use crate::samples::AccessSet;
+use crate::samples::{Access, AccessSet, Sample};
 use crate::text::word;
 use crate::topology::NodeSet;
 use crate::units::{Bytes, BytesPerSecond, Share, format_duration};
@@ -89,6 +89,19 @@ pub struct Weights {
     pub write: u32,
     /// Fetches.
     pub execute: u32,
+}
+
+impl Weights {
+    /// How much a sample counts. What the CPU did by itself, walking the guest's page
+    /// tables, is a read: EPT calls it a write only because it may set their bits.
+    pub fn of(&self, sample: &Sample) -> u32 {
+        match sample.access {
+            _ if sample.page_walk => self.read,
+            Access::Read => self.read,
+            Access::Write => self.write,
+            Access::Exec => self.execute,
+        }
+    }
 }
 
 /// How much of a domain may be on the fast tier.

@@ -132,6 +132,39 @@ pub struct SampleStats {
     pub hold: Duration,
 }
 
+/// Something that samples one VM. Unit tests replace it.
+pub trait SampleSource: Send {
+    /// Changes kinds and frequency; 0 pauses.
+    fn set(&mut self, access: AccessSet, freq_hz: u32) -> Result<(), SamplerError>;
+
+    /// Appends what was sampled and not read yet to `out`, without waiting.
+    fn drain(&mut self, out: &mut Vec<Sample>) -> Result<(), SamplerError>;
+
+    /// What was done so far.
+    fn stats(&self) -> Result<SampleStats, SamplerError>;
+}
+
+impl SampleSource for Sampling {
+    fn set(&mut self, access: AccessSet, freq_hz: u32) -> Result<(), SamplerError> {
+        Sampling::set(self, access, freq_hz)
+    }
+
+    fn drain(&mut self, out: &mut Vec<Sample>) -> Result<(), SamplerError> {
+        loop {
+            let before = out.len();
+            self.read(out, Duration::ZERO)?;
+            // A call that brings less than it could has left nothing.
+            if out.len() < before + BATCH {
+                return Ok(());
+            }
+        }
+    }
+
+    fn stats(&self) -> Result<SampleStats, SamplerError> {
+        Sampling::stats(self)
+    }
+}
+
 /// Records fetched by one call.
 const BATCH: usize = 1024;
 

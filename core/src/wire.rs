@@ -294,6 +294,9 @@ pub struct DomainStatus {
     pub round: Option<RoundStatus>,
     /// Totals since the daemon found the domain.
     pub moves: MoveTotals,
+    /// Sampling of single accesses; none when the policy asks for none.
+    #[serde(default)]
+    pub sampling: Option<SamplingStatus>,
     /// Age of the heat, in seconds, that an earlier daemon had kept and that this
     /// one went on with; none if it began anew.
     #[serde(default)]
@@ -301,6 +304,21 @@ pub struct DomainStatus {
     /// Guest physical memory in equal parts, from the lowest slot to the
     /// highest, without holes: a picture for the terminal.
     pub strip: Vec<StripCell>,
+}
+
+/// Sampling of single accesses, which weigh in the heat by their kinds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SamplingStatus {
+    /// Accesses that are to be sampled in a second.
+    pub rate_hz: u32,
+    /// Their kinds: some of the letters r, w and x.
+    pub access: String,
+    /// Those that were read since the daemon found the domain.
+    pub samples: u64,
+    /// Those that were lost, because a round came too late for the ring.
+    pub lost: u64,
+    /// Why nothing is sampled now, in plain words.
+    pub problem: Option<String>,
 }
 
 /// One round of observing.

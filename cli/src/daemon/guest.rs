@@ -15,10 +15,12 @@ use ept_virt_core::migrate::{
 use ept_virt_core::plan::MoveUnit;
 use ept_virt_core::policy::{Excluded, Mode, Policy};
 use ept_virt_core::sampler::{Harvest, HarvestRequest, HarvestStats, MemSlot, Sampler, SamplerError};
+use ept_virt_core::samples::Sample;
 use ept_virt_core::topology::Tiers;
 use ept_virt_core::units::{Bytes, PAGE_BYTES, PAGES_PER_2M};
-use ept_virt_core::wire::{MoveTotals, Place, RoundStatus};
+use ept_virt_core::wire::{MoveTotals, Place, RoundStatus, SamplingStatus};
 
+use super::sampling::{self, Sampling};
 use super::state::lock;
 use super::tap::Tap;
 
@@ -124,6 +126,7 @@ pub struct Guest {
     memory: Arc<Mutex<GuestMemory>>,
     orders: Orders,
     harvest: Harvest,
+    sampling: Option<Sampling>,
     bucket: TokenBucket,
     refused: RefusedBytes,
     totals: MoveTotals,
@@ -163,6 +166,7 @@ impl Guest {
             bucket: TokenBucket::new(orders.policy.migration.bandwidth.0, now),
             orders,
             harvest: Harvest::default(),
+            sampling: None,
             refused: RefusedBytes::default(),
             totals: MoveTotals::default(),
             rounds: 0,
@@ -178,6 +182,16 @@ impl Guest {
     /// Gives what rounds find to somebody who records it, from the next one on.
     pub fn record(&mut self, tap: Tap) {
         self.tap = Some(tap);
+    }
+
+    /// Lets accesses be sampled as the policy asks for.
+    pub fn sample_by(&mut self, sampling: Sampling) {
+        self.sampling = Some(sampling);
+    }
+
+    /// How sampling goes; none when nothing is to be sampled.
+    pub fn sampling(&self) -> Option<SamplingStatus> {
+        self.sampling.as_ref().and_then(Sampling::status)
     }
 
     /// What is done with the guest.
@@ -271,6 +285,7 @@ impl Guest {
             memory.adopt(generation, infos);
             memory.slots().map(|(index, info)| (index, *info)).collect()
         };
+        self.weigh_samples(elapsed.unwrap_or_default(), now);
         let mut stats = HarvestStats::default();
         for (index, info) in &slots {
             for pages in parts(info) {
@@ -297,6 +312,16 @@ impl Guest {
         self.harvested_at = Some(self.suspended_since.unwrap_or(now));
         self.rounds += 1;
         Ok(self.round_status(&stats, elapsed, started))
+    }
+
+    /// What was sampled since the last round counts in the heat by its kind.
+    fn weigh_samples(&mut self, interval: Duration, now: Duration) -> sampling::Round {
+        let Some(sampling) = &mut self.sampling else { return sampling::Round::default() };
+        let policy = &self.orders.policy;
+        let round = sampling.round(&policy.sampling, interval, now);
+        let weigh = |sample: &Sample| (sample.gfn, sample.level, policy.weights.of(sample));
+        lock(&self.memory).weigh(round.samples.iter().map(weigh));
+        round
     }
 
     fn round_status(&self, stats: &HarvestStats, elapsed: Option<Duration>, started: Instant) -> RoundStatus {

@@ -333,7 +333,8 @@ fn excluded_memory_stays_and_what_names_nothing_is_told() {
     assert_eq!(warnings[1], "the policy excludes 0x2328000 to 0x2332000, where the guest has no memory");
     // Nor does it come back when it is hot.
     let mut orders = test.guest.orders().clone();
-    orders.excluded.frames = vec![slow[0]..slow[0] + 1];
+    orders.excluded.frames.clear();
+    orders.excluded.frames.push(slow[0]..slow[0] + 1);
     test.guest.obey(orders, test.now);
     test.rounds(20, slow[0]..slow[0] + 1);
     assert_eq!(test.world().pages[&slow[0]].node, Some(SLOW));

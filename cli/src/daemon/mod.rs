@@ -12,6 +12,7 @@ mod keep;
 mod logging;
 mod mailbox;
 mod reconcile;
+mod sampling;
 mod server;
 mod service;
 mod state;

@@ -73,6 +73,7 @@ impl Cell {
             slots: 0,
             round: None,
             moves: MoveTotals::default(),
+            sampling: None,
             restored_s: None,
             strip: Vec::new(),
         };
@@ -204,6 +205,7 @@ fn forget(status: &mut DomainStatus, state: DomainState, reason: Option<String>)
     status.slots = 0;
     status.round = None;
     status.moves = MoveTotals::default();
+    status.sampling = None;
     status.restored_s = None;
 }
 

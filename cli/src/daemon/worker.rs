@@ -13,6 +13,7 @@ use ept_virt_core::domain::RunningDomain;
 use ept_virt_core::migrate::{KernelMover, Mover, ProcessGone};
 use ept_virt_core::process::Process;
 use ept_virt_core::sampler::{Sampler, SamplerError};
+use ept_virt_core::samples::Sampling as Samples;
 use ept_virt_core::wire::{DomainState, RoundStatus};
 use log::warn;
 use nix::time::{ClockId, clock_gettime};
@@ -23,6 +24,7 @@ use super::claim::{self, CLAIMS_DIR, Claim};
 use super::guest::{Guest, Moves, Orders, Pace};
 use super::keep::{Keeper, Recalled, Saver};
 use super::logging::about;
+use super::sampling::{self, Sampling};
 use super::state::{Cell, Memory};
 
 /// The part of a round's time that the first look at all pages may take.
@@ -82,6 +84,15 @@ fn monotonic() -> Duration {
     clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from)
 }
 
+/// Samples the VM of a process by a session of its own, as one that samples is busy.
+fn begin_sampling(process: Arc<Process>) -> Box<sampling::Begin> {
+    Box::new(move |access, rate_hz, records| {
+        let session = attach::attach_session(&process)?;
+        let samples = Samples::start(session, access, rate_hz, records).map_err(|error| error.to_string())?;
+        Ok(Box::new(samples))
+    })
+}
+
 /// How a worker ended.
 #[derive(Debug, PartialEq, Eq)]
 pub enum End {
@@ -133,7 +144,8 @@ impl Worker {
     pub fn spawn(attachment: Attachment, cell: Arc<Cell>, orders: Orders, name: &str) -> io::Result<Self> {
         let Attachment { process, sampler, mover, claim, saver } = attachment;
         let memory = cell.renew_memory();
-        let guest = Guest::new(sampler, mover, Arc::clone(&memory), orders, monotonic());
+        let mut guest = Guest::new(sampler, mover, Arc::clone(&memory), orders, monotonic());
+        guest.sample_by(Sampling::new(begin_sampling(Arc::clone(&process))));
         let (sender, receiver) = mpsc::channel();
         let stop = Arc::<AtomicBool>::default();
         let abandoned = saver.as_ref().map(Saver::void).unwrap_or_default();
@@ -368,6 +380,7 @@ impl Run {
         let (bytes, slots) = self.guest.size();
         let moves = self.guest.totals();
         let (excluded, warnings) = self.guest.excluded();
+        let sampling = self.guest.sampling();
         self.cell.update_by(&self.memory, |status| {
             status.pid = Some(self.process.pid());
             status.state = state;
@@ -375,6 +388,7 @@ impl Run {
             status.memory_bytes = bytes.0;
             status.excluded_bytes = excluded.0;
             status.policy_warnings = warnings;
+            status.sampling = sampling;
             status.slots = slots;
             status.round.clone_from(&self.round);
             status.moves = moves;

@@ -43,6 +43,11 @@ impl Step {
         Step { keep, gain, countdown }
     }
 
+    /// What an access adds to a temperature.
+    pub(super) fn gain(self) -> u16 {
+        self.gain
+    }
+
     /// Steps `cells`, of which the last word of `accessed` may be cut short by
     /// `tail`. Missing words are zero.
     pub(super) fn apply(self, cells: &mut [[u16; WORD_BITS]], accessed: &[u64], tail: u64) -> Sums {

@@ -37,17 +37,7 @@ struct Unserved {
     is_asked: fn(&Policy, &Policy) -> bool,
 }
 
-const UNSERVED: [Unserved; 4] = [
-    Unserved {
-        settings: &["sampling.rate", "sampling.access"],
-        words: "sampling.rate",
-        is_asked: |policy, _| policy.sampling.rate_hz > 0,
-    },
-    Unserved {
-        settings: &["temperature.read", "temperature.write", "temperature.execute"],
-        words: "the weights of temperature",
-        is_asked: |policy, default| policy.weights != default.weights,
-    },
+const UNSERVED: [Unserved; 2] = [
     Unserved {
         settings: &["dram.weight"],
         words: "dram.weight",
@@ -217,12 +207,7 @@ mod tests {
         assert_eq!((shortcoming("dram.share"), shortcoming("mode")), (None, None));
         // Each is named when it is asked for, and by default none is.
         assert!(unserved(&Policy::default()).is_empty());
-        for (setting, value) in [
-            ("sampling.rate", "10 Hz"),
-            ("temperature.write", "3"),
-            ("dram.weight", "7"),
-            ("migration.interval", "5 s"),
-        ] {
+        for (setting, value) in [("dram.weight", "7"), ("migration.interval", "5 s")] {
             let mut layer = Layer::default();
             layer.assign(setting, value).unwrap();
             assert_eq!(unserved(&Policy::of(&layer)).len(), 1, "{setting}");

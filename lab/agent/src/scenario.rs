@@ -27,6 +27,7 @@ mod placement;
 mod policies;
 mod qemu;
 mod recording;
+mod sampled;
 mod second_host;
 mod session;
 mod systemd;
@@ -58,6 +59,7 @@ const SCENARIOS: &[(&str, Test)] = &[
     ("e2e-memfd", placement::memfd),
     ("e2e-thp", placement::huge_pages),
     ("e2e-excluded", excluded::run),
+    ("e2e-sampled", sampled::run),
     ("bad-no-module", bad_paths::no_module),
     ("bad-no-daemon", bad_paths::no_daemon),
     ("bad-tcg-guest", bad_paths::tcg_guest),
