@@ -11,7 +11,7 @@ use ept_virt_core::sampler::{Level, MemSlot};
 use ept_virt_core::samples::{Access, Sample};
 use ept_virt_core::wire::{
     DaemonStatus, DomainStatus, MapRun, MemoryMap, ModuleStatus, MoveTotals, Refusal, RoundStatus,
-    SamplingStatus, Status, StripCell,
+    SamplingStatus, SlowdownStatus, Status, StripCell,
 };
 use serde::de::value::Error;
 use serde::de::{DeserializeOwned, Deserializer, Visitor};
@@ -129,6 +129,7 @@ fn every_field_of_the_daemon_s_types_is_documented() {
         fields_of::<RoundStatus>(),
         fields_of::<MoveTotals>(),
         fields_of::<SamplingStatus>(),
+        fields_of::<SlowdownStatus>(),
         fields_of::<Refusal>(),
         fields_of::<StripCell>(),
     ];

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use ept_virt_core::units::Bytes;
 use ept_virt_core::wire::{
-    DaemonStatus, DomainState, DomainStatus, MoveTotals, RoundStatus, SamplingStatus, Status,
+    DaemonStatus, DomainState, DomainStatus, MoveTotals, RoundStatus, SamplingStatus, SlowdownStatus, Status,
 };
 
 use crate::strip;
@@ -162,6 +162,9 @@ fn domain(page: &mut Page, domain: &DomainStatus) {
             if let Some(sampling) = &domain.sampling {
                 sampled(page, sampling);
             }
+            if let Some(slowdown) = &domain.slowdown {
+                slowed(page, slowdown);
+            }
             moves(page, &domain.moves);
         }
         None if domain.state == DomainState::Unobserved || domain.state == DomainState::Off => {}
@@ -237,6 +240,29 @@ fn sampled(page: &mut Page, sampling: &SamplingStatus) {
     if let Some(problem) = problem {
         page.alert("", &format!("nothing is sampled now: {problem}"));
     }
+}
+
+fn slowed(page: &mut Page, slowdown: &SlowdownStatus) {
+    let SlowdownStatus { limit_percent, gap_ns, gap_from, given_bytes, .. } = slowdown;
+    let estimate = match (slowdown.estimate_percent, slowdown.low_percent, slowdown.high_percent) {
+        (None, ..) => "not known: it did next to nothing".to_owned(),
+        (Some(likely), Some(low), Some(high)) => {
+            format!("{likely:.1}% of its CPU time ({low:.1} to {high:.1}%)")
+        }
+        (Some(likely), ..) => format!("{likely:.1}% of its CPU time or more"),
+    };
+    let confidence =
+        slowdown.confidence.as_ref().map_or(String::new(), |word| format!(", confidence {word}"));
+    let given = match given_bytes {
+        0 => String::new(),
+        bytes => format!("; for that it may have {} of DRAM more", Bytes(*bytes)),
+    };
+    page.field(
+        "slowed by",
+        &format!(
+            "{estimate}{confidence}; limit {limit_percent}%{given}; NVM takes {gap_ns} ns longer, by {gap_from}"
+        ),
+    );
 }
 
 fn moves(page: &mut Page, moves: &MoveTotals) {

@@ -18,6 +18,7 @@ pub mod record;
 pub mod sampler;
 pub mod samples;
 pub mod simulate;
+pub mod slowdown;
 pub mod text;
 pub mod topology;
 pub mod uapi;

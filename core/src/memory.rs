@@ -13,6 +13,7 @@ use crate::migrate::{MoveOutcome, Refused};
 use crate::plan::{self, MoveUnit, PlaceCounts, PlaceMap, Plan, PlanInput, Recent, SlotView};
 use crate::policy::Excluded;
 use crate::sampler::{Harvest, Level, MemSlot};
+use crate::slowdown::SlowBits;
 use crate::units::{Bytes, PAGE_BYTES, PAGES_PER_2M, Share};
 use crate::wire::Place;
 
@@ -278,6 +279,47 @@ impl GuestMemory {
                 self.surprise += slot.heat.end(round);
             }
         }
+    }
+
+    /// What bits tell of accesses to the slow tier. A huge page counts as one.
+    pub fn slow_bits(&self) -> SlowBits {
+        let mut bits = SlowBits::default();
+        for slot in &self.slots {
+            for (pages, level) in slot.place.regions() {
+                let is_huge = matches!(level, Level::Huge2M | Level::Huge1G);
+                for (index, mask) in bitmap::masks(pages.clone()) {
+                    let (fast, slow) = slot.place.words(index);
+                    let mapped = slot.mapped.word(index) & mask;
+                    if is_huge && mapped != 0 {
+                        bits.all_mappings += 1;
+                        if slow & mapped != 0 {
+                            bits.mappings += 1;
+                            bits.add(slot.heat.unit(pages.clone()).0);
+                        }
+                        break;
+                    }
+                    bits.all_mappings += u64::from(((fast | slow) & mapped).count_ones());
+                    bits.mappings += u64::from((slow & mapped).count_ones());
+                    // Most of it is cold.
+                    let block = index * bitmap::WORD_BITS..(index + 1) * bitmap::WORD_BITS;
+                    if slow & mapped != 0 && slot.heat.extremes(block).1 > 0 {
+                        let pages = bitmap::ones(slow & mapped).map(|bit| index * bitmap::WORD_BITS + bit);
+                        pages.for_each(|page| bits.add(slot.heat.temperature(page)));
+                    }
+                }
+            }
+        }
+        bits
+    }
+
+    /// How many of these frames lie on the slow tier.
+    pub fn count_slow(&self, frames: impl Iterator<Item = u64>) -> u64 {
+        let is_slow = |gfn: &u64| {
+            let after = self.slots.partition_point(|slot| slot.info.gfn_start <= *gfn);
+            let slot = after.checked_sub(1).and_then(|index| self.slots.get(index));
+            slot.is_some_and(|slot| slot.place.place((gfn - slot.info.gfn_start) as usize) == Place::Slow)
+        };
+        frames.filter(is_slow).count() as u64
     }
 
     /// Takes in what was sampled since the last round, before the harvest of this one:
@@ -700,6 +742,27 @@ mod tests {
             (700..1700).filter(|gfn| heat.temperature((gfn - 700) as usize) < heat.temperature(1)).collect();
         // The mapping of 2 MiB goes from 1024 to 1536.
         assert!(cold.iter().copied().eq([702].into_iter().chain(1024..1536)), "{cold:?}");
+    }
+
+    #[test]
+    fn the_slow_tier_is_told_by_mappings() {
+        let mut memory = GuestMemory::new(params());
+        memory.adopt(1, vec![info(0, 1024)]);
+        let mut seen = harvest(&info(0, 1024), &[]);
+        seen.mapped.fill(!0);
+        bitmap::fill(&mut seen.on_slow, 500..1024, true);
+        seen.levels = vec![Level::Page4K, Level::Huge2M];
+        bitmap::fill(&mut seen.accessed, 505..1024, true);
+        memory.observe(0, &seen, None);
+        assert_eq!(memory.slow_bits(), SlowBits { accesses: 0.0, mappings: 13, all_mappings: 513 });
+        memory.observe(0, &seen, Some(Duration::from_secs(1)));
+        let mut expected = SlowBits { mappings: 13, all_mappings: 513, ..SlowBits::default() };
+        let heat = memory.views()[0].heat;
+        (0..8).for_each(|_| expected.add(heat.temperature(505)));
+        let found = memory.slow_bits();
+        assert!((found.accesses - expected.accesses).abs() < 1e-9 && found.accesses > 0.0);
+        assert_eq!((found.mappings, found.all_mappings), (13, 513));
+        assert_eq!(memory.count_slow([499, 500, 1023, 1024, 9999].into_iter()), 2);
     }
 
     #[test]

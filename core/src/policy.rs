@@ -111,6 +111,9 @@ pub struct Dram {
     pub share: Share,
     /// Part in the host's DRAM beside other domains.
     pub weight: u32,
+    /// More than the share, up to `max`, while the guest is slowed down by more than
+    /// this.
+    pub max_slowdown: Option<Share>,
     /// Never less than this.
     pub min: Bytes,
     /// Never more than this; wins over `min`.
@@ -265,6 +268,7 @@ impl Policy {
             dram: Dram {
                 share: layer.share("dram.share"),
                 weight: layer.number("dram.weight"),
+                max_slowdown: layer.get("dram.max-slowdown").map(|_| layer.share("dram.max-slowdown")),
                 min: layer.size("dram.min").unwrap_or_default(),
                 max: layer.size("dram.max"),
             },
@@ -292,6 +296,11 @@ impl Policy {
         let floored = self.dram.share.of(memory.0).max(self.dram.min.0);
         let target = floored.min(self.dram.max.map_or(u64::MAX, |max| max.0));
         (target < memory.0).then_some(Bytes(target))
+    }
+
+    /// The most that a domain of `memory` may be given beyond its target.
+    pub fn dram_most(&self, memory: Bytes) -> Bytes {
+        Bytes(self.dram.max.map_or(memory.0, |max| max.0.min(memory.0)))
     }
 
     /// The effective policy in one line of plain words.
@@ -348,6 +357,9 @@ impl fmt::Display for Dram {
         }
         if let Some(max) = self.max {
             write!(f, ", at most {max}")?;
+        }
+        if let Some(limit) = self.max_slowdown {
+            write!(f, ", more while that slows it down by over {limit}")?;
         }
         Ok(())
     }

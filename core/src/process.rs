@@ -9,6 +9,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
@@ -163,6 +164,16 @@ impl Process {
         Ok(ProcessIdentity { boot_id: boot_id.trim().to_owned(), pid, started_ticks })
     }
 
+    /// CPU time that its vCPUs have had, all together, since it was started.
+    pub fn guest_time(&self) -> Result<Duration, ProcessError> {
+        let operation = "tell the CPU time of the vCPUs";
+        let ticks = guest_ticks(&self.read("stat", operation)?).ok_or_else(|| {
+            let source = io::Error::new(io::ErrorKind::InvalidData, "its stat file has another form");
+            ProcessError::Io { pid: self.pid, operation, source }
+        })?;
+        Ok(Duration::from_millis(ticks.saturating_mul(1000 / TICKS_PER_SECOND)))
+    }
+
     /// Reads `/proc/PID/NAME`, which is this process's for certain when it
     /// returns with success.
     fn read(&self, name: &str, operation: &'static str) -> Result<Vec<u8>, ProcessError> {
@@ -252,13 +263,25 @@ fn owned_fd(result: libc::c_long) -> io::Result<OwnedFd> {
     }
 }
 
+/// Clock ticks of procfs in a second: USER_HZ, on all architectures that run KVM guests.
+const TICKS_PER_SECOND: u64 = 100;
+
 /// The start time, field 22 of `/proc/PID/stat` (proc_pid_stat(5)), in clock ticks
 /// since the boot. The name, field 2, may
 /// hold whatever its owner likes; what follows its last bracket holds none.
 pub fn start_time(stat: &[u8]) -> Option<u64> {
+    field_after_name(stat, 19)
+}
+
+/// Time that all threads have spent running guests, field 43, in clock ticks.
+fn guest_ticks(stat: &[u8]) -> Option<u64> {
+    field_after_name(stat, 40)
+}
+
+fn field_after_name(stat: &[u8], index: usize) -> Option<u64> {
     let after_name = stat.iter().rposition(|byte| *byte == b')')? + 1;
     let fields = std::str::from_utf8(stat.get(after_name..)?).ok()?;
-    fields.split_ascii_whitespace().nth(19)?.parse().ok()
+    fields.split_ascii_whitespace().nth(index)?.parse().ok()
 }
 
 /// Whether a NUL-separated command line says `-uuid UUID`.
@@ -314,6 +337,16 @@ mod tests {
         assert!(!process.is_alive());
         assert!(matches!(process.read("cmdline", "read"), Err(ProcessError::Gone { .. })));
         assert!(matches!(find_vm_fd(&process), Err(ProcessError::Gone { .. })));
+    }
+
+    #[test]
+    fn the_time_of_vcpus_is_field_43() {
+        let fields: Vec<String> = (3..=52).map(|field| field.to_string()).collect();
+        let stat = format!("1 (a) 43 (x)) {}", fields.join(" "));
+        assert_eq!(guest_ticks(stat.as_bytes()), Some(43));
+        assert_eq!(guest_ticks(b"1 (a) S 1"), None);
+        // We run no guest.
+        assert_eq!(Process::open(own_pid()).unwrap().guest_time().unwrap(), Duration::ZERO);
     }
 
     #[test]

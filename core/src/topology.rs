@@ -3,12 +3,14 @@
 //! how much is free. Read from sysfs and procfs under a given root, so that
 //! tests read captured trees.
 
+mod latency;
 mod nodes;
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+pub use latency::Latencies;
 pub use nodes::{MAX_NODES, NodeSet, NodeSetError};
 
 /// Distance of a node to itself (ACPI SLIT).

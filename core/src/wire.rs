@@ -297,6 +297,10 @@ pub struct DomainStatus {
     /// Sampling of single accesses; none when the policy asks for none.
     #[serde(default)]
     pub sampling: Option<SamplingStatus>,
+    /// By how much the slow tier slows the guest down; none when the policy does not
+    /// limit that, or nothing is known yet.
+    #[serde(default)]
+    pub slowdown: Option<SlowdownStatus>,
     /// Age of the heat, in seconds, that an earlier daemon had kept and that this
     /// one went on with; none if it began anew.
     #[serde(default)]
@@ -319,6 +323,28 @@ pub struct SamplingStatus {
     pub lost: u64,
     /// Why nothing is sampled now, in plain words.
     pub problem: Option<String>,
+}
+
+/// How much of its CPU time a guest loses to the latency of the slow tier, as an estimate
+/// from what is accessed there.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SlowdownStatus {
+    /// What the policy allows, in percent.
+    pub limit_percent: f64,
+    /// The estimate of the last round, in percent; none when the guest did next to nothing.
+    pub estimate_percent: Option<f64>,
+    /// What it is at least, as far as chance goes.
+    pub low_percent: Option<f64>,
+    /// What it is at most, as far as chance goes; none where only a lower bound is known.
+    pub high_percent: Option<f64>,
+    /// "low": by accessed bits, a lower bound; "medium": by samples.
+    pub confidence: Option<String>,
+    /// By how much an access to the slow tier takes longer, in nanoseconds.
+    pub gap_ns: u64,
+    /// Where this is known from, in plain words.
+    pub gap_from: String,
+    /// Bytes of DRAM that the domain may have beyond its share for this.
+    pub given_bytes: u64,
 }
 
 /// One round of observing.

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use ept_virt_core::topology::{
-    NodeMemory, NodeSet, NumaBalancing, Tiers, node_memory, numa_balancing, reclaims,
+    Latencies, NodeMemory, NodeSet, NumaBalancing, Tiers, node_memory, numa_balancing, reclaims,
 };
 
 fn host(name: &str) -> PathBuf {
@@ -17,6 +17,20 @@ fn tiers(name: &str) -> Tiers {
 
 fn nodes(text: &str) -> NodeSet {
     text.parse().unwrap()
+}
+
+#[test]
+fn latencies_come_from_the_hmat_else_from_distances() {
+    for (name, fast, slow, from) in [
+        ("hmat", 80, 250, "ACPI's HMAT"),
+        ("cpu-less", 80, 160, "the nodes' distances, and 80 ns assumed for DRAM"),
+        ("fake", 80, 250, "nothing on this host: 80 and 250 ns assumed"),
+    ] {
+        let latencies = Latencies::detect(&host(name).join("sys"), &tiers(name));
+        let ns = [latencies.fast, latencies.slow].map(|time| time.as_nanos());
+        assert_eq!((ns, latencies.from), ([fast, slow], from), "{name}");
+        assert_eq!(latencies.gap().as_nanos(), slow - fast);
+    }
 }
 
 #[test]

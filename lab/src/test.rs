@@ -40,7 +40,11 @@ const BOOKWORM: Flavour = Flavour::script(Suite::Bookworm);
 
 /// All runs. Scenarios that must not see each other's traces stand apart.
 const AMD_RUNS: &[(&str, Flavour, &[&str])] = &[
-    ("amd-place", Flavour::MAIN, &["boot", "e2e-memfd", "e2e-thp", "e2e-excluded", "e2e-sampled"]),
+    (
+        "amd-place",
+        Flavour::MAIN,
+        &["boot", "e2e-memfd", "e2e-thp", "e2e-excluded", "e2e-sampled", "e2e-slowed"],
+    ),
     (
         "amd-bad",
         Flavour::MAIN,

@@ -16,11 +16,12 @@ use ept_virt_core::plan::MoveUnit;
 use ept_virt_core::policy::{Excluded, Mode, Policy};
 use ept_virt_core::sampler::{Harvest, HarvestRequest, HarvestStats, MemSlot, Sampler, SamplerError};
 use ept_virt_core::samples::Sample;
-use ept_virt_core::topology::Tiers;
+use ept_virt_core::topology::{Latencies, Tiers};
 use ept_virt_core::units::{Bytes, PAGE_BYTES, PAGES_PER_2M};
-use ept_virt_core::wire::{MoveTotals, Place, RoundStatus, SamplingStatus};
+use ept_virt_core::wire::{MoveTotals, Place, RoundStatus, SamplingStatus, SlowdownStatus};
 
 use super::sampling::{self, Sampling};
+use super::slowdown::Watch;
 use super::state::lock;
 use super::tap::Tap;
 
@@ -63,6 +64,8 @@ pub struct Orders {
     pub obstacle: Option<String>,
     /// Memory that is left where it is.
     pub excluded: Excluded,
+    /// Of the tiers, where the policy asks for what needs them.
+    pub latencies: Option<Latencies>,
     /// The guest's CPUs stand still, and so does its heat.
     pub suspended: bool,
     /// The host takes memory away by what it sees accessed: it must be told of what
@@ -127,6 +130,7 @@ pub struct Guest {
     orders: Orders,
     harvest: Harvest,
     sampling: Option<Sampling>,
+    watch: Option<Watch>,
     bucket: TokenBucket,
     refused: RefusedBytes,
     totals: MoveTotals,
@@ -167,6 +171,7 @@ impl Guest {
             orders,
             harvest: Harvest::default(),
             sampling: None,
+            watch: None,
             refused: RefusedBytes::default(),
             totals: MoveTotals::default(),
             rounds: 0,
@@ -187,6 +192,16 @@ impl Guest {
     /// Lets accesses be sampled as the policy asks for.
     pub fn sample_by(&mut self, sampling: Sampling) {
         self.sampling = Some(sampling);
+    }
+
+    /// Lets the guest have more DRAM while it is slowed down too much.
+    pub fn watch_by(&mut self, watch: Watch) {
+        self.watch = Some(watch);
+    }
+
+    /// By how much it is slowed down; none when the policy does not limit that.
+    pub fn slowdown(&self) -> Option<SlowdownStatus> {
+        self.watch.as_ref()?.status(&self.orders.policy, self.orders.latencies.as_ref())
     }
 
     /// How sampling goes; none when nothing is to be sampled.
@@ -285,7 +300,7 @@ impl Guest {
             memory.adopt(generation, infos);
             memory.slots().map(|(index, info)| (index, *info)).collect()
         };
-        self.weigh_samples(elapsed.unwrap_or_default(), now);
+        let sampled = self.weigh_samples(elapsed.unwrap_or_default(), now);
         let mut stats = HarvestStats::default();
         for (index, info) in &slots {
             for pages in parts(info) {
@@ -309,6 +324,10 @@ impl Guest {
         }
         lock(&self.memory).end_round(elapsed);
         self.tap.take_if(|tap| !tap.end(elapsed));
+        if let (Some(watch), Some(elapsed)) = (&mut self.watch, elapsed) {
+            let Orders { policy, latencies, .. } = &self.orders;
+            watch.round(policy, latencies.as_ref(), &lock(&self.memory), &sampled, elapsed, now);
+        }
         self.harvested_at = Some(self.suspended_since.unwrap_or(now));
         self.rounds += 1;
         Ok(self.round_status(&stats, elapsed, started))
@@ -345,7 +364,7 @@ impl Guest {
             fast_bytes: bytes(places.fast),
             slow_bytes: bytes(places.slow),
             absent_bytes: bytes(places.absent),
-            dram_target_bytes: self.orders.policy.dram_target(memory.bytes()).map(|target| target.0),
+            dram_target_bytes: self.dram_target(memory.bytes()).map(|target| target.0),
             took_us: started.elapsed().as_micros() as u64,
         }
     }
@@ -433,6 +452,14 @@ impl Guest {
         }
     }
 
+    /// What the domain may have in DRAM: what the policy grants, and more while it is
+    /// slowed down too much; `None` when that is all of its memory.
+    fn dram_target(&self, memory: Bytes) -> Option<Bytes> {
+        let granted = self.orders.policy.dram_target(memory)?;
+        let wanted = self.watch.as_ref().map_or(granted, |watch| watch.wanted(granted));
+        (wanted < memory).then_some(wanted)
+    }
+
     /// Plans what to move in the next `interval`.
     pub fn plan(&mut self, now: Duration, interval: Duration) -> Moves {
         (self.slow_is_full, self.all_in_use) = (false, false);
@@ -447,7 +474,7 @@ impl Guest {
         // The host's own needs come before the policy's share.
         let fast = Bytes::of_pages(memory.places().fast).0;
         let reachable = fast.saturating_add(self.mover.room(&tiers.fast));
-        let target = policy.dram_target(memory.bytes()).map_or(reachable, |target| target.0.min(reachable));
+        let target = self.dram_target(memory.bytes()).map_or(reachable, |target| target.0.min(reachable));
         // Less would never move a huge page; the bucket keeps the pace.
         let quota_pages = (u64::try_from(budget).unwrap_or(u64::MAX) / PAGE_BYTES).max(SMALLEST_QUOTA_PAGES);
         let mut plan = memory.plan(Some(Bytes(target)), policy.migration.tolerance, quota_pages);

@@ -163,7 +163,7 @@ fn orders(mode: Mode) -> Orders {
     let tiers =
         Tiers { fast: NodeSet::from_iter([FAST]), slow: NodeSet::from_iter([SLOW]), from: "test".into() };
     let excluded = Excluded::default();
-    Orders { policy, tiers, obstacle: None, excluded, suspended: false, keep_young: false }
+    Orders { policy, tiers, obstacle: None, excluded, latencies: None, suspended: false, keep_young: false }
 }
 
 impl Test {
@@ -338,6 +338,41 @@ fn excluded_memory_stays_and_what_names_nothing_is_told() {
     test.guest.obey(orders, test.now);
     test.rounds(20, slow[0]..slow[0] + 1);
     assert_eq!(test.world().pages[&slow[0]].node, Some(SLOW));
+}
+
+#[test]
+fn a_guest_that_is_slowed_down_gets_more_up_to_its_maximum() {
+    let mut orders = orders(Mode::Place);
+    orders.policy.dram.share = Share::from_percent(10);
+    orders.policy.dram.max_slowdown = Some(Share::from_percent(5));
+    orders.policy.dram.max = Some(Bytes(2 << 20));
+    let (fast, slow) = (Duration::from_nanos(80), Duration::from_millis(1));
+    orders.latencies = Some(Latencies { fast, slow, from: "a test" });
+    let mut test = Test::new(orders, vec![slot(0, 1000)]);
+    // Half of a CPU.
+    let mut cpu = Duration::ZERO;
+    let cpu_time = move || {
+        cpu += ROUND / 2;
+        Some(cpu)
+    };
+    test.guest.watch_by(Watch::new(Box::new(cpu_time)));
+    test.world().touch(0..1000);
+    // What is in use stays whatever is granted: first little is.
+    test.rounds(20, 0..50);
+    let status = test.rounds(80, 0..300);
+    assert_eq!(status.dram_target_bytes, Some(2 << 20));
+    let on_fast = |test: &Test| (0..300).filter(|gfn| test.world().pages[gfn].node == Some(FAST)).count();
+    assert_eq!(on_fast(&test), 300, "they fit the maximum, and not the share");
+    let told = test.guest.slowdown().unwrap();
+    assert_eq!((told.limit_percent, told.gap_ns, told.confidence.as_deref()), (5.0, 999_920, Some("low")));
+    assert_eq!(told.given_bytes, (2 << 20) - 100 * PAGE_BYTES);
+    assert!(told.estimate_percent.unwrap() < 5.0);
+    // Without a limit, nothing is given.
+    let mut orders = test.guest.orders().clone();
+    orders.policy.dram.max_slowdown = None;
+    test.guest.obey(orders, test.now);
+    let status = test.rounds(1, 0..300);
+    assert_eq!((status.dram_target_bytes, test.guest.slowdown()), (Some(100 * PAGE_BYTES), None));
 }
 
 /// Nested guests, and hosts without tables to walk: a page is accessed and not

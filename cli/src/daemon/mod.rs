@@ -15,6 +15,7 @@ mod reconcile;
 mod sampling;
 mod server;
 mod service;
+mod slowdown;
 mod state;
 mod tap;
 mod worker;

@@ -12,7 +12,7 @@ use ept_virt_core::devices::pinning;
 use ept_virt_core::domain::{Activity, Jobs, Libvirt, RunningDomain};
 use ept_virt_core::policy::{Config, Effective, Excluded, Layer, Mode, Policy};
 use ept_virt_core::sampler::{KernelSampler, ModuleInfo, Sampler};
-use ept_virt_core::topology::{NumaBalancing, Tiers, numa_balancing, reclaims};
+use ept_virt_core::topology::{Latencies, NumaBalancing, Tiers, numa_balancing, reclaims};
 use ept_virt_core::wire::{DomainState, ModuleStatus};
 use log::warn;
 
@@ -370,7 +370,16 @@ fn orders(policy: &Policy, host: &Tiers) -> Orders {
     let (tiers, obstacle) = policy.tiers(host);
     let obstacle = obstacle.map(|obstacle| format!("nothing is moved: {obstacle}"));
     let excluded = Excluded::default();
-    Orders { policy: policy.clone(), tiers, obstacle, excluded, suspended: false, keep_young: false }
+    let latencies = policy.dram.max_slowdown.map(|_| Latencies::detect(Path::new("/sys"), &tiers));
+    Orders {
+        policy: policy.clone(),
+        tiers,
+        obstacle,
+        excluded,
+        latencies,
+        suspended: false,
+        keep_young: false,
+    }
 }
 
 #[cfg(test)]

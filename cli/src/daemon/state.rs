@@ -74,6 +74,7 @@ impl Cell {
             round: None,
             moves: MoveTotals::default(),
             sampling: None,
+            slowdown: None,
             restored_s: None,
             strip: Vec::new(),
         };
@@ -206,6 +207,7 @@ fn forget(status: &mut DomainStatus, state: DomainState, reason: Option<String>)
     status.round = None;
     status.moves = MoveTotals::default();
     status.sampling = None;
+    status.slowdown = None;
     status.restored_s = None;
 }
 

@@ -25,6 +25,7 @@ use super::guest::{Guest, Moves, Orders, Pace};
 use super::keep::{Keeper, Recalled, Saver};
 use super::logging::about;
 use super::sampling::{self, Sampling};
+use super::slowdown::Watch;
 use super::state::{Cell, Memory};
 
 /// The part of a round's time that the first look at all pages may take.
@@ -146,6 +147,8 @@ impl Worker {
         let memory = cell.renew_memory();
         let mut guest = Guest::new(sampler, mover, Arc::clone(&memory), orders, monotonic());
         guest.sample_by(Sampling::new(begin_sampling(Arc::clone(&process))));
+        let vcpus = Arc::clone(&process);
+        guest.watch_by(Watch::new(Box::new(move || vcpus.guest_time().ok())));
         let (sender, receiver) = mpsc::channel();
         let stop = Arc::<AtomicBool>::default();
         let abandoned = saver.as_ref().map(Saver::void).unwrap_or_default();
@@ -380,7 +383,7 @@ impl Run {
         let (bytes, slots) = self.guest.size();
         let moves = self.guest.totals();
         let (excluded, warnings) = self.guest.excluded();
-        let sampling = self.guest.sampling();
+        let (sampling, slowdown) = (self.guest.sampling(), self.guest.slowdown());
         self.cell.update_by(&self.memory, |status| {
             status.pid = Some(self.process.pid());
             status.state = state;
@@ -389,6 +392,7 @@ impl Run {
             status.excluded_bytes = excluded.0;
             status.policy_warnings = warnings;
             status.sampling = sampling;
+            status.slowdown = slowdown;
             status.slots = slots;
             status.round.clone_from(&self.round);
             status.moves = moves;

@@ -100,7 +100,7 @@ mod tests {
         assert_eq!(line("dram.share"), "dram.share 40% domain XML part");
         assert_eq!(line("migration.delay"), "migration.delay 9 s host defaults");
         assert_eq!(line("mode"), "mode observe built in off:");
-        assert_eq!(line("dram.max"), "dram.max - built in never");
+        assert_eq!(line("dram.max "), "dram.max - built in never");
         // What is read and not done yet is said, whoever asked for it.
         let line = text.lines().find(|line| line.starts_with("dram.weight")).unwrap();
         assert!(line.contains("(not used yet) part"), "{line}");

@@ -108,14 +108,14 @@ impl PlaceMap {
     }
 
     /// Words of pages on the fast and on the slow tier, for 64 pages each.
-    pub(super) fn words(&self, index: usize) -> (u64, u64) {
+    pub(crate) fn words(&self, index: usize) -> (u64, u64) {
         let (resident, slow) = (self.resident.word(index), self.slow.word(index));
         (resident & !slow, slow)
     }
 
     /// The parts of the slot that lie in one 2 MiB of guest-physical space each,
     /// with how that is mapped. The first and the last may be shorter.
-    pub(super) fn regions(&self) -> impl Iterator<Item = (Range<usize>, Level)> + '_ {
+    pub(crate) fn regions(&self) -> impl Iterator<Item = (Range<usize>, Level)> + '_ {
         let unit = PAGES_PER_2M as usize;
         // Pages of the first 2 MiB that lie before the slot.
         let offset = (self.gfn_start % PAGES_PER_2M) as usize;

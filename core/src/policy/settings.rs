@@ -304,6 +304,8 @@ pub const SETTINGS: &[Setting] = &[
         "part of the guest's current memory that may lie in DRAM"),
     setting("dram", "weight", false, Kind::Number(1..=1000), "100",
         "part in the host's DRAM beside other domains, when there is too little for all"),
+    setting("dram", "max-slowdown", false, Kind::Percent, "",
+        "more DRAM than the share, up to max, while slower memory costs more of the guest's CPU time than this"),
     setting("dram", "min", true, Kind::Size, "0 bytes", "never less DRAM than this"),
     setting("dram", "max", true, Kind::Size, "", "never more DRAM than this"),
     setting("migration", "tolerance", false, Kind::Percent, "10%",

@@ -60,6 +60,7 @@ const SCENARIOS: &[(&str, Test)] = &[
     ("e2e-thp", placement::huge_pages),
     ("e2e-excluded", excluded::run),
     ("e2e-sampled", sampled::run),
+    ("e2e-slowed", placement::slowed),
     ("bad-no-module", bad_paths::no_module),
     ("bad-no-daemon", bad_paths::no_daemon),
     ("bad-tcg-guest", bad_paths::tcg_guest),

@@ -29,6 +29,9 @@ pub const MEMFD_POLICY: &str = "<ev:dram><ev:max unit='MiB'>37</ev:max></ev:dram
 /// idle. So this holds for 84 to 93 MiB of hot units.
 const HUGE_POLICY: &str = "<ev:dram><ev:max unit='MiB'>90</ev:max></ev:dram>";
 
+/// Half of what will be hot, and more while that slows the guest down.
+const SLOWED_POLICY: &str = "<ev:dram share='6%' max-slowdown='0.1%'/>";
+
 const OBSERVE_TIMEOUT: Duration = Duration::from_secs(60);
 const FIND_TIMEOUT: Duration = Duration::from_secs(60);
 const PLACE_TIMEOUT: Duration = Duration::from_secs(150);
@@ -84,6 +87,31 @@ pub fn huge_pages() -> Result<Outcome> {
         score.precision,
         round.mapped_huge_bytes >> 20,
         round.mapped_bytes >> 20
+    )))
+}
+
+/// A guest to which more becomes hot than its share has room for gets as much as it
+/// needs, because it is slowed down otherwise.
+pub fn slowed() -> Result<Outcome> {
+    let _daemon = Daemon::start()?;
+    let (mut guest, truth) = start(Memory::Memfd, SLOWED_POLICY)?;
+    guest.tell("heat off")?;
+    host::wait_until(
+        "what was hot leaves",
+        PLACE_TIMEOUT,
+        || Ok(share_on(SLOW, &guest, &truth.hot)? >= 0.9),
+    )?;
+    let back = promote(&mut guest, &truth)?;
+    let status = daemon::domain(guest.name)?.context("the daemon lost the domain")?;
+    let slowdown = status.slowdown.context("no slowdown is shown")?;
+    ensure!(slowdown.given_bytes >= 8 << 20, "{slowdown:?}");
+    ensure!(slowdown.gap_from == "ACPI's HMAT" && slowdown.gap_ns > 0, "{slowdown:?}");
+    guest.check_data()?;
+    Ok(Outcome::Pass(format!(
+        "{} MiB given beyond the share; {} ns by {}; {back}",
+        slowdown.given_bytes >> 20,
+        slowdown.gap_ns,
+        slowdown.gap_from
     )))
 }
 
