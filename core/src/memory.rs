@@ -2,6 +2,8 @@
 //! What is known of a guest's memory: heat and place of every page.
 
 mod holds;
+mod samples;
+mod verify;
 
 use std::ops::Range;
 use std::time::Duration;
@@ -12,13 +14,13 @@ use crate::heat::{ClassCounts, HeatMap, HeatParams, Round, Surprise};
 use crate::migrate::{MoveOutcome, Refused};
 use crate::plan::{self, MoveUnit, PlaceCounts, PlaceMap, Plan, PlanInput, Recent, SlotView};
 use crate::policy::Excluded;
-use crate::sampler::{Harvest, Level, MemSlot};
-use crate::slowdown::SlowBits;
+use crate::sampler::{Harvest, MemSlot};
 use crate::units::{Bytes, PAGE_BYTES, PAGES_PER_2M, Share};
 use crate::wire::Place;
 
 use holds::Holds;
 pub use holds::SHORTEST_HOLD;
+use verify::Random;
 
 /// Rounds after the start, or after the guest turned to other pages, in which it
 /// settles: see [`PlanInput::settling`].
@@ -33,22 +35,6 @@ const TRICKLE_PER_MINUTE: f64 = 1.0 / 1200.0;
 
 /// Minutes for which that is saved up, so that seldom rounds lose none of it.
 const TRICKLE_MINUTES: f64 = 10.0;
-
-/// Words of a bitmap that are looked at for a page to draw.
-const LONGEST_LOOK: usize = 1 << 10;
-
-/// Numbers that look random, the same in each run: xorshift64 (Marsaglia, 2003).
-struct Random(u64);
-
-impl Random {
-    /// One below `bound`, which is not 0.
-    fn below(&mut self, bound: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 % bound.max(1) as u64) as usize
-    }
-}
 
 /// A read-write memory slot.
 struct Slot {
@@ -148,7 +134,7 @@ impl GuestMemory {
             generation: None,
             slots: Vec::new(),
             excluded: Excluded::default(),
-            random: Random(1),
+            random: Random::default(),
             survey_at: (0, 0),
             surveyed: false,
             surprise: Surprise::default(),
@@ -277,69 +263,6 @@ impl GuestMemory {
             slot.observed = true;
             if let Some(round) = slot.round.take() {
                 self.surprise += slot.heat.end(round);
-            }
-        }
-    }
-
-    /// What bits tell of accesses to the slow tier. A huge page counts as one.
-    pub fn slow_bits(&self) -> SlowBits {
-        let mut bits = SlowBits::default();
-        for slot in &self.slots {
-            for (pages, level) in slot.place.regions() {
-                let is_huge = matches!(level, Level::Huge2M | Level::Huge1G);
-                for (index, mask) in bitmap::masks(pages.clone()) {
-                    let (fast, slow) = slot.place.words(index);
-                    let mapped = slot.mapped.word(index) & mask;
-                    if is_huge && mapped != 0 {
-                        bits.all_mappings += 1;
-                        if slow & mapped != 0 {
-                            bits.mappings += 1;
-                            bits.add(slot.heat.unit(pages.clone()).0);
-                        }
-                        break;
-                    }
-                    bits.all_mappings += u64::from(((fast | slow) & mapped).count_ones());
-                    bits.mappings += u64::from((slow & mapped).count_ones());
-                    // Most of it is cold.
-                    let block = index * bitmap::WORD_BITS..(index + 1) * bitmap::WORD_BITS;
-                    if slow & mapped != 0 && slot.heat.extremes(block).1 > 0 {
-                        let pages = bitmap::ones(slow & mapped).map(|bit| index * bitmap::WORD_BITS + bit);
-                        pages.for_each(|page| bits.add(slot.heat.temperature(page)));
-                    }
-                }
-            }
-        }
-        bits
-    }
-
-    /// How many of these frames lie on the slow tier.
-    pub fn count_slow(&self, frames: impl Iterator<Item = u64>) -> u64 {
-        let is_slow = |gfn: &u64| {
-            let after = self.slots.partition_point(|slot| slot.info.gfn_start <= *gfn);
-            let slot = after.checked_sub(1).and_then(|index| self.slots.get(index));
-            slot.is_some_and(|slot| slot.place.place((gfn - slot.info.gfn_start) as usize) == Place::Slow)
-        };
-        frames.filter(is_slow).count() as u64
-    }
-
-    /// Takes in what was sampled since the last round, before the harvest of this one:
-    /// a page, the size of its mapping, and how much the access weighs.
-    pub fn weigh(&mut self, samples: impl Iterator<Item = (u64, Level, u32)>) {
-        for (gfn, level, weight) in samples {
-            let after = self.slots.partition_point(|slot| slot.info.gfn_start <= gfn);
-            let slot = after.checked_sub(1).and_then(|index| self.slots.get_mut(index));
-            // Of a slot that was never harvested nothing counts yet.
-            let Some(slot) = slot.filter(|slot| slot.observed) else { continue };
-            let pages = match level {
-                Level::None | Level::Page4K => 1,
-                Level::Huge2M => PAGES_PER_2M,
-                Level::Huge1G => PAGES_PER_2M * PAGES_PER_2M,
-            };
-            let (first, end) = (slot.info.gfn_start, slot.info.gfn_start + slot.info.page_count);
-            if gfn < end {
-                let mapping = gfn / pages * pages;
-                let start = mapping.max(first) - first;
-                slot.heat.weigh(start as usize..((mapping + pages).min(end) - first) as usize, weight);
             }
         }
     }
@@ -513,48 +436,6 @@ impl GuestMemory {
         self.surveyed |= self.survey_came_round();
     }
 
-    /// Up to `limit` pages whose place the last harvest told, drawn anew each time from
-    /// all of the memory.
-    pub fn draw_mapped(&mut self, limit: usize) -> Vec<AskedPage> {
-        let words_of = |slot: &Slot| bitmap::words_for(slot.info.page_count as usize);
-        let words: usize = self.slots.iter().map(words_of).sum();
-        let mut drawn = Vec::with_capacity(limit);
-        for _ in 0..limit.min(words) {
-            let mut word = self.random.below(words);
-            let slot = self.slots.iter().position(|slot| {
-                let is_here = word < words_of(slot);
-                word -= if is_here { 0 } else { words_of(slot) };
-                is_here
-            });
-            let Some((index, slot)) = slot.and_then(|index| Some((index, self.slots.get(index)?))) else {
-                break;
-            };
-            // Little may be mapped: the first pages behind do as well.
-            let mut rest =
-                (word..words_of(slot)).take(LONGEST_LOOK).map(|word| (word, slot.mapped.word(word)));
-            let Some((word, bits)) = rest.find(|(_, bits)| *bits != 0) else { continue };
-            let nth = self.random.below(bits.count_ones() as usize);
-            let bit = bitmap::ones(bits).nth(nth).unwrap_or_default();
-            let page = word * bitmap::WORD_BITS + bit;
-            drawn.push(AskedPage { hva: slot.info.hva + page as u64 * PAGE_BYTES, slot: index, page });
-        }
-        drawn
-    }
-
-    /// Compares where pages lie with what was known of them, and corrects that; the
-    /// number of pages that lay elsewhere.
-    pub fn verify_places(&mut self, pages: &[AskedPage], places: impl Iterator<Item = Place>) -> u64 {
-        let mut wrong = 0;
-        for (at, place) in pages.iter().zip(places) {
-            let Some(slot) = self.slots.get_mut(at.slot) else { continue };
-            if slot.place.place(at.page) != place {
-                slot.place.record(at.page..at.page + 1, place);
-                wrong += 1;
-            }
-        }
-        wrong
-    }
-
     /// Takes in what became, at `now`, of units that were to go to the tier `target`.
     pub fn record_moves(&mut self, outcome: &MoveOutcome, target: Place, now: Duration) {
         for (unit, result) in &outcome.units {
@@ -592,16 +473,16 @@ mod tests {
     use super::*;
     use crate::sampler::Level;
 
-    fn params() -> HeatParams {
+    pub(super) fn params() -> HeatParams {
         HeatParams { half_life: Duration::from_secs(1), delay: Duration::from_secs(1) }
     }
 
-    fn info(gfn_start: u64, page_count: u64) -> MemSlot {
+    pub(super) fn info(gfn_start: u64, page_count: u64) -> MemSlot {
         let hva = 0x7f00_0000_0000 + gfn_start * PAGE_BYTES;
         MemSlot { gfn_start, page_count, hva, id: 0, read_only: false, dirty_log: false }
     }
 
-    fn harvest(slot: &MemSlot, mapped: &[usize]) -> Harvest {
+    pub(super) fn harvest(slot: &MemSlot, mapped: &[usize]) -> Harvest {
         let mut harvest = Harvest::default();
         harvest.reset(slot.gfn_start, slot.page_count);
         for page in mapped {
@@ -695,74 +576,6 @@ mod tests {
             assert!(whole.next_unmapped(usize::MAX) == parts.next_unmapped(usize::MAX));
             assert_eq!(whole.places(), parts.places());
         }
-    }
-
-    #[test]
-    fn places_are_verified_all_over_the_memory() {
-        let mut memory = GuestMemory::new(params());
-        assert_eq!(memory.draw_mapped(64), []);
-        memory.adopt(1, vec![info(0, 70), info(512, 6400)]);
-        memory.observe(0, &harvest(&info(0, 70), &[3]), None);
-        memory.observe(1, &harvest(&info(512, 6400), &(0..6400).step_by(2).collect::<Vec<_>>()), None);
-        let mut seen = std::collections::BTreeSet::new();
-        for _ in 0..8000 {
-            seen.extend(memory.draw_mapped(8).iter().map(|page| (page.hva - 0x7f00_0000_0000) / PAGE_BYTES));
-        }
-        // Every page that is mapped is drawn some time, and no other.
-        let mapped: Vec<u64> = [3].into_iter().chain((512..512 + 6400).step_by(2)).collect();
-        assert!(seen.iter().eq(&mapped), "{} of {}", seen.len(), mapped.len());
-        let drawn = memory.draw_mapped(64);
-        assert_eq!(drawn.len(), 64);
-        assert_eq!(memory.verify_places(&drawn, drawn.iter().map(|_| Place::Fast)), 0);
-        let elsewhere = |at: usize| if at == 7 { Place::Slow } else { Place::Fast };
-        assert_eq!(memory.verify_places(&drawn, (0..64).map(elsewhere)), 1);
-        assert_eq!(memory.places().slow, 1, "what was wrong is corrected");
-        assert_eq!(memory.verify_places(&drawn[7..8], [Place::Slow].into_iter()), 0);
-    }
-
-    #[test]
-    fn samples_weigh_for_all_of_their_mapping() {
-        let mut memory = GuestMemory::new(params());
-        memory.adopt(1, vec![info(700, 1000)]);
-        let round = |memory: &mut GuestMemory| {
-            let mut seen = harvest(&info(700, 1000), &[]);
-            bitmap::fill(&mut seen.accessed, 0..1000, true);
-            memory.observe(0, &seen, Some(Duration::from_millis(100)));
-        };
-        // What comes before the first harvest is of a time that does not count.
-        memory.weigh([(701, Level::Page4K, 0)].into_iter());
-        round(&mut memory);
-        round(&mut memory);
-        let ignored = [(1, Level::Page4K, 0), (5000, Level::Page4K, 0)];
-        let samples = [(702, Level::Page4K, 0), (1100, Level::Huge2M, 0)];
-        memory.weigh(samples.into_iter().chain(ignored));
-        round(&mut memory);
-        let heat = memory.views()[0].heat;
-        let cold: Vec<u64> =
-            (700..1700).filter(|gfn| heat.temperature((gfn - 700) as usize) < heat.temperature(1)).collect();
-        // The mapping of 2 MiB goes from 1024 to 1536.
-        assert!(cold.iter().copied().eq([702].into_iter().chain(1024..1536)), "{cold:?}");
-    }
-
-    #[test]
-    fn the_slow_tier_is_told_by_mappings() {
-        let mut memory = GuestMemory::new(params());
-        memory.adopt(1, vec![info(0, 1024)]);
-        let mut seen = harvest(&info(0, 1024), &[]);
-        seen.mapped.fill(!0);
-        bitmap::fill(&mut seen.on_slow, 500..1024, true);
-        seen.levels = vec![Level::Page4K, Level::Huge2M];
-        bitmap::fill(&mut seen.accessed, 505..1024, true);
-        memory.observe(0, &seen, None);
-        assert_eq!(memory.slow_bits(), SlowBits { accesses: 0.0, mappings: 13, all_mappings: 513 });
-        memory.observe(0, &seen, Some(Duration::from_secs(1)));
-        let mut expected = SlowBits { mappings: 13, all_mappings: 513, ..SlowBits::default() };
-        let heat = memory.views()[0].heat;
-        (0..8).for_each(|_| expected.add(heat.temperature(505)));
-        let found = memory.slow_bits();
-        assert!((found.accesses - expected.accesses).abs() < 1e-9 && found.accesses > 0.0);
-        assert_eq!((found.mappings, found.all_mappings), (13, 513));
-        assert_eq!(memory.count_slow([499, 500, 1023, 1024, 9999].into_iter()), 2);
     }
 
     #[test]
