@@ -240,7 +240,7 @@ fn a_policy_describes_itself_in_one_line() {
     assert_eq!(
         describe("place-40-percent.xml"),
         "place: harvest every 1 s, half-life 30 s; DRAM 40% of guest memory; \
-         demote after 5 s without access, exchange pages 10% of the heat scale apart, move at most 64 MiB/s"
+         exchange pages 10% of the heat scale apart, move at most 64 MiB/s"
     );
     assert_eq!(
         describe("everything.xml"),
