@@ -23,8 +23,9 @@ pub use holds::SHORTEST_HOLD;
 use verify::Random;
 
 /// Rounds after the start, or after the guest turned to other pages, in which it
-/// settles: see [`PlanInput::settling`].
-const SETTLING_ROUNDS: u32 = 5;
+/// settles: see [`PlanInput::settling`]. In the simulator zipf comes to 97 % of the best
+/// within five, and to 98 % within ten of them; more only move more.
+const SETTLING_ROUNDS: u32 = 8;
 
 /// Rounds that temperatures need before they can be surprised again.
 const FEWEST_ROUNDS: u32 = 3;

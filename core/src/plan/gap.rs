@@ -9,8 +9,7 @@ use crate::units::Share;
 const SETTLED_SIGMAS: f64 = 2.0;
 
 /// The same right after the start, or after the guest has turned to other pages, when
-/// many pages lie wrong: waiting costs more than a few moves too many. Found with
-/// the simulator: with 1 zipf takes five rounds to 98 % of the best, with this three.
+/// many pages lie wrong: waiting costs more than a few moves too many.
 const SETTLING_SIGMAS: f64 = 0.5;
 
 /// The same for what exchanges could win in all. Of a million pages, those that chance
