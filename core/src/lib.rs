@@ -5,6 +5,7 @@
 //! [`policy`] that `domain` reads from libvirt. The modules between are pure.
 
 pub mod bitmap;
+pub mod budget;
 pub mod devices;
 #[cfg(feature = "libvirt")]
 pub mod domain;
@@ -24,4 +25,5 @@ pub mod topology;
 pub mod uapi;
 pub mod units;
 pub mod wire;
+pub mod working_set;
 mod xml;
