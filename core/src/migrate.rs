@@ -9,6 +9,7 @@ mod backoff;
 mod bucket;
 mod kernel;
 mod mappings;
+mod shared_bucket;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -26,6 +27,7 @@ use crate::wire::Refusal;
 
 pub use backoff::Backoff;
 pub use bucket::TokenBucket;
+pub use shared_bucket::SharedBucket;
 
 use kernel::LinuxPages;
 

@@ -41,21 +41,36 @@ impl TokenBucket {
     /// Grants `bytes`, or says how long to wait before asking again. `None`:
     /// waiting does not help, the rate is zero.
     pub fn take(&mut self, bytes: u64, now: Duration) -> Result<(), Option<Duration>> {
+        match self.wait_for(bytes, now) {
+            Some(Duration::ZERO) => {
+                self.tokens -= i128::from(bytes) * NANOS_PER_SECOND as i128;
+                Ok(())
+            }
+            wait => Err(wait),
+        }
+    }
+
+    /// How long until `bytes` would be granted: zero when at once, `None` when
+    /// never. Takes nothing.
+    pub fn wait_for(&mut self, bytes: u64, now: Duration) -> Option<Duration> {
         self.refill(now);
-        let wanted = i128::from(bytes) * NANOS_PER_SECOND as i128;
+        if self.bytes_per_second == 0 {
+            return None;
+        }
         // A request larger than the bucket is granted when the bucket is full,
         // and leaves a debt: over time the rate holds.
-        let needed = wanted.min(self.capacity());
-        if self.bytes_per_second == 0 {
-            return Err(None);
-        }
+        let needed = (i128::from(bytes) * NANOS_PER_SECOND as i128).min(self.capacity());
         if self.tokens >= needed {
-            self.tokens -= wanted;
-            return Ok(());
+            return Some(Duration::ZERO);
         }
         let missing = needed.abs_diff(self.tokens);
         let nanos = missing.div_ceil(u128::from(self.bytes_per_second));
-        Err(Some(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))))
+        Some(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)))
+    }
+
+    /// Bytes granted in a second.
+    pub fn bytes_per_second(&self) -> u64 {
+        self.bytes_per_second
     }
 
     /// Largest request in bytes that is granted without a debt.
