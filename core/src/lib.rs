@@ -12,6 +12,7 @@ pub mod domain;
 pub mod heat;
 pub mod memory;
 pub mod migrate;
+pub mod pace;
 pub mod plan;
 pub mod policy;
 pub mod process;
