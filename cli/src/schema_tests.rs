@@ -10,8 +10,8 @@ use ept_virt_core::policy::{Config, Effective};
 use ept_virt_core::sampler::{Level, MemSlot};
 use ept_virt_core::samples::{Access, Sample};
 use ept_virt_core::wire::{
-    DaemonStatus, DomainStatus, MapRun, MemoryMap, ModuleStatus, MoveTotals, Refusal, RoundStatus,
-    SamplingStatus, SlowdownStatus, Status, StripCell,
+    BudgetStatus, DaemonStatus, DomainStatus, MapRun, MemoryMap, ModuleStatus, MoveTotals, Refusal,
+    RoundStatus, SamplingStatus, SlowdownStatus, Status, StripCell,
 };
 use serde::de::value::Error;
 use serde::de::{DeserializeOwned, Deserializer, Visitor};
@@ -127,6 +127,7 @@ fn every_field_of_the_daemon_s_types_is_documented() {
         fields_of::<ModuleStatus>(),
         fields_of::<DomainStatus>(),
         fields_of::<RoundStatus>(),
+        fields_of::<BudgetStatus>(),
         fields_of::<MoveTotals>(),
         fields_of::<SamplingStatus>(),
         fields_of::<SlowdownStatus>(),

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use ept_virt_core::units::Bytes;
 use ept_virt_core::wire::{
-    DaemonStatus, DomainState, DomainStatus, MoveTotals, RoundStatus, SamplingStatus, SlowdownStatus, Status,
+    BudgetStatus, DaemonStatus, DomainState, DomainStatus, MoveTotals, RoundStatus, SamplingStatus,
+    SlowdownStatus, Status,
 };
 
 use crate::strip;
@@ -159,6 +160,9 @@ fn domain(page: &mut Page, domain: &DomainStatus) {
     match &domain.round {
         Some(round_status) => {
             round(page, domain.memory_bytes, round_status);
+            if let Some(status) = &domain.budget {
+                budget(page, domain.memory_bytes, status);
+            }
             if let Some(sampling) = &domain.sampling {
                 sampled(page, sampling);
             }
@@ -230,6 +234,16 @@ fn round(page: &mut Page, memory: u64, round: &RoundStatus) {
             counted(round.flushes.into(), "TLB flush"),
         ),
     );
+}
+
+fn budget(page: &mut Page, memory: u64, budget: &BudgetStatus) {
+    let granted = part(budget.grant_bytes, memory, "memory");
+    page.field("DRAM grant", &format!("{granted}: {}", budget.grant_reason));
+    let used = match budget.working_set_bytes {
+        Some(bytes) => format!("about {}", part(bytes, memory, "memory")),
+        None => "not known before a half-life has passed".into(),
+    };
+    page.field("in use", &format!("{used}; share by weight {}", Bytes(budget.fair_bytes)));
 }
 
 fn sampled(page: &mut Page, sampling: &SamplingStatus) {

@@ -63,6 +63,18 @@ const DOUBT: f64 = 0.1;
 /// Rounds that the law is drawn through.
 const ROUNDS: usize = 6;
 
+/// Where in an interval the rounds of a domain are, from 0 to less than 1: for one
+/// UUID always the same, and for many all over it.
+pub fn phase(uuid: &str) -> f64 {
+    // FNV-1a; the multiplication after it (by 2^64 over the golden ratio) spreads what
+    // differs in the last digits alone.
+    let hash = uuid.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    });
+    // A f64 holds 53 bits without rounding up to 1.
+    (hash.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 11) as f64 / (1u64 << 53) as f64
+}
+
 /// What bounds the interval.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {

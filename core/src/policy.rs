@@ -5,6 +5,7 @@
 
 mod config;
 mod exclude;
+mod host;
 mod layer;
 mod parse;
 mod serve;
@@ -23,10 +24,14 @@ use crate::units::{Bytes, BytesPerSecond, Share, format_duration};
 pub use crate::xml::LONGEST_XML;
 pub use config::{Config, ConfigError, DEFAULT_CONFIG};
 pub use exclude::Excluded;
+pub use host::HostLimits;
 pub use layer::{Exclusion, Layer};
 pub use parse::{NAMESPACE, PolicyError};
-pub use serve::{Host, refusal, shortcoming};
+pub use serve::{Host, refusal};
 pub use settings::{Kind, SETTINGS, Setting, Value};
+
+/// The weight of domains whose policy says nothing: [`SETTINGS`] has it as well.
+const USUAL_WEIGHT: u32 = 100;
 
 /// What is done with a domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -313,13 +318,20 @@ impl Policy {
             if self.sampling.flush { "" } else { " without TLB flush" },
             format_duration(self.half_life),
         );
-        let mut text = match self.mode {
+        match self.mode {
             Mode::Off => "off: neither observed nor moved".into(),
             Mode::Observe => format!("observe: {observed}; nothing is moved"),
             Mode::Place => format!(
-                "place: {observed}; DRAM {}{}; {}exchange pages {} of the heat scale apart, move at most {}",
+                "place: {observed}; DRAM {}{}{}; {}{}exchange pages {} of the heat scale apart, move at most {}",
                 self.dram,
                 self.describe_nodes(),
+                match self.dram.weight {
+                    USUAL_WEIGHT => String::new(),
+                    weight => format!(", with weight {weight} beside other domains"),
+                },
+                self.migration
+                    .interval
+                    .map_or(String::new(), |time| format!("plan every {}, ", format_duration(time))),
                 match self.migration.delay {
                     Duration::ZERO => String::new(),
                     delay => format!("demote after {} without access, ", format_duration(delay)),
@@ -327,12 +339,7 @@ impl Policy {
                 self.migration.tolerance,
                 self.migration.bandwidth,
             ),
-        };
-        let unserved = serve::unserved(self);
-        if !unserved.is_empty() && self.mode != Mode::Off {
-            text += &format!("; this version does nothing with {}", unserved.join(", "));
         }
-        text
     }
 
     fn describe_nodes(&self) -> String {

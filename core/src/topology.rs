@@ -121,18 +121,40 @@ pub struct NodeMemory {
 
 /// Reads the memory of `node` of the host whose sysfs is at `sys`.
 pub fn node_memory(sys: &Path, node: u32) -> Result<NodeMemory, TopologyError> {
-    let path = sys.join(format!("devices/system/node/node{node}/meminfo"));
-    let text = read(&path)?;
-    let field = |name: &'static str| {
+    let text = MemInfo::read(sys, node)?;
+    Ok(NodeMemory { total_bytes: text.bytes("MemTotal:")?, free_bytes: text.bytes("MemFree:")? })
+}
+
+/// Bytes of `node` that hold what the kernel drops when the memory is needed: pages
+/// of files and slabs that it can take back. What MemAvailable counts beside free
+/// memory, but for the half of it that may be too much in use.
+pub fn node_reclaimable(sys: &Path, node: u32) -> Result<u64, TopologyError> {
+    let text = MemInfo::read(sys, node)?;
+    let of_files = text.bytes("Active(file):")?.saturating_add(text.bytes("Inactive(file):")?);
+    Ok(of_files.saturating_add(text.bytes("SReclaimable:")?) / 2)
+}
+
+/// The file `meminfo` of a node.
+struct MemInfo {
+    path: PathBuf,
+    text: String,
+}
+
+impl MemInfo {
+    fn read(sys: &Path, node: u32) -> Result<Self, TopologyError> {
+        let path = sys.join(format!("devices/system/node/node{node}/meminfo"));
+        Ok(Self { text: read(&path)?, path })
+    }
+
+    fn bytes(&self, name: &'static str) -> Result<u64, TopologyError> {
         // "Node 0 MemTotal:  2043212 kB"
-        text.lines()
-            .find_map(|line| {
-                let mut words = line.split_whitespace().skip(2);
-                (words.next()? == name).then(|| words.next()?.parse::<u64>().ok()?.checked_mul(1024))?
-            })
-            .ok_or_else(|| TopologyError::Missing { path: path.clone(), line: name })
-    };
-    Ok(NodeMemory { total_bytes: field("MemTotal:")?, free_bytes: field("MemFree:")? })
+        let value = |line: &str| {
+            let mut words = line.split_whitespace().skip(2);
+            (words.next()? == name).then(|| words.next()?.parse::<u64>().ok()?.checked_mul(1024))?
+        };
+        let missing = || TopologyError::Missing { path: self.path.clone(), line: name };
+        self.text.lines().find_map(value).ok_or_else(missing)
+    }
 }
 
 /// What the kernel's own NUMA balancing does.

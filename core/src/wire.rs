@@ -292,6 +292,10 @@ pub struct DomainStatus {
     pub slots: u32,
     /// The last round; none before the first has ended.
     pub round: Option<RoundStatus>,
+    /// What it has of the host's DRAM beside other domains; none until the place of
+    /// all its memory is known, or when the daemon is older.
+    #[serde(default)]
+    pub budget: Option<BudgetStatus>,
     /// Totals since the daemon found the domain.
     pub moves: MoveTotals,
     /// Sampling of single accesses; none when the policy asks for none.
@@ -388,6 +392,21 @@ pub struct RoundStatus {
     pub absent_bytes: u64,
     /// DRAM that the policy grants, in bytes; none without a limit.
     pub dram_target_bytes: Option<u64>,
+}
+
+/// A domain's part in the DRAM of the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BudgetStatus {
+    /// Bytes that it may have there now: within what its policy allows and what is
+    /// granted beside the other domains.
+    pub grant_bytes: u64,
+    /// Its share by weight, minimum and maximum, if all domains used all they can.
+    pub fair_bytes: u64,
+    /// What it uses, by estimate: pages that are not cold, raised at once and
+    /// lowered slowly; none until it was observed for a half-life.
+    pub working_set_bytes: Option<u64>,
+    /// Why it is granted what it is, in plain words.
+    pub grant_reason: String,
 }
 
 /// Pages moved. Tried = moved + refused.

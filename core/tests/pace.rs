@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use ept_virt_core::pace::{FIRST_INTERVAL, LONGEST, Limits, Pace, Round, SHORTEST};
+use ept_virt_core::pace::{FIRST_INTERVAL, LONGEST, Limits, Pace, Round, SHORTEST, phase};
 use ept_virt_core::units::{Bytes, BytesPerSecond, PAGE_BYTES, Share};
 use proptest::prelude::*;
 
@@ -214,4 +214,15 @@ fn what_may_lie_in_dram_says_how_many_bytes_are_to_be_young() {
     assert_eq!(target(Some(Bytes::of_pages(PAGES / 2))), PAGES / 3 * 2);
     assert_eq!(target(None), PAGES / 3 * 2);
     assert_eq!(target(Some(Bytes(0))), 1);
+}
+
+#[test]
+fn rounds_of_many_domains_are_spread_over_an_interval() {
+    let mut tenths = [0; 10];
+    for number in 0..500 {
+        let uuid = format!("6695eb01-f6a4-8304-79aa-97f25020{number:04x}");
+        assert_eq!(phase(&uuid), phase(&uuid));
+        tenths[(phase(&uuid) * 10.0) as usize] += 1;
+    }
+    assert!(tenths.iter().all(|count| (25..=80).contains(count)), "{tenths:?}");
 }

@@ -4,7 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use ept_virt_core::topology::{
-    Latencies, NodeMemory, NodeSet, NumaBalancing, Tiers, node_memory, numa_balancing, reclaims,
+    Latencies, NodeMemory, NodeSet, NumaBalancing, Tiers, node_memory, node_reclaimable, numa_balancing,
+    reclaims,
 };
 
 fn host(name: &str) -> PathBuf {
@@ -79,6 +80,12 @@ fn a_policy_names_either_tier_or_both() {
 fn memory_of_a_node_is_in_bytes() {
     let memory = node_memory(&host("hmat").join("sys"), 1).unwrap();
     assert_eq!(memory, NodeMemory { total_bytes: 1_031_832 * 1024, free_bytes: 1_029_864 * 1024 });
+}
+
+#[test]
+fn half_of_what_the_kernel_caches_counts_as_reclaimable() {
+    let sys = host("hmat").join("sys");
+    assert_eq!(node_reclaimable(&sys, 0).unwrap(), (41_208 + 80_124 + 8_012) * 1024 / 2);
 }
 
 #[test]

@@ -2,6 +2,8 @@
 //! The rounds of one guest: harvest, judge, move. No thread and no clock of its
 //! own, so that tests drive it with a fake sampler and a fake mover.
 
+mod share;
+
 use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
@@ -25,6 +27,8 @@ use super::slowdown::Watch;
 use super::state::lock;
 use super::tap::Tap;
 
+use share::Share;
+
 /// How long nothing is moved after the kernel forbade it.
 const HOLD: Duration = Duration::from_secs(30);
 
@@ -39,6 +43,9 @@ const FULL_WAITS: (Duration, Duration) = (Duration::from_secs(1), Duration::from
 
 /// Pages of which it is verified in each round that they lie where the harvest says.
 const VERIFIED_PAGES: usize = 64;
+
+/// Rounds come a little early or late; a plan is due all the same.
+const PLAN_SLACK: Duration = Duration::from_millis(50);
 
 /// Pages in one look at the places of unmapped pages.
 const SURVEY_PAGES: usize = 512;
@@ -128,6 +135,7 @@ pub struct Guest {
     mover: Box<dyn Mover>,
     memory: Arc<Mutex<GuestMemory>>,
     orders: Orders,
+    share: Share,
     harvest: Harvest,
     sampling: Option<Sampling>,
     watch: Option<Watch>,
@@ -139,6 +147,7 @@ pub struct Guest {
     harvested_at: Option<Duration>,
     /// Time from here on is none for the guest.
     suspended_since: Option<Duration>,
+    planned_at: Option<Duration>,
     /// The kernel forbade moves; until when they are not tried again.
     forbidden_until: Option<Duration>,
     /// The kernel found no room on the slow, on the fast tier.
@@ -169,6 +178,7 @@ impl Guest {
             suspended_since: orders.suspended.then_some(now),
             bucket: TokenBucket::new(orders.policy.migration.bandwidth.0, now),
             orders,
+            share: Share::default(),
             harvest: Harvest::default(),
             sampling: None,
             watch: None,
@@ -176,6 +186,7 @@ impl Guest {
             totals: MoveTotals::default(),
             rounds: 0,
             harvested_at: None,
+            planned_at: None,
             forbidden_until: None,
             full: [Backoff::new(FULL_WAITS.0, FULL_WAITS.1); 2],
             slow_is_full: false,
@@ -224,7 +235,7 @@ impl Guest {
         }
         drop(memory);
         self.bucket.set_rate(orders.policy.migration.bandwidth.0, now);
-        self.forbidden_until = None;
+        (self.forbidden_until, self.planned_at) = (None, None);
         match (self.suspended_since, orders.suspended) {
             (None, true) => self.suspended_since = Some(now),
             (Some(_), false) => {
@@ -262,6 +273,7 @@ impl Guest {
         let slots = lock(&self.memory).recall(heat);
         if slots > 0 {
             self.harvested_at = Some(harvested_at);
+            self.share.recall(self.orders.policy.half_life);
         }
         slots
     }
@@ -327,6 +339,9 @@ impl Guest {
         if let (Some(watch), Some(elapsed)) = (&mut self.watch, elapsed) {
             let Orders { policy, latencies, .. } = &self.orders;
             watch.round(policy, latencies.as_ref(), &lock(&self.memory), &sampled, elapsed, now);
+        }
+        if let Some(elapsed) = elapsed {
+            self.observe_use(elapsed);
         }
         self.harvested_at = Some(self.suspended_since.unwrap_or(now));
         self.rounds += 1;
@@ -428,7 +443,7 @@ impl Guest {
         } else if self.slow_is_full {
             Some("the slow tier has no room for what should be demoted".into())
         } else if self.all_in_use {
-            Some("more DRAM is in use than the policy grants: what lies there was accessed within the delay, and huge pages count whole".into())
+            Some("more DRAM is in use than the guest may have: what lies there was accessed within the delay, and huge pages count whole".into())
         } else {
             None
         }
@@ -460,12 +475,24 @@ impl Guest {
         (wanted < memory).then_some(wanted)
     }
 
+    /// Plans what to move from now on, if it is time to; else goes on with `moves`,
+    /// unless nothing may move any more. `interval` is the time to the next round.
+    pub fn plan_if_due(&mut self, moves: Moves, now: Duration, interval: Duration) -> Moves {
+        let asked = self.orders.policy.migration.interval.unwrap_or_default();
+        let is_due = self.planned_at.is_none_or(|at| now + PLAN_SLACK >= at + asked);
+        match is_due || self.stop(now).is_some() {
+            true => self.plan(now, interval.max(asked)),
+            false => moves,
+        }
+    }
+
     /// Plans what to move in the next `interval`.
     pub fn plan(&mut self, now: Duration, interval: Duration) -> Moves {
         (self.slow_is_full, self.all_in_use) = (false, false);
         if !self.orders.place() || self.stop(now).is_some() {
             return Moves::default();
         }
+        self.planned_at = Some(now);
         let mut memory = lock(&self.memory);
         memory.release_held(now);
         let Orders { policy, tiers, .. } = &self.orders;
@@ -474,7 +501,8 @@ impl Guest {
         // The host's own needs come before the policy's share.
         let fast = Bytes::of_pages(memory.places().fast).0;
         let reachable = fast.saturating_add(self.mover.room(&tiers.fast));
-        let target = self.dram_target(memory.bytes()).map_or(reachable, |target| target.0.min(reachable));
+        let granted = self.share.granted().map_or(reachable, |granted| granted.0.min(reachable));
+        let target = self.dram_target(memory.bytes()).map_or(granted, |target| target.0.min(granted));
         // Less would never move a huge page; the bucket keeps the pace.
         let quota_pages = (u64::try_from(budget).unwrap_or(u64::MAX) / PAGE_BYTES).max(SMALLEST_QUOTA_PAGES);
         let mut plan = memory.plan(Some(Bytes(target)), policy.migration.tolerance, quota_pages);
@@ -504,12 +532,13 @@ impl Guest {
         now: Duration,
         stop: &AtomicBool,
     ) -> Result<Pace, ProcessGone> {
-        let (place, units) = moves.slice(self.bucket.burst_bytes());
+        let burst = self.share.burst_bytes();
+        let (place, units) = moves.slice(self.bucket.burst_bytes().min(burst));
         if units.is_empty() {
             return Ok(Pace::Done);
         }
         let bytes = units.iter().map(unit_bytes).sum();
-        match self.bucket.take(bytes, now) {
+        match self.take(bytes, now) {
             Err(Some(wait)) => return Ok(Pace::Wait(wait)),
             Err(None) => return Ok(Pace::Done),
             Ok(()) => {}

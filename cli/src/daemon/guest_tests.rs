@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 
 use ept_virt_core::bitmap;
-use ept_virt_core::policy::{Dram, Migration};
+use ept_virt_core::policy::{Dram, HostLimits, Migration};
 use ept_virt_core::sampler::{EntryFormat, Level, MemSlot, ModuleInfo};
-use ept_virt_core::topology::NodeSet;
+use ept_virt_core::topology::{NodeMemory, NodeSet};
 use ept_virt_core::units::{BytesPerSecond, Share};
 
+use super::super::budget::Budget;
 use super::*;
 
 const FAST: u32 = 0;
@@ -139,6 +140,7 @@ impl Mover for FakeMover {
 struct Test {
     world: Shared,
     guest: Guest,
+    moves: Moves,
     now: Duration,
 }
 
@@ -172,7 +174,8 @@ impl Test {
         let (sampler, mover) = (FakeSampler(Arc::clone(&world)), FakeMover(Arc::clone(&world)));
         let memory = Arc::new(Mutex::new(GuestMemory::new(orders.policy.heat_params())));
         let now = Duration::from_secs(100);
-        Self { guest: Guest::new(Box::new(sampler), Box::new(mover), memory, orders, now), world, now }
+        let guest = Guest::new(Box::new(sampler), Box::new(mover), memory, orders, now);
+        Self { guest, moves: Moves::default(), world, now }
     }
 
     fn world(&self) -> std::sync::MutexGuard<'_, World> {
@@ -184,17 +187,20 @@ impl Test {
         let status = self.guest.round(self.now).unwrap();
         self.guest.verify_places().unwrap();
         self.guest.survey(Instant::now() + Duration::from_secs(60)).unwrap();
-        let mut moves = self.guest.plan(self.now, ROUND);
+        self.guest.claim(self.now);
+        let moves = std::mem::take(&mut self.moves);
+        self.moves = self.guest.plan_if_due(moves, self.now, ROUND);
         let stop = AtomicBool::new(false);
         let mut at = self.now;
         self.now += ROUND;
         while at < self.now {
-            match self.guest.move_some(&mut moves, at, &stop).unwrap() {
+            match self.guest.move_some(&mut self.moves, at, &stop).unwrap() {
                 Pace::Done => break,
                 Pace::More => {}
                 Pace::Wait(time) => at += time,
             }
         }
+        self.guest.tell_held();
         status
     }
 
@@ -708,4 +714,134 @@ fn a_host_that_reclaims_is_told_of_accesses() {
         assert!(test.world().requests.iter().all(|request| request.keep_young == keep_young));
         assert!(!test.world().requests.is_empty());
     }
+}
+
+/// Guests on a host whose DRAM holds so many pages beside what it keeps for itself.
+fn beside_each_other(dram_pages: usize, orders: Vec<Orders>) -> Vec<Test> {
+    const RESERVE_PAGES: u64 = 100;
+    let new = |orders| Test::new(orders, vec![slot(0, 100)]);
+    let mut tests: Vec<Test> = orders.into_iter().map(new).collect();
+    let worlds: Vec<Shared> = tests.iter().map(|test| Arc::clone(&test.world)).collect();
+    let look = move |_| {
+        let used: usize = worlds.iter().map(|world| lock(world).on(FAST).len()).sum();
+        let free = (dram_pages as u64 + RESERVE_PAGES).saturating_sub(used as u64);
+        let total_bytes = 10 * RESERVE_PAGES * PAGE_BYTES;
+        Ok((NodeMemory { total_bytes, free_bytes: free * PAGE_BYTES }, 0))
+    };
+    let limits = HostLimits { dram_reserve: Share::from_percent(10), ..HostLimits::default() };
+    let budget = Arc::new(Budget::with(limits, Box::new(look)));
+    tests.iter_mut().for_each(|test| test.guest.sit(budget.seat()));
+    tests
+}
+
+/// All may have all of their memory in DRAM, as far as their policy goes.
+fn weighing(weight: u32, min_pages: u64) -> Orders {
+    let mut orders = orders(Mode::Place);
+    orders.policy.dram = Dram { weight, min: Bytes::of_pages(min_pages), ..Policy::default().dram };
+    orders.policy.migration.delay = Duration::from_secs(1);
+    orders.policy.half_life = Duration::from_secs(4);
+    orders
+}
+
+/// A fifth of the memory is hot; the rest is used every two and a half seconds,
+/// which is neither cold nor always within the delay.
+fn use_for(tests: &mut [Test], seconds: u64) {
+    for round in 0..seconds * 2 {
+        for test in tests.iter_mut() {
+            let used = if round % 5 == 0 { 0..100 } else { 0..20 };
+            test.world().touch(used);
+            test.round();
+        }
+    }
+}
+
+fn pages_held(tests: &[Test]) -> Vec<usize> {
+    tests.iter().map(|test| test.world().on(FAST).len()).collect()
+}
+
+fn grant_reason(test: &Test) -> String {
+    test.guest.budget_status().unwrap().grant_reason
+}
+
+#[test]
+fn guests_share_the_host_s_dram_by_weight() {
+    let mut tests = beside_each_other(120, vec![weighing(100, 0), weighing(300, 0)]);
+    use_for(&mut tests, 60);
+    assert_eq!(pages_held(&tests), [30, 90]);
+    assert!(grant_reason(&tests[0]).starts_with("its share by weight"));
+    let status = tests[1].guest.budget_status().unwrap();
+    assert_eq!((status.grant_bytes, status.fair_bytes), (90 * PAGE_BYTES, 90 * PAGE_BYTES));
+    assert_eq!(status.working_set_bytes, Some(100 * PAGE_BYTES));
+    assert!(tests.iter().all(|test| (0..20).all(|gfn| test.world().pages[&gfn].node == Some(FAST))));
+    // One that goes leaves its share to the other.
+    let gone = tests.remove(1);
+    gone.world().pages.clear();
+    drop(gone);
+    use_for(&mut tests, 20);
+    assert_eq!(pages_held(&tests), [100]);
+}
+
+#[test]
+fn a_guest_s_minimum_is_kept_beside_heavier_ones() {
+    let mut tests = beside_each_other(120, vec![weighing(1, 50), weighing(1000, 0)]);
+    use_for(&mut tests, 60);
+    assert_eq!(pages_held(&tests), [50, 70]);
+    assert!(grant_reason(&tests[0]).starts_with("its minimum"));
+}
+
+#[test]
+fn a_guest_that_is_only_observed_loses_nothing_to_others() {
+    let observed = Orders { policy: orders(Mode::Observe).policy, ..weighing(1, 0) };
+    let mut tests = beside_each_other(120, vec![weighing(1000, 0), observed]);
+    use_for(&mut tests, 60);
+    assert_eq!(pages_held(&tests), [20, 100]);
+    assert!(grant_reason(&tests[1]).contains("nothing of it is moved"));
+}
+
+#[test]
+fn what_a_guest_does_not_use_is_lent_to_another() {
+    let mut tests = beside_each_other(120, vec![weighing(100, 0), weighing(100, 0)]);
+    for round in 0..120 {
+        for (test, idle) in tests.iter_mut().zip([true, false]) {
+            let used = if idle { 0..20 } else { 0..100 };
+            test.world().touch(if round == 0 { 0..100 } else { used });
+            test.round();
+        }
+    }
+    let held = pages_held(&tests);
+    assert!((20..=25).contains(&held[0]) && (95..=100).contains(&held[1]), "{held:?}");
+}
+
+#[test]
+fn plans_are_as_far_apart_as_the_policy_says() {
+    let mut orders = orders(Mode::Place);
+    orders.policy.migration.interval = Some(Duration::from_secs(6));
+    let mut test = Test::new(orders, vec![slot(0, 100)]);
+    test.world().touch(0..100);
+    test.rounds(13, 0..20);
+    let slow = test.world().on(SLOW);
+    assert_eq!(slow.len(), 50, "by the plan of the seventh second");
+    let now_hot = slow[0]..slow[9] + 1;
+    test.rounds(11, now_hot.clone());
+    assert_eq!(test.world().on(SLOW), slow, "no plan since then");
+    test.rounds(12, now_hot.clone());
+    assert!(now_hot.clone().all(|gfn| test.world().pages[&gfn].node == Some(FAST)));
+}
+
+#[test]
+fn what_a_plan_left_is_moved_until_the_next_or_until_nothing_may_move() {
+    let mut orders = orders(Mode::Place);
+    orders.policy.migration.interval = Some(Duration::from_secs(60));
+    orders.policy.migration.bandwidth = BytesPerSecond(20 * PAGE_BYTES);
+    let mut test = Test::new(orders, vec![slot(0, 100)]);
+    test.world().touch(0..100);
+    // The first plan finds nothing idle; the second is a minute later.
+    test.rounds(122, 0..20);
+    let before = test.world().on(SLOW).len();
+    assert!((1..50).contains(&before), "{before}");
+    test.world().slots[0].dirty_log = true;
+    test.world().generation += 1;
+    let logged = test.rounds(2, 0..20).slow_bytes / PAGE_BYTES;
+    test.rounds(4, 0..20);
+    assert!(test.world().on(SLOW).len() as u64 <= logged, "nothing moves while writes are logged");
 }

@@ -5,6 +5,7 @@
 //! and on a slow timer. Each observed domain has a thread; so have the socket,
 //! signals, libvirt's events, its jobs, and the watchdog.
 
+mod budget;
 mod claim;
 mod files;
 mod guest;

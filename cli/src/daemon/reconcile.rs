@@ -16,6 +16,7 @@ use ept_virt_core::topology::{Latencies, NumaBalancing, Tiers, numa_balancing, r
 use ept_virt_core::wire::{DomainState, ModuleStatus};
 use log::warn;
 
+use super::budget::Budget;
 use super::guest::Orders;
 use super::keep::Keeper;
 use super::logging::about;
@@ -47,6 +48,7 @@ pub struct Reconciler {
     entries: BTreeMap<String, Entry>,
     tiers: Tiers,
     config: Config,
+    budget: Arc<Budget>,
     keeper: Option<Arc<Keeper>>,
     jobs: Option<Jobs>,
     /// Files of domains that ended while nobody looked were removed.
@@ -56,8 +58,18 @@ pub struct Reconciler {
 impl Reconciler {
     /// Nothing is observed yet. Without a keeper no heat is kept.
     pub fn new(uri: &str, shared: Arc<Shared>, config: Config, keeper: Option<Keeper>) -> Self {
-        let (entries, tiers, keeper) = (BTreeMap::new(), Tiers::default(), keeper.map(Arc::new));
-        Self { libvirt: Libvirt::new(uri), shared, entries, tiers, config, keeper, jobs: None, tidied: false }
+        let budget = Arc::new(Budget::new(config.host, "/sys".into()));
+        Self {
+            libvirt: Libvirt::new(uri),
+            shared,
+            entries: BTreeMap::new(),
+            tiers: Tiers::default(),
+            config,
+            budget,
+            keeper: keeper.map(Arc::new),
+            jobs: None,
+            tidied: false,
+        }
     }
 
     /// Also asks which domains have jobs under way.
@@ -70,6 +82,7 @@ impl Reconciler {
         for entry in self.entries.values_mut() {
             entry.judge(&config);
         }
+        self.budget.configure(config.host);
         self.config = config;
     }
 
@@ -125,6 +138,7 @@ impl Reconciler {
             let around = Around {
                 host: &self.tiers,
                 config: &self.config,
+                budget: &self.budget,
                 keeper: self.keeper.as_ref(),
                 job: self.jobs.as_ref().is_some_and(|jobs| jobs.is_busy(&domain.uuid)),
                 reclaims,
@@ -195,6 +209,7 @@ fn module_status(info: ModuleInfo) -> ModuleStatus {
 struct Around<'a> {
     host: &'a Tiers,
     config: &'a Config,
+    budget: &'a Arc<Budget>,
     keeper: Option<&'a Arc<Keeper>>,
     /// libvirt has a job on the domain.
     job: bool,
@@ -263,7 +278,7 @@ impl Entry {
             _ if self.policy.mode == Mode::Off => self.switch_off(None),
             Some(worker) if self.orders.as_ref() != Some(&orders) => worker.order(orders.clone()),
             Some(_) => {}
-            None => self.start(domain, &orders, around.keeper),
+            None => self.start(domain, &orders, around),
         }
         self.orders = Some(orders);
     }
@@ -319,8 +334,8 @@ impl Entry {
         self.cell.clear(DomainState::Off, reason);
     }
 
-    fn start(&mut self, domain: &RunningDomain, orders: &Orders, keeper: Option<&Arc<Keeper>>) {
-        let attachment = match worker::attach(domain, keeper) {
+    fn start(&mut self, domain: &RunningDomain, orders: &Orders, around: &Around<'_>) {
+        let attachment = match worker::attach(domain, around.keeper) {
             Ok(attachment) => attachment,
             Err(Unattached { pid, reason }) => {
                 self.cell.clear(DomainState::Unobserved, Some(reason));
@@ -328,7 +343,8 @@ impl Entry {
                 return;
             }
         };
-        match Worker::spawn(attachment, Arc::clone(&self.cell), orders.clone(), &domain.name) {
+        let cell = Arc::clone(&self.cell);
+        match Worker::spawn(attachment, cell, around.budget, orders.clone(), &domain.name) {
             Ok(worker) => self.worker = Some(worker),
             Err(error) => {
                 let reason = format!("cannot start a thread for it: {error}");
@@ -401,7 +417,10 @@ mod tests {
 
     fn look(entry: &mut Entry, domain: &RunningDomain, job: bool) {
         let config = Config::default();
-        entry.follow(domain, &Around { host: &host(), config: &config, keeper: None, job, reclaims: false });
+        let budget = Arc::new(Budget::new(config.host, "/nonexistent".into()));
+        let around =
+            Around { host: &host(), config: &config, budget: &budget, keeper: None, job, reclaims: false };
+        entry.follow(domain, &around);
     }
 
     fn placing(fast: Option<u32>, slow: Option<u32>) -> Policy {

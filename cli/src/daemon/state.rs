@@ -75,6 +75,7 @@ impl Cell {
             moves: MoveTotals::default(),
             sampling: None,
             slowdown: None,
+            budget: None,
             restored_s: None,
             strip: Vec::new(),
         };
@@ -208,6 +209,7 @@ fn forget(status: &mut DomainStatus, state: DomainState, reason: Option<String>)
     status.moves = MoveTotals::default();
     status.sampling = None;
     status.slowdown = None;
+    status.budget = None;
     status.restored_s = None;
 }
 

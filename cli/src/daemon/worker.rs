@@ -2,6 +2,7 @@
 //! One thread for each domain that is observed.
 
 use std::io;
+use std::mem;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,15 +12,18 @@ use std::time::{Duration, Instant};
 
 use ept_virt_core::domain::RunningDomain;
 use ept_virt_core::migrate::{KernelMover, Mover, ProcessGone};
+use ept_virt_core::pace::{self, phase};
 use ept_virt_core::process::Process;
 use ept_virt_core::sampler::{Sampler, SamplerError};
 use ept_virt_core::samples::Sampling as Samples;
+use ept_virt_core::units::Bytes;
 use ept_virt_core::wire::{DomainState, RoundStatus};
 use log::warn;
 use nix::time::{ClockId, clock_gettime};
 
 use crate::attach::{self, Attached, Unattached};
 
+use super::budget::Budget;
 use super::claim::{self, CLAIMS_DIR, Claim};
 use super::guest::{Guest, Moves, Orders, Pace};
 use super::keep::{Keeper, Recalled, Saver};
@@ -45,8 +49,15 @@ const STOP_LIMIT: Duration = Duration::from_secs(8);
 /// Between two looks whether it has stopped.
 const STOP_PAUSE: Duration = Duration::from_millis(5);
 
-/// Time between rounds for those who leave it to us.
-const AUTO_INTERVAL: Duration = Duration::from_secs(1);
+/// Between two looks whether a suspended guest is still there.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The first rounds of workers that start at once are spread over as much for each
+/// of them, up to the limit. So that one alone need not wait.
+const START_SPREAD: Duration = Duration::from_millis(10);
+
+/// See [`START_SPREAD`].
+const START_SPREAD_LIMIT: Duration = Duration::from_secs(1);
 
 /// What a worker needs to begin.
 pub struct Attachment {
@@ -92,6 +103,12 @@ fn begin_sampling(process: Arc<Process>) -> Box<sampling::Begin> {
         let samples = Samples::start(session, access, rate_hz, records).map_err(|error| error.to_string())?;
         Ok(Box::new(samples))
     })
+}
+
+/// CPU time of this thread.
+fn thread_time() -> Duration {
+    // Nor this one.
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
 /// How a worker ended.
@@ -142,13 +159,22 @@ pub struct Worker {
 
 impl Worker {
     /// Starts the worker of a domain.
-    pub fn spawn(attachment: Attachment, cell: Arc<Cell>, orders: Orders, name: &str) -> io::Result<Self> {
+    pub fn spawn(
+        attachment: Attachment,
+        cell: Arc<Cell>,
+        budget: &Arc<Budget>,
+        orders: Orders,
+        name: &str,
+    ) -> io::Result<Self> {
         let Attachment { process, sampler, mover, claim, saver } = attachment;
         let memory = cell.renew_memory();
         let mut guest = Guest::new(sampler, mover, Arc::clone(&memory), orders, monotonic());
         guest.sample_by(Sampling::new(begin_sampling(Arc::clone(&process))));
         let vcpus = Arc::clone(&process);
         guest.watch_by(Watch::new(Box::new(move || vcpus.guest_time().ok())));
+        guest.sit(budget.seat());
+        let spread = START_SPREAD.saturating_mul(budget.seats() as u32).min(START_SPREAD_LIMIT);
+        let phase = phase(&cell.uuid());
         let (sender, receiver) = mpsc::channel();
         let stop = Arc::<AtomicBool>::default();
         let abandoned = saver.as_ref().map(Saver::void).unwrap_or_default();
@@ -162,6 +188,11 @@ impl Worker {
             claim,
             saver,
             round: None,
+            moves: Moves::default(),
+            pace: pace::Pace::default(),
+            plan_cost: Duration::ZERO,
+            phase,
+            begin: Instant::now() + spread.mul_f64(phase),
             name: name.to_owned(),
         };
         // The kernel keeps 15 bytes of a thread's name.
@@ -240,6 +271,15 @@ struct Run {
     claim: Claim,
     saver: Option<Saver>,
     round: Option<RoundStatus>,
+    /// What was planned last and is left.
+    moves: Moves,
+    pace: pace::Pace,
+    /// CPU time that the last plan took.
+    plan_cost: Duration,
+    /// The domain's own part of an interval, so that rounds of many do not coincide.
+    phase: f64,
+    /// When the first round is.
+    begin: Instant,
     name: String,
 }
 
@@ -271,7 +311,7 @@ impl Run {
         if let Err(end) = self.recall() {
             return end;
         }
-        let mut next = Instant::now();
+        let mut next = self.begin;
         loop {
             match self.rest_until(next).and_then(|()| self.one_round(&mut next)) {
                 Ok(()) => {}
@@ -319,37 +359,62 @@ impl Run {
         self.keep();
         if self.guest.rests() {
             // Only to see whether the guest is still there.
-            *next = begun + AUTO_INTERVAL;
+            *next = begun + LOOK_INTERVAL;
             self.publish();
             return Ok(());
         }
         if let Some(tap) = self.cell.take_tap() {
             self.guest.record(tap);
         }
-        self.round = Some(self.guest.round(self.now())?);
+        let before = thread_time();
+        let round = self.guest.round(self.now())?;
+        let cost = thread_time().saturating_sub(before) + self.plan_cost;
+        let interval = self.interval(&round, cost);
         self.guest.verify_places()?;
-        let asked = self.guest.orders().policy.sampling.interval;
-        let interval = asked.unwrap_or(AUTO_INTERVAL).max(SHORTEST_INTERVAL);
         // Rounds that could not be held in time are left out, not caught up with.
-        *next = (*next + interval).max(begun);
+        *next = match round.number {
+            1 => begun + interval / 4 + interval.mul_f64(self.phase),
+            _ => (*next + interval).max(begun),
+        };
+        self.round = Some(round);
         let divisor = if self.guest.surveyed() { SURVEY_DIVISOR } else { FIRST_SURVEY_DIVISOR };
         self.guest.survey(Instant::now() + interval / divisor)?;
-        let moves = self.guest.plan(self.now(), interval);
+        self.guest.claim(self.now());
+        let (before, moves) = (thread_time(), mem::take(&mut self.moves));
+        self.moves = self.guest.plan_if_due(moves, self.now(), interval);
+        self.plan_cost = thread_time().saturating_sub(before);
         self.publish();
-        self.move_until(moves, *next)?;
+        self.move_until(*next)?;
+        self.guest.tell_held();
         self.publish();
         Ok(())
     }
 
-    fn move_until(&mut self, mut moves: Moves, end: Instant) -> Result<(), End> {
+    /// Time to the next round.
+    fn interval(&mut self, round: &RoundStatus, cost: Duration) -> Duration {
+        if let Some(asked) = self.guest.orders().policy.sampling.interval {
+            return asked.max(SHORTEST_INTERVAL);
+        }
+        let limits = self.guest.pace_limits();
+        match round.interval_ms {
+            0 => self.pace.first(&limits, cost),
+            ms => {
+                let (interval, young) = (Duration::from_millis(ms), Bytes(round.accessed_bytes));
+                self.pace.next(&pace::Round { interval, young, cost }, &limits)
+            }
+        }
+    }
+
+    fn move_until(&mut self, end: Instant) -> Result<(), End> {
         loop {
-            let pace = self.guest.move_some(&mut moves, self.now(), &self.stop)?;
+            let now = self.now();
+            let pace = self.guest.move_some(&mut self.moves, now, &self.stop)?;
             let until = match pace {
                 Pace::Done => return Ok(()),
                 Pace::More => Instant::now(),
                 Pace::Wait(time) => Instant::now() + time,
             };
-            // Other orders make the plan void; so does the next round.
+            // Other orders make the plan void; so does the next plan.
             if until >= end || self.wait_until(until)? {
                 return Ok(());
             }
@@ -370,6 +435,7 @@ impl Run {
             Err(RecvTimeoutError::Disconnected) => Err(End::Stopped),
             Ok(orders) => {
                 self.guest.obey(orders, self.now());
+                self.moves = Moves::default();
                 self.publish();
                 Ok(true)
             }
@@ -381,7 +447,7 @@ impl Run {
         let state = if self.guest.orders().place() { DomainState::Placing } else { DomainState::Observing };
         let reason = self.guest.hindrance(self.now());
         let (bytes, slots) = self.guest.size();
-        let moves = self.guest.totals();
+        let (moves, budget) = (self.guest.totals(), self.guest.budget_status());
         let (excluded, warnings) = self.guest.excluded();
         let (sampling, slowdown) = (self.guest.sampling(), self.guest.slowdown());
         self.cell.update_by(&self.memory, |status| {
@@ -395,6 +461,7 @@ impl Run {
             status.slowdown = slowdown;
             status.slots = slots;
             status.round.clone_from(&self.round);
+            status.budget = budget;
             status.moves = moves;
         });
     }

@@ -5,7 +5,7 @@ use std::process::{Child, Command};
 
 use ept_virt_core::migrate::MoveOutcome;
 use ept_virt_core::plan::MoveUnit;
-use ept_virt_core::policy::{Excluded, Policy};
+use ept_virt_core::policy::{Excluded, HostLimits, Policy};
 use ept_virt_core::sampler::{EntryFormat, Harvest, HarvestRequest, MemSlot, ModuleInfo};
 use ept_virt_core::topology::{NodeSet, Tiers};
 
@@ -121,6 +121,10 @@ fn claim(process: &Process) -> Claim {
     Claim::take(&std::env::temp_dir().join("ept-virt-test-claims"), process.pid()).unwrap()
 }
 
+fn budget() -> Arc<Budget> {
+    Arc::new(Budget::new(HostLimits::default(), "/sys".into()))
+}
+
 /// A worker for a process that only sleeps.
 fn start(interval: Duration, fault: Fault) -> (Worker, Sleeper, Arc<Cell>) {
     let cell = Arc::new(Cell::new("vm1", "6695eb01"));
@@ -135,7 +139,7 @@ fn start_in(cell: &Arc<Cell>, interval: Duration, fault: Fault) -> (Worker, Slee
         (Box::new(NoMemory { fault: fault.clone(), asked: 0 }), Box::new(NoMemory { fault, asked: 0 }));
     let claim = claim(&process);
     let attachment = Attachment { process, sampler, mover, claim, saver: None };
-    let worker = Worker::spawn(attachment, Arc::clone(cell), orders(interval), "vm1").unwrap();
+    let worker = Worker::spawn(attachment, Arc::clone(cell), &budget(), orders(interval), "vm1").unwrap();
     (worker, child)
 }
 
@@ -160,7 +164,7 @@ impl State {
         let attachment = Attachment { process, sampler, mover, claim, saver: Some(saver) };
         let cell = Arc::new(Cell::new("vm1", UUID));
         let orders = orders(Duration::from_secs(3600));
-        let worker = Worker::spawn(attachment, Arc::clone(&cell), orders, "vm1").unwrap();
+        let worker = Worker::spawn(attachment, Arc::clone(&cell), &budget(), orders, "vm1").unwrap();
         (worker, child, cell)
     }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What holds for a domain, as a table.
 
-use ept_virt_core::policy::{Effective, Exclusion, SETTINGS, shortcoming};
+use ept_virt_core::policy::{Effective, Exclusion, SETTINGS};
 use serde::Serialize;
 
 use crate::style::Style;
@@ -17,8 +17,6 @@ pub struct Entry {
     from: String,
     /// What it means.
     help: &'static str,
-    /// Where this version falls short of it; null: nowhere.
-    note: Option<&'static str>,
 }
 
 /// All settings, in the order in which they stand in the grammar.
@@ -28,7 +26,6 @@ pub fn entries(effective: &Effective) -> Vec<Entry> {
         Entry {
             value: effective.layer.get(&path).map(ToString::to_string),
             from: effective.origin(&path).to_string(),
-            note: shortcoming(&path),
             setting: path,
             help: setting.help,
         }
@@ -39,7 +36,6 @@ pub fn entries(effective: &Effective) -> Vec<Entry> {
         value: (!exclude.is_empty()).then(|| exclude.iter().map(word).collect::<Vec<_>>().join(", ")),
         from: effective.origin_of_exclusions().to_string(),
         help: "memory that is never moved",
-        note: None,
     };
     settings.chain([exclusions]).collect()
 }
@@ -63,10 +59,8 @@ pub fn render(effective: &Effective, style: &Style) -> String {
         style.paint("1", &format!("{:first$}  {:second$}  {:third$}  MEANING", "SETTING", "VALUE", "FROM"));
     text.push('\n');
     for entry in &entries {
-        // First, so that a narrow terminal does not cut it.
-        let note = entry.note.map_or(String::new(), |note| format!("({note}) "));
         let line = format!(
-            "{:first$}  {:second$}  {:third$}  {note}{}",
+            "{:first$}  {:second$}  {:third$}  {}",
             entry.setting,
             value(entry),
             entry.from,
@@ -101,11 +95,6 @@ mod tests {
         assert_eq!(line("migration.delay"), "migration.delay 9 s host defaults");
         assert_eq!(line("mode"), "mode observe built in off:");
         assert_eq!(line("dram.max "), "dram.max - built in never");
-        // What is read and not done yet is said, whoever asked for it.
-        let line = text.lines().find(|line| line.starts_with("dram.weight")).unwrap();
-        assert!(line.contains("(not used yet) part"), "{line}");
-        let noted = entries(&effective).iter().filter(|entry| entry.note.is_some()).count();
-        assert_eq!(noted, text.lines().filter(|line| line.contains(" yet) ")).count());
         assert!(text.lines().all(|line| line == line.trim_end()));
         assert_eq!(entries(&effective).len(), SETTINGS.len() + 1);
     }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The host's configuration file: defaults for all domains, and named profiles.
+//! The host's configuration file: defaults for all domains, named profiles, and
+//! what domains share.
 //!
 //! ```toml
 //! [defaults]
@@ -18,6 +19,7 @@ use std::path::{Path, PathBuf};
 
 use toml::{Table, Value as Toml};
 
+use super::host::HostLimits;
 use super::layer::Layer;
 use super::words::suggestion;
 
@@ -31,6 +33,8 @@ pub struct Config {
     pub defaults: Layer,
     /// By name.
     profiles: BTreeMap<String, Layer>,
+    /// What domains share, and what the host keeps for itself.
+    pub host: HostLimits,
     /// The group that may ask the daemon; `None`: root alone.
     pub group: Option<String>,
 }
@@ -75,11 +79,17 @@ impl Config {
             match (name.as_str(), value) {
                 ("defaults", Toml::Table(table)) => config.defaults = layer("defaults", table)?,
                 ("profiles", Toml::Table(profiles)) => config.profiles = read_profiles(profiles)?,
+                ("host", Toml::Table(table)) => {
+                    config.host =
+                        HostLimits::from_toml(table).map_err(|problem| format!("[host]: {problem}"))?;
+                }
                 ("group", Toml::String(group)) => config.group = Some(group.clone()),
-                ("defaults" | "profiles", _) => return Err(format!("{name} is not a table: write [{name}]")),
+                ("defaults" | "profiles" | "host", _) => {
+                    return Err(format!("{name} is not a table: write [{name}]"));
+                }
                 ("group", _) => return Err("group is not the name of a group, in quotes".into()),
                 _ => {
-                    let known = ["defaults", "profiles", "group"];
+                    let known = ["defaults", "profiles", "host", "group"];
                     return Err(format!("there is no setting \"{name}\"{}", suggestion(name, &known)));
                 }
             }
@@ -143,10 +153,15 @@ fn layer(place: &str, table: &Table) -> Result<Layer, String> {
 }
 
 fn assign(layer: &mut Layer, path: &str, value: &Toml) -> Result<(), String> {
+    layer.assign(path, &plain(path, value)?)
+}
+
+/// A value as the command line would write it.
+pub(super) fn plain(path: &str, value: &Toml) -> Result<String, String> {
     match value {
-        Toml::String(text) => layer.assign(path, text),
-        Toml::Integer(number) => layer.assign(path, &number.to_string()),
-        Toml::Boolean(flag) => layer.assign(path, if *flag { "yes" } else { "no" }),
+        Toml::String(text) => Ok(text.clone()),
+        Toml::Integer(number) => Ok(number.to_string()),
+        Toml::Boolean(flag) => Ok(if *flag { "yes" } else { "no" }.into()),
         _ => Err(format!("{path}: write the value in quotes, as \"30 s\"")),
     }
 }
@@ -201,6 +216,9 @@ mod tests {
         let config = Config::parse(&settings.join("\n")).unwrap();
         assert_eq!(config.profile_names().collect::<Vec<_>>(), ["bronze", "gold"]);
         assert_eq!(config.group.as_deref(), Some("libvirt"));
+        // What is commented out there are the defaults, but for the cap.
+        assert!(config.host.bandwidth.is_some());
+        assert_eq!(HostLimits { bandwidth: None, ..config.host }, HostLimits::default());
     }
 
     #[test]

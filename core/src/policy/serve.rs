@@ -29,40 +29,6 @@ impl Policy {
     }
 }
 
-/// Settings that are read, and that this version does nothing with.
-struct Unserved {
-    settings: &'static [&'static str],
-    words: &'static str,
-    /// Whether a policy wants something of them, beside the default.
-    is_asked: fn(&Policy, &Policy) -> bool,
-}
-
-const UNSERVED: [Unserved; 2] = [
-    Unserved {
-        settings: &["dram.weight"],
-        words: "dram.weight",
-        is_asked: |policy, default| policy.dram.weight != default.dram.weight,
-    },
-    Unserved {
-        settings: &["migration.interval"],
-        words: "migration.interval",
-        is_asked: |policy, _| policy.migration.interval.is_some(),
-    },
-];
-
-/// What a policy asks for in vain, in words.
-pub(super) fn unserved(policy: &Policy) -> Vec<&'static str> {
-    let default = Policy::default();
-    let asked = UNSERVED.iter().filter(|unserved| (unserved.is_asked)(policy, &default));
-    asked.map(|unserved| unserved.words).collect()
-}
-
-/// What this version falls short of with a setting, as `dram.share`; `None` when it
-/// does what was asked.
-pub fn shortcoming(setting: &str) -> Option<&'static str> {
-    UNSERVED.iter().any(|unserved| unserved.settings.contains(&setting)).then_some("not used yet")
-}
-
 /// What a host is asked before a domain starts. Each answer is only asked for
 /// when it counts.
 pub trait Host {
@@ -118,7 +84,7 @@ fn required(layer: &Layer) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::{NAMESPACE, SETTINGS};
+    use crate::policy::NAMESPACE;
 
     struct Fake {
         config: Result<Config, String>,
@@ -196,23 +162,6 @@ mod tests {
         assert_eq!(refusal(&observe, &Fake { slow: vec![], ..good() }), None);
         assert_eq!(refused(&observe, &Fake { ready: Err("no module".into()), ..good() }), "no module");
         assert_eq!(refusal(&required("mode='off'", ""), &Fake { ready: Err("x".into()), ..good() }), None);
-    }
-
-    #[test]
-    fn what_falls_short_are_settings_that_exist() {
-        for setting in UNSERVED.iter().flat_map(|unserved| unserved.settings) {
-            assert!(SETTINGS.iter().any(|known| known.path() == *setting), "{setting}");
-            assert_eq!(shortcoming(setting), Some("not used yet"));
-        }
-        assert_eq!((shortcoming("dram.share"), shortcoming("mode")), (None, None));
-        // Each is named when it is asked for, and by default none is.
-        assert!(unserved(&Policy::default()).is_empty());
-        for (setting, value) in [("dram.weight", "7"), ("migration.interval", "5 s")] {
-            let mut layer = Layer::default();
-            layer.assign(setting, value).unwrap();
-            assert_eq!(unserved(&Policy::of(&layer)).len(), 1, "{setting}");
-            assert!(shortcoming(setting).is_some(), "{setting}");
-        }
     }
 
     #[test]

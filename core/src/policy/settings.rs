@@ -260,7 +260,7 @@ const SECOND_MS: u64 = 1000;
 const HOUR_MS: u64 = 3600 * SECOND_MS;
 
 /// Shorthand for the table: `@name` is an attribute, `name` a child element.
-const fn setting(
+pub(super) const fn setting(
     element: &'static str,
     name: &'static str,
     is_element: bool,
@@ -289,8 +289,8 @@ pub const SETTINGS: &[Setting] = &[
         "flush the guest's TLBs at each harvest, so that no access is hidden"),
     setting("sampling", "access", false, Kind::Access, "rwx",
         "kinds of access that sampling records"),
-    or_auto(setting("sampling", "interval", true, Kind::Time(100..=HOUR_MS), "1 s",
-        "time between two harvests of the accessed bits")),
+    or_auto(setting("sampling", "interval", true, Kind::Time(100..=HOUR_MS), "auto",
+        "time between two harvests of the accessed bits; auto: as the guest's activity asks for")),
     setting("sampling", "rate", true, Kind::Hertz(0..=50_000), "0 Hz",
         "accesses sampled in a second; 0: none"),
     setting("temperature", "read", false, Kind::Number(0..=100), "1", "weight of a sampled read"),
