@@ -30,6 +30,7 @@ mod recording;
 mod sampled;
 mod second_host;
 mod session;
+mod shared_dram;
 mod systemd;
 mod tiny;
 mod truth;
@@ -83,6 +84,7 @@ const SCENARIOS: &[(&str, Test)] = &[
     ("virtqemud", virtqemud::run),
     ("unit", unit::places),
     ("unit-restarts", unit::restarts),
+    ("shared-dram", shared_dram::run),
     ("fire-life", fire_life::run),
     ("fire-hugetlbfs", fire_huge::run),
     ("fire-memory", fire_memory::run),
