@@ -19,6 +19,9 @@ use super::state::lock;
 /// DRAM is shared anew when this has passed, and when a claim is new.
 const SETTLE_INTERVAL: Duration = Duration::from_secs(1);
 
+/// Part of the reserve that may be missing before guests give back.
+const SLACK_DIVISOR: u64 = 8;
+
 /// Memory of a node, and bytes of it that the kernel gives up when they are needed.
 pub(super) type NodeLook = dyn Fn(u32) -> Result<(NodeMemory, u64), TopologyError> + Send + Sync;
 
@@ -111,14 +114,17 @@ impl Budget {
     /// All that guests can have on these nodes: what they hold, and what is free
     /// but for the reserve. They make room for the reserve only where even without
     /// the kernel's caches there is less: to drive pages of guests out for the page
-    /// cache, which takes whatever is free, would have no end.
+    /// cache, which takes whatever is free, would have no end. And less by more than
+    /// a [`SLACK_DIVISOR`]th: what the host's programs take for a moment is no reason
+    /// to move memory to and fro.
     fn total(&self, held: u64, fast: &NodeSet, reserve: Share, trouble: &mut Option<String>) -> u64 {
         let mut total = held;
         for node in fast.iter() {
             match (self.look)(node) {
                 Ok((memory, reclaimable)) => {
                     let reserve = reserve.of(memory.total_bytes);
-                    let short = reserve.saturating_sub(memory.free_bytes.saturating_add(reclaimable));
+                    let low = reserve - reserve / SLACK_DIVISOR;
+                    let short = low.saturating_sub(memory.free_bytes.saturating_add(reclaimable));
                     total = total.saturating_add(memory.free_bytes.saturating_sub(reserve));
                     total = total.saturating_sub(short);
                 }

@@ -81,8 +81,14 @@ fn the_page_cache_drives_nobody_out_and_need_does() {
     let budget = host(Arc::clone(&free));
     let seat = budget.seat();
     assert_eq!(grant(&seat, claim(1, 300), NOW), 300);
+    *lock(&free) = (20, 70);
+    assert_eq!(grant(&seat, claim(1, 300), NOW + SETTLE_INTERVAL), 300, "there is a little slack");
     *lock(&free) = (20, 30);
-    assert_eq!(grant(&seat, claim(1, 300), NOW + SETTLE_INTERVAL), 250);
+    assert_eq!(
+        grant(&seat, claim(1, 300), NOW + 2 * SETTLE_INTERVAL),
+        262,
+        "of the 100, 87.5 are to be there"
+    );
 }
 
 #[test]
