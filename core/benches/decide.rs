@@ -20,6 +20,9 @@ const TRIES: usize = 9;
 const ROUND: Duration = Duration::from_secs(1);
 const PARAMS: HeatParams = HeatParams { half_life: Duration::from_secs(30), delay: Duration::from_secs(5) };
 
+/// 1 GiB in a round.
+const QUOTA_PAGES: u64 = (1 << 30) / PAGE_BYTES;
+
 /// The guest of the last table, unless another size is asked for.
 const LARGE_GIB: u64 = 1024;
 
@@ -125,8 +128,9 @@ fn large_guest(gib: u64) {
     for round in 1..=8 {
         let taken = guest.round(&mut memory, Some(ROUND));
         let started = Cpu::now();
-        let plan = memory.plan(target, Share::from_percent(10), (1 << 30) / PAGE_BYTES);
+        let plan = memory.plan(target, Share::from_percent(10), QUOTA_PAGES);
         let planned = started.elapsed();
+        memory.accept(&plan, QUOTA_PAGES);
         let moved: u64 = plan.demote.iter().chain(&plan.promote).map(|unit| u64::from(unit.pages)).sum();
         println!(
             "{round:>6} {:>12} {:>12} {:>12} {:>14}",

@@ -146,8 +146,9 @@ impl HeatMap {
         let padded = bitmap::words_for(pages) * WORD_BITS;
         cells.truncate(pages);
         cells.resize(padded, IDLE_COUNT);
-        // The next step finds out the variance: all of the past was seen.
-        let known = HeatMap { past_s: f64::INFINITY, variance: 0.0, ..HeatMap::new(0, params) };
+        // All of the past was seen, in steps of unknown length: the next one knows more.
+        let variance = 1.0 / (2.0 * FINEST_STEP);
+        let known = HeatMap { past_s: f64::INFINITY, variance, ..HeatMap::new(0, params) };
         HeatMap { pages, cells, ..known }
     }
 
@@ -173,6 +174,9 @@ impl HeatMap {
     /// Forgets faster from now on, until the past is as long again as the half-life
     /// asks for: what the temperatures say so far counts as half a round.
     pub fn restart(&mut self) {
+        if self.last_step_s == 0.0 {
+            return;
+        }
         self.past_s = self.last_step_s / 2.0;
         self.variance = 1.0;
     }
@@ -231,9 +235,8 @@ impl HeatMap {
     pub fn end(&mut self, round: Round) -> Surprise {
         self.end_samples();
         if round.step.is_some() {
-            let mut surprise = round.surprise;
-            surprise += self.finish(&round);
-            return surprise;
+            let surprise = self.finish(&round);
+            return round.surprise.and(surprise);
         }
         self.pending_time = self.pending_time.saturating_add(round.dt);
         match self.is_too_short(self.pending_time) {

@@ -27,9 +27,6 @@ use verify::Random;
 /// within five, and to 98 % within ten of them; more only move more.
 const SETTLING_ROUNDS: u32 = 8;
 
-/// Rounds that temperatures need before they can be surprised again.
-const FEWEST_ROUNDS: u32 = 3;
-
 /// Part of the memory that may move in a minute for little gain, both directions
 /// together: 1/1200.
 const TRICKLE_PER_MINUTE: f64 = 1.0 / 1200.0;
@@ -49,6 +46,8 @@ struct Slot {
     recent: Recent,
     /// The round that is being taken in.
     round: Option<Round>,
+    /// All its heat, in pages of the highest temperature, as last known.
+    warmth: f64,
     /// It was harvested before, by this daemon or the one whose heat came back.
     observed: bool,
 }
@@ -64,6 +63,7 @@ impl Slot {
             holds: Holds::new(pages),
             recent: Recent::default(),
             round: None,
+            warmth: 0.0,
             observed: false,
         };
         slot.holds.set_logged(info.dirty_log);
@@ -115,8 +115,6 @@ pub struct GuestMemory {
     surveyed: bool,
     /// Of the round that is being taken in.
     surprise: Surprise,
-    /// All heat, in pages of the highest temperature.
-    heat: f64,
     /// Rounds since the start, or since the guest turned to other pages.
     settled_for: u32,
     /// Times that it did.
@@ -139,7 +137,6 @@ impl GuestMemory {
             survey_at: (0, 0),
             surveyed: false,
             surprise: Surprise::default(),
-            heat: 0.0,
             settled_for: 0,
             shifts: 0,
             trickle: 0.0,
@@ -263,7 +260,9 @@ impl GuestMemory {
         if pages.end >= slot.heat.pages() {
             slot.observed = true;
             if let Some(round) = slot.round.take() {
-                self.surprise += slot.heat.end(round);
+                let surprise = slot.heat.end(round);
+                self.surprise += surprise;
+                slot.warmth = if surprise.heat > 0.0 { surprise.heat } else { slot.warmth };
             }
         }
     }
@@ -271,7 +270,9 @@ impl GuestMemory {
     /// Ends a round, after all slots were taken in: `elapsed` since the one before, if
     /// it counts for the heat.
     pub fn end_round(&mut self, elapsed: Option<Duration>) {
-        let surprise = std::mem::take(&mut self.surprise);
+        // Of all slots, also of those whose temperatures are stepped later.
+        let heat = self.heat();
+        let surprise = Surprise { heat, ..std::mem::take(&mut self.surprise) };
         self.slots.iter_mut().for_each(|slot| slot.recent.next_round());
         let Some(elapsed) = elapsed else { return };
         let pages = self.bytes().pages() as f64;
@@ -279,11 +280,8 @@ impl GuestMemory {
         // Enough for a huge page to come and one to go, in the end.
         let most = (pages * TRICKLE_PER_MINUTE * TRICKLE_MINUTES).max(2.0 * PAGES_PER_2M as f64);
         self.trickle = (self.trickle + gained).min(most);
-        if surprise.heat > 0.0 {
-            self.heat = surprise.heat;
-        }
         self.settled_for = self.settled_for.saturating_add(1);
-        if self.settled_for >= FEWEST_ROUNDS && surprise.is_shift() {
+        if surprise.is_shift() {
             self.slots.iter_mut().for_each(|slot| slot.heat.restart());
             self.settled_for = 0;
             self.shifts += 1;
@@ -300,29 +298,45 @@ impl GuestMemory {
         self.shifts
     }
 
-    /// What to move: see [`PlanInput`].
-    pub fn plan(&mut self, dram_target: Option<Bytes>, gap: Share, quota_pages: u64) -> Plan {
+    /// All heat, in pages of the highest temperature.
+    fn heat(&self) -> f64 {
+        self.slots.iter().map(|slot| slot.warmth).sum()
+    }
+
+    /// How uncertain most temperatures are: see [`HeatMap::variance`].
+    fn variance(&self) -> f64 {
         let largest = self.slots.iter().max_by_key(|slot| slot.heat.pages());
-        let variance = largest.map_or(0.0, |slot| slot.heat.variance());
-        let settling = self.is_settling();
-        // Knowing twice as much, it is worth putting right what lies wrong by little.
-        let passes = settling || variance * 2.0 <= self.passed_at;
-        let plan = plan::plan(&PlanInput {
+        largest.map_or(0.0, |slot| slot.heat.variance())
+    }
+
+    /// What to move: see [`PlanInput`]. A plan that is carried out is to be told to
+    /// [`GuestMemory::accept`].
+    pub fn plan(&self, dram_target: Option<Bytes>, gap: Share, quota_pages: u64) -> Plan {
+        plan::plan(&PlanInput {
             slots: &self.views(),
             dram_target,
             gap,
             quota_pages,
-            settling,
-            heat: self.heat,
-            trickle_pages: if passes { u64::MAX } else { self.trickle as u64 },
-        });
-        if !passes {
+            settling: self.is_settling(),
+            heat: self.heat(),
+            trickle_pages: if self.passes() { u64::MAX } else { self.trickle as u64 },
+        })
+    }
+
+    /// Whether all that lies wrong is to be put right: knowing twice as much, also what
+    /// does so by little.
+    fn passes(&self) -> bool {
+        self.is_settling() || self.variance() * 2.0 <= self.passed_at
+    }
+
+    /// Takes note that all of `plan`, which had this quota, is carried out.
+    pub fn accept(&mut self, plan: &Plan, quota_pages: u64) {
+        if !self.passes() {
             self.trickle -= plan.trickled_pages as f64;
-        } else if settling || plan.pages() < quota_pages / 2 {
+        } else if self.is_settling() || plan.pages() < quota_pages / 2 {
             // Of what a round could not move, the next one moves more.
-            self.passed_at = variance;
+            self.passed_at = self.variance();
         }
-        plan
     }
 
     /// Takes in heat from before this daemon; the number of slots that it is of.

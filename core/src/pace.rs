@@ -8,9 +8,10 @@
 //! random, at a rate `r`, `n` rounds of the length `t` tell `r` best when it is
 //! young in a share of about 0.8 of them (`rt` = 1.59: the most Fisher
 //! information of `ln r` a round). All hotter pages are then young almost always,
-//! and of the colder ones some are too: about twice the DRAM target in all. So
-//! the interval is the one in which so many bytes are accessed, but never more
-//! than two thirds of memory, which a guest may not reach whatever the time.
+//! and of the colder ones some are too: about twice the DRAM target in all. The first
+//! rounds, in which all is decided, tell more if they are a little shorter. So the
+//! interval is the one in which one and a half times the target is accessed, but never
+//! more than two thirds of memory, which a guest may not reach whatever the time.
 //!
 //! How many bytes are young after which time, the last rounds tell: a power law
 //! through them, `young = c * t^b` with `b` from 1/4 to 1. What is young grows
@@ -96,7 +97,7 @@ impl Limits {
     pub fn target(&self) -> Bytes {
         let most = self.memory.0 / 3 * 2;
         let dram = self.dram.map_or(self.memory.0 / 2, |dram| dram.0);
-        Bytes(most.min(dram.saturating_mul(2)).max(PAGE_BYTES))
+        Bytes(most.min(dram.saturating_mul(3) / 2).max(PAGE_BYTES))
     }
 
     /// The shortest and the longest interval when a round takes `cost` of CPU

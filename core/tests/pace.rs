@@ -210,7 +210,7 @@ fn rounds_cost_no_more_than_they_may() {
 #[test]
 fn what_may_lie_in_dram_says_how_many_bytes_are_to_be_young() {
     let target = |dram| Limits { dram, ..LIMITS }.target().pages();
-    assert_eq!(target(Some(Bytes::of_pages(PAGES / 10))), PAGES / 10 * 2);
+    assert_eq!(target(Some(Bytes::of_pages(PAGES / 10))), PAGES / 10 * 3 / 2);
     assert_eq!(target(Some(Bytes::of_pages(PAGES / 2))), PAGES / 3 * 2);
     assert_eq!(target(None), PAGES / 3 * 2);
     assert_eq!(target(Some(Bytes(0))), 1);

@@ -83,6 +83,7 @@ impl Guest {
         self.harvest(&accessed, Some(ROUND));
         let target = Some(Bytes::of_pages(self.target_pages));
         let plan = self.memory.plan(target, Share::from_percent(10), self.quota_pages);
+        self.memory.accept(&plan, self.quota_pages);
         for (units, place) in [(&plan.demote, Place::Slow), (&plan.promote, Place::Fast)] {
             for unit in units {
                 let first = unit.gfn as usize;

@@ -520,6 +520,9 @@ impl Guest {
         let wanted = plan.demote.len();
         keep_bytes(&mut plan.demote, self.mover.room(&tiers.slow));
         self.slow_is_full = plan.demote.len() < wanted;
+        if !slow_is_closed && !fast_is_closed && !self.slow_is_full {
+            memory.accept(&plan, quota_pages);
+        }
         // Without the room that the demotions were to make, nothing comes.
         let promote = if self.slow_is_full { Vec::new() } else { plan.promote };
         Moves { demote: plan.demote, promote, done: 0 }

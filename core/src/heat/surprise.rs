@@ -24,6 +24,9 @@ const SHIFT_SHARE: f64 = 0.05;
 /// few pages chance does much.
 const SHIFT_SIGMAS: f64 = 4.0;
 
+/// Temperatures of a variance above this, of fewer than three rounds, forecast nothing.
+const MOST_VARIANCE: f64 = 0.4;
+
 /// The scale of the sums: a temperature's upper byte, at most.
 const ONE: f64 = 255.0;
 
@@ -59,14 +62,16 @@ impl Sums {
     /// What they say of a round, before which temperatures had the variance `v`.
     pub(super) fn surprise(&self, variance: f64) -> Surprise {
         let heat = self.heat as f64 / ONE;
+        if variance > MOST_VARIANCE {
+            return Surprise { heat, ..Surprise::default() };
+        }
         let seen_heat = self.seen_heat as f64 / ONE;
         let spread = heat - self.squares as f64 * 256.0 / (ONE * ONE);
         Surprise {
             heat,
             lost: heat - seen_heat,
             come: self.seen as f64 - seen_heat,
-            // From one round alone nothing can be told, and nothing is asked.
-            expected: spread / (1.0 - variance).max(0.05),
+            expected: spread / (1.0 - variance),
         }
     }
 }
@@ -96,6 +101,12 @@ pub struct Surprise {
 }
 
 impl Surprise {
+    /// With that of a later step of the same pages.
+    pub(super) fn and(mut self, later: Surprise) -> Surprise {
+        self += later;
+        Surprise { heat: later.heat, ..self }
+    }
+
     /// Whether the guest has turned to other pages.
     pub fn is_shift(&self) -> bool {
         let beyond = self.lost.min(self.come) - self.expected;

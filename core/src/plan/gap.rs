@@ -60,7 +60,7 @@ impl Gap {
     /// Whether `comes` is hotter than `goes` by enough.
     pub(super) fn lies_between(&self, goes: Estimate, comes: Estimate) -> bool {
         let difference = f64::from(comes.temperature) - f64::from(goes.temperature);
-        if difference < self.least {
+        if difference <= 0.0 || difference < self.least {
             return false;
         }
         let noise = (goes.uncertainty() + comes.uncertainty()).sqrt() * f64::from(MAX_TEMPERATURE);

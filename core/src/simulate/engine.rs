@@ -66,6 +66,7 @@ impl Engine {
         let budget = u128::from(bandwidth) * interval.as_nanos() / 1_000_000_000;
         let quota_pages = (u64::try_from(budget).unwrap_or(u64::MAX) / PAGE_BYTES).max(SMALLEST_QUOTA_PAGES);
         let plan = self.memory.plan(Some(target), self.policy.migration.tolerance, quota_pages);
+        self.memory.accept(&plan, quota_pages);
         (self.demote, self.promote) = (plan.demote, plan.promote);
     }
 
