@@ -202,9 +202,19 @@ fn round(page: &mut Page, memory: u64, round: &RoundStatus) {
         page.field("back end", &round.back_end);
     }
     let mut heat = String::new();
-    for (bytes, class) in [(round.hot_bytes, "hot"), (round.warm_bytes, "warm"), (round.cold_bytes, "cold")] {
+    let classes = [
+        (round.hot_bytes, "hot", 0),
+        (round.warm_bytes, "warm", round.warm_age_ms),
+        (round.cold_bytes, "cold", round.cold_age_ms),
+    ];
+    for (bytes, class, age_ms) in classes {
         let comma = if heat.is_empty() { "" } else { ", " };
-        heat += &format!("{comma}{} {class} ({})", Bytes(bytes), percent(bytes, memory));
+        // As if it had been accessed all the time before that.
+        let age = match age_ms {
+            0 => String::new(),
+            age_ms => format!(", for {} or more", short(Duration::from_millis(age_ms))),
+        };
+        heat += &format!("{comma}{} {class} ({}{age})", Bytes(bytes), percent(bytes, memory));
     }
     page.field("heat", &format!("{heat} of memory"));
     let resident = round.fast_bytes + round.slow_bytes;

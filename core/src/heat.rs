@@ -391,6 +391,13 @@ fn put_off(cells: &mut [[u16; WORD_BITS]], pending: &mut [u64], accessed: &[u64]
     }
 }
 
+/// For how long a page that was accessed all the time must not have been accessed to
+/// have `temperature`; what is at 0 has no age.
+pub fn age(temperature: u16, half_life: Duration) -> Duration {
+    let share = f64::from(temperature.max(1)) / f64::from(MAX_TEMPERATURE);
+    half_life.mul_f64(-share.log2().min(0.0))
+}
+
 /// Class of a temperature.
 pub fn class_of(temperature: u16) -> Class {
     match temperature {

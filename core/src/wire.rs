@@ -384,6 +384,13 @@ pub struct RoundStatus {
     pub warm_bytes: u64,
     /// See [`RoundStatus::hot_bytes`].
     pub cold_bytes: u64,
+    /// Age of the warm class: for how long a page that was accessed all the time must
+    /// not have been accessed to be warm.
+    #[serde(default)]
+    pub warm_age_ms: u64,
+    /// The same of the cold class.
+    #[serde(default)]
+    pub cold_age_ms: u64,
     /// Bytes known to lie on the fast tier.
     pub fast_bytes: u64,
     /// Bytes known to lie on the slow tier.

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ept_virt_core::heat::store::SlotRange;
+use ept_virt_core::heat::{self, COLD_BELOW, HOT_FROM};
 use ept_virt_core::memory::GuestMemory;
 use ept_virt_core::migrate::{
     Backoff, MoveOutcome, Mover, ProcessGone, Refused, RefusedBytes, TokenBucket, batch, unit_bytes,
@@ -361,6 +362,8 @@ impl Guest {
     fn round_status(&self, stats: &HarvestStats, elapsed: Option<Duration>, started: Instant) -> RoundStatus {
         let memory = lock(&self.memory);
         let (classes, places) = (memory.classes(), memory.places());
+        let half_life = self.orders.policy.half_life;
+        let age = |temperature| heat::age(temperature, half_life).as_millis() as u64;
         let bytes = |pages: u64| Bytes::of_pages(pages).0;
         RoundStatus {
             number: self.rounds,
@@ -376,6 +379,8 @@ impl Guest {
             hot_bytes: bytes(classes.hot),
             warm_bytes: bytes(classes.warm),
             cold_bytes: bytes(classes.cold),
+            warm_age_ms: age(HOT_FROM),
+            cold_age_ms: age(COLD_BELOW),
             fast_bytes: bytes(places.fast),
             slow_bytes: bytes(places.slow),
             absent_bytes: bytes(places.absent),
