@@ -22,6 +22,7 @@ use virt::enumutil::Enum;
 use virt::error::ErrorNumber;
 use virt::sys;
 
+use crate::units::Bytes;
 use crate::xml;
 
 pub use events::watch;
@@ -77,6 +78,9 @@ pub struct RunningDomain {
     pub xml: Result<String, String>,
     /// What its CPUs do.
     pub activity: Activity,
+    /// What the guest has now: less than its memory slots while a balloon or memory of
+    /// virtio-mem keeps some from it. None: libvirt did not say.
+    pub current_memory: Option<Bytes>,
     /// Where its libvirt daemon keeps pid files.
     pub run_dir: PathBuf,
 }
@@ -211,6 +215,8 @@ fn describe(domain: &virt::domain::Domain, uri: &str) -> Result<RunningDomain, v
         id: domain.id(),
         xml,
         activity: activity(domain),
+        // libvirt's own account; QEMU is not asked.
+        current_memory: domain.info().ok().map(|info| Bytes(info.memory.saturating_mul(1024))),
         run_dir: run_dir::of(uri),
     })
 }
@@ -258,6 +264,8 @@ mod tests {
         assert_eq!(domain.pid_file().to_str(), Some("/run/libvirt/qemu/test.pid"));
         assert_eq!(domain.read_pid().unwrap_err().kind(), io::ErrorKind::NotFound);
         assert_eq!(domain.activity, Activity::Runs);
+        // 2 GiB of 8.
+        assert_eq!(domain.current_memory, Some(Bytes(2 << 30)));
         // A second call uses the same connection.
         assert_eq!(libvirt.running().unwrap(), domains);
     }
@@ -292,6 +300,7 @@ mod tests {
             id: None,
             xml: Ok(xml.into()),
             activity: Activity::Runs,
+            current_memory: None,
             run_dir: PathBuf::new(),
         };
         assert_eq!(domain("<domain type='qemu'><name>a</name></domain>").kind().as_deref(), Some("qemu"));

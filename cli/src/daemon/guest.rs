@@ -76,6 +76,8 @@ pub struct Orders {
     pub latencies: Option<Latencies>,
     /// The guest's CPUs stand still, and so does its heat.
     pub suspended: bool,
+    /// What the guest has of its memory now, where libvirt tells.
+    pub current_memory: Option<Bytes>,
     /// The host takes memory away by what it sees accessed: it must be told of what
     /// harvests clear.
     pub keep_young: bool,
@@ -475,7 +477,9 @@ impl Guest {
     /// What the domain may have in DRAM: what the policy grants, and more while it is
     /// slowed down too much; `None` when that is all of its memory.
     fn dram_target(&self, memory: Bytes) -> Option<Bytes> {
-        let granted = self.orders.policy.dram_target(memory)?;
+        // A share is one of what the guest has, not of what a balloon keeps from it.
+        let current = self.orders.current_memory.map_or(memory, |current| current.min(memory));
+        let granted = self.orders.policy.dram_target(current)?;
         let wanted = self.watch.as_ref().map_or(granted, |watch| watch.wanted(granted));
         (wanted < memory).then_some(wanted)
     }

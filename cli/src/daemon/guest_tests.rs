@@ -165,7 +165,16 @@ fn orders(mode: Mode) -> Orders {
     let tiers =
         Tiers { fast: NodeSet::from_iter([FAST]), slow: NodeSet::from_iter([SLOW]), from: "test".into() };
     let excluded = Excluded::default();
-    Orders { policy, tiers, obstacle: None, excluded, latencies: None, suspended: false, keep_young: false }
+    Orders {
+        policy,
+        tiers,
+        obstacle: None,
+        excluded,
+        latencies: None,
+        suspended: false,
+        current_memory: None,
+        keep_young: false,
+    }
 }
 
 impl Test {
@@ -379,6 +388,22 @@ fn a_guest_that_is_slowed_down_gets_more_up_to_its_maximum() {
     test.guest.obey(orders, test.now);
     let status = test.rounds(1, 0..300);
     assert_eq!((status.dram_target_bytes, test.guest.slowdown()), (Some(100 * PAGE_BYTES), None));
+}
+
+#[test]
+fn a_share_is_one_of_what_the_guest_has_now() {
+    let mut test = Test::new(orders(Mode::Place), vec![slot(0, 1000)]);
+    test.world().touch(0..1000);
+    let target = |test: &mut Test, current_pages: Option<u64>| {
+        let current_memory = current_pages.map(Bytes::of_pages);
+        test.guest.obey(Orders { current_memory, ..test.guest.orders().clone() }, test.now);
+        test.rounds(1, 0..10).dram_target_bytes.map(|bytes| bytes / PAGE_BYTES)
+    };
+    assert_eq!(target(&mut test, None), Some(500));
+    // A balloon keeps three quarters.
+    assert_eq!(target(&mut test, Some(250)), Some(125));
+    // Memory that is no slot's, as that of a device model, is none of the guest's.
+    assert_eq!(target(&mut test, Some(5000)), Some(500));
 }
 
 /// Nested guests, and hosts without tables to walk: a page is accessed and not

@@ -255,6 +255,7 @@ impl Entry {
         self.reap();
         let mut orders = orders(&self.policy, around.host);
         orders.suspended = domain.activity == Activity::Suspended;
+        orders.current_memory = domain.current_memory;
         orders.keep_young = around.reclaims;
         if self.policy.mode == Mode::Place {
             let xml = self.xml.as_deref().unwrap_or_default();
@@ -394,6 +395,7 @@ fn orders(policy: &Policy, host: &Tiers) -> Orders {
         excluded,
         latencies,
         suspended: false,
+        current_memory: None,
         keep_young: false,
     }
 }
@@ -412,7 +414,15 @@ mod tests {
 
     fn domain(xml: &str) -> RunningDomain {
         let (uuid, name, xml) = (UUID.into(), "vm1".into(), Ok(xml.into()));
-        RunningDomain { uuid, name, id: None, xml, activity: Activity::Runs, run_dir: "/nonexistent".into() }
+        RunningDomain {
+            uuid,
+            name,
+            id: None,
+            xml,
+            activity: Activity::Runs,
+            current_memory: None,
+            run_dir: "/nonexistent".into(),
+        }
     }
 
     fn look(entry: &mut Entry, domain: &RunningDomain, job: bool) {

@@ -113,7 +113,16 @@ fn orders(interval: Duration) -> Orders {
     let mut policy = Policy::default();
     policy.sampling.interval = Some(interval);
     let (tiers, excluded) = (Tiers::default(), Excluded::default());
-    Orders { policy, tiers, obstacle: None, excluded, latencies: None, suspended: false, keep_young: false }
+    Orders {
+        policy,
+        tiers,
+        obstacle: None,
+        excluded,
+        latencies: None,
+        suspended: false,
+        current_memory: None,
+        keep_young: false,
+    }
 }
 
 /// A claim beside those of real daemons.
