@@ -126,12 +126,14 @@ pub fn node_memory(sys: &Path, node: u32) -> Result<NodeMemory, TopologyError> {
 }
 
 /// Bytes of `node` that hold what the kernel drops when the memory is needed: pages
-/// of files and slabs that it can take back. What MemAvailable counts beside free
-/// memory, but for the half of it that may be too much in use.
+/// of files, and slabs that it can take back. What MemAvailable counts beside free
+/// memory, without its allowance of a watermark for what of it is in use
+/// (si_mem_available() in mm/show_mem.c). All of it, so that a page cache that grows
+/// takes nothing away from free memory and this together.
 pub fn node_reclaimable(sys: &Path, node: u32) -> Result<u64, TopologyError> {
     let text = MemInfo::read(sys, node)?;
     let of_files = text.bytes("Active(file):")?.saturating_add(text.bytes("Inactive(file):")?);
-    Ok(of_files.saturating_add(text.bytes("SReclaimable:")?) / 2)
+    Ok(of_files.saturating_add(text.bytes("SReclaimable:")?))
 }
 
 /// The file `meminfo` of a node.
