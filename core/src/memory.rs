@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What is known of a guest's memory: heat and place of every page.
 
+mod excluded;
 mod holds;
 mod samples;
 mod verify;
@@ -70,15 +71,6 @@ impl Slot {
         slot
     }
 
-    /// Leaves alone what lies in these frames, and no other pages for good.
-    fn exclude(&mut self, frames: &[Range<u64>]) {
-        let (first, end) = (self.info.gfn_start, self.info.gfn_start + self.info.page_count);
-        let ours = frames.iter().map(|range| range.start.max(first)..range.end.min(end));
-        let ours = ours.filter(|range| range.start < range.end);
-        let pages = ours.map(|range| (range.start - first) as usize..(range.end - first) as usize);
-        self.holds.exclude(pages, self.info.hva);
-    }
-
     fn view(&self) -> SlotView<'_> {
         let Self { info, heat, place, holds, recent, .. } = self;
         SlotView { hva: info.hva, heat, place, held: holds.held(), recent }
@@ -108,6 +100,9 @@ pub struct GuestMemory {
     params: HeatParams,
     generation: Option<u64>,
     slots: Vec<Slot>,
+    /// Slots that the guest can only read: never placed, but they share the VMM's memory
+    /// with others.
+    read_only: Vec<MemSlot>,
     excluded: Excluded,
     random: Random,
     /// Where the survey of unmapped pages goes on: slot and page.
@@ -132,6 +127,7 @@ impl GuestMemory {
             params,
             generation: None,
             slots: Vec::new(),
+            read_only: Vec::new(),
             excluded: Excluded::default(),
             random: Random::default(),
             survey_at: (0, 0),
@@ -156,7 +152,20 @@ impl GuestMemory {
     pub fn exclude(&mut self, excluded: &Excluded) {
         if self.excluded != *excluded {
             self.excluded.clone_from(excluded);
-            self.slots.iter_mut().for_each(|slot| slot.exclude(&excluded.frames));
+            self.hold_excluded();
+        }
+    }
+
+    /// All slots, those that can only be read too.
+    fn infos(&self) -> impl Iterator<Item = &MemSlot> {
+        self.slots.iter().map(|slot| &slot.info).chain(&self.read_only)
+    }
+
+    /// Holds for good what is excluded and what moves with it, in all slots.
+    fn hold_excluded(&mut self) {
+        let blocks = excluded::blocks(self.infos(), &self.excluded.frames);
+        for slot in &mut self.slots {
+            slot.holds.exclude(excluded::pages_in(&slot.info, &blocks));
         }
     }
 
@@ -168,8 +177,8 @@ impl GuestMemory {
     /// Frames that are excluded and of which none is memory.
     pub fn excluded_in_vain(&self) -> impl Iterator<Item = &Range<u64>> {
         let is_memory = |frames: &&Range<u64>| {
-            let end = |slot: &Slot| slot.info.gfn_start + slot.info.page_count;
-            self.slots.iter().any(|slot| slot.info.gfn_start < frames.end && frames.start < end(slot))
+            let end = |info: &MemSlot| info.gfn_start + info.page_count;
+            self.infos().any(|info| info.gfn_start < frames.end && frames.start < end(info))
         };
         self.excluded.frames.iter().filter(move |frames| !is_memory(frames))
     }
@@ -182,7 +191,9 @@ impl GuestMemory {
             return;
         }
         let mut before = std::mem::take(&mut self.slots);
-        for info in infos.into_iter().filter(|info| !info.read_only) {
+        let (read_only, infos): (Vec<_>, Vec<_>) = infos.into_iter().partition(|info| info.read_only);
+        self.read_only = read_only;
+        for info in infos {
             let slot = match before.iter().position(|slot| slot.covers(&info)) {
                 Some(index) => {
                     let mut slot = before.swap_remove(index);
@@ -193,10 +204,9 @@ impl GuestMemory {
                 None => {
                     self.surveyed = false;
                     let mut slot = Slot::new(info, self.params);
-                    slot.exclude(&self.excluded.frames);
                     // Where a device that was plugged in lies is told a moment later.
                     if self.excluded.by_device && earlier.is_some() {
-                        slot.holds.settle();
+                        slot.holds.await_device();
                     }
                     slot
                 }
@@ -204,6 +214,8 @@ impl GuestMemory {
             self.slots.push(slot);
         }
         self.slots.sort_by_key(|slot| slot.info.gfn_start);
+        // A slot that came or went may share 2 MiB with one that stayed.
+        self.hold_excluded();
         self.survey_at = (0, 0);
     }
 
@@ -650,6 +662,23 @@ mod tests {
     }
 
     #[test]
+    fn excluded_memory_does_not_move_with_what_another_slot_has_of_its_huge_page() {
+        let mut memory = GuestMemory::new(params());
+        memory.exclude(&Excluded { frames: std::iter::once(0xc0..0xe0).collect(), ..Excluded::default() });
+        let (low, rest) = (info(0, 0xa0), info(0x100, 0x300));
+        memory.adopt(1, vec![low, rest]);
+        assert_eq!(memory.excluded_bytes(), Bytes(0));
+        // A ROM is written over the excluded frames, in the VMM's memory between both.
+        let rom = MemSlot { read_only: true, ..info(0xc0, 0x20) };
+        memory.adopt(2, vec![low, rom, rest]);
+        assert!(bitmap::all(memory.views()[0].held, 0..0xa0));
+        assert!(bitmap::all(memory.views()[1].held, 0..0x100));
+        assert!(!bitmap::any(memory.views()[1].held, 0x100..0x300));
+        memory.adopt(3, vec![low, rest]);
+        assert_eq!(memory.excluded_bytes(), Bytes(0));
+    }
+
+    #[test]
     fn slots_under_dirty_logging_are_held() {
         let mut memory = GuestMemory::new(params());
         let logged = MemSlot { dirty_log: true, ..info(512, 64) };
@@ -659,7 +688,6 @@ mod tests {
         memory.release_held(SHORTEST_HOLD);
         assert_eq!(memory.views()[1].held, [!0]);
         memory.adopt(2, vec![info(0, 128), info(512, 64)]);
-        memory.release_held(SHORTEST_HOLD);
         assert_eq!(memory.views()[1].held, [0]);
         memory.adopt(3, vec![MemSlot { dirty_log: true, ..info(0, 128) }, info(512, 64)]);
         assert!(memory.mostly_logged());
