@@ -257,10 +257,11 @@ fn budget(page: &mut Page, memory: u64, budget: &BudgetStatus) {
 }
 
 fn sampled(page: &mut Page, sampling: &SamplingStatus) {
-    let SamplingStatus { rate_hz, access, samples, lost, problem } = sampling;
+    let SamplingStatus { rate_hz, access, samples, lost, unweighed, problem } = sampling;
     let lost = if *lost > 0 { format!(", {lost} lost as rounds came too late") } else { String::new() };
     let number = counted(*samples, "access");
-    page.field("sampled", &format!("{number} ({access}, {rate_hz} Hz){lost}"));
+    let light = if *unweighed > 0 { format!(", {unweighed} too many to weigh") } else { String::new() };
+    page.field("sampled", &format!("{number} ({access}, {rate_hz} Hz){lost}{light}"));
     if let Some(problem) = problem {
         page.alert("", &format!("nothing is sampled now: {problem}"));
     }
@@ -269,7 +270,7 @@ fn sampled(page: &mut Page, sampling: &SamplingStatus) {
 fn slowed(page: &mut Page, slowdown: &SlowdownStatus) {
     let SlowdownStatus { limit_percent, gap_ns, gap_from, given_bytes, .. } = slowdown;
     let estimate = match (slowdown.estimate_percent, slowdown.low_percent, slowdown.high_percent) {
-        (None, ..) => "not known: it did next to nothing".to_owned(),
+        (None, ..) => "not known: it did next to nothing, or turned to other memory".to_owned(),
         (Some(likely), Some(low), Some(high)) => {
             format!("{likely:.1}% of its CPU time ({low:.1} to {high:.1}%)")
         }

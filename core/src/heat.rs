@@ -107,6 +107,10 @@ pub struct HeatMap {
     sampled: samples::Sampled,
     /// Sampled with more weight than a bit has, and not in the temperatures yet.
     raised: samples::Sampled,
+    /// See [`HeatMap::unweighed`].
+    unweighed: u64,
+    /// See [`HeatMap::mean_step`].
+    mean_step_s: f64,
 }
 
 /// Number of pages of each class.
@@ -136,6 +140,8 @@ impl HeatMap {
             variance: 1.0,
             sampled: samples::Sampled::default(),
             raised: samples::Sampled::default(),
+            unweighed: 0,
+            mean_step_s: 0.0,
         }
     }
 
@@ -179,6 +185,13 @@ impl HeatMap {
         }
         self.past_s = self.last_step_s / 2.0;
         self.variance = 1.0;
+    }
+
+    /// The length of the steps that temperatures are made of, weighted as they are: the
+    /// time in which a page is accessed with the chance that its temperature tells. It is
+    /// longer than a round where rounds were put off; zero before the first step.
+    pub fn mean_step(&self) -> Duration {
+        Duration::try_from_secs_f64(self.mean_step_s).unwrap_or_default()
     }
 
     /// How uncertain temperatures are, as a factor from 0 to 1: that of a page which
@@ -350,6 +363,9 @@ impl HeatMap {
         self.past_s += round.dt.as_secs_f64();
         self.last_step_s = round.dt.as_secs_f64();
         let gain = 1.0 - round.keep;
+        // Nothing is known of the steps of a heat that came from elsewhere.
+        let before_s = if self.mean_step_s > 0.0 { self.mean_step_s } else { self.last_step_s };
+        self.mean_step_s = round.keep * before_s + gain * self.last_step_s;
         // The last is what it comes to when all rounds are as long as this one.
         let variance = round.keep * round.keep * self.variance + gain * gain;
         self.variance = variance.max(gain / (1.0 + round.keep));

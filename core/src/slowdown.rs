@@ -14,9 +14,11 @@
 //! Nobody counts accesses. Two things bound them from below:
 //!
 //! * **Bits.** A page that is accessed at random times `r` times a second has its bit
-//!   set in a round of `dt` with the chance `p = 1 - exp(-r dt)`. Its temperature is
-//!   `p`, so `r = -ln(1 - p) / dt`. A page whose bit is set in each round may have been
-//!   accessed once or a million times: from [`MOST_CHANCE`] on, `p` counts as that.
+//!   set in a time of `dt` with the chance `p = 1 - exp(-r dt)`. Its temperature is
+//!   `p`, so `r = -ln(1 - p) / dt`, where `dt` is what the temperature was stepped by:
+//!   a round, or several when rounds are short ([`HeatMap::mean_step`](crate::heat::HeatMap::mean_step)). A page whose
+//!   bit is set each time may have been accessed once or a million times: from
+//!   [`MOST_CHANCE`] on, `p` counts as that.
 //! * **Samples.** A mapping that is armed for `hold` faults with the chance
 //!   `1 - exp(-r hold)`. Of those that were armed, drawn evenly, the share that
 //!   faulted on the slow tier tells the mean `r` there; `hold` is a tenth of a second at
@@ -37,7 +39,7 @@ const STEPS: usize = 256;
 /// And up to here: of more than about 256 rounds no temperature knows.
 pub const MOST_CHANCE: f64 = 1.0 - 1.0 / STEPS as f64;
 
-/// Accesses in a round, by the upper byte of the temperature, rounded down.
+/// Accesses in a step of the heat, by the upper byte of the temperature, rounded down.
 static ACCESSES: LazyLock<[f64; STEPS]> =
     LazyLock::new(|| std::array::from_fn(|step| -(1.0 - step as f64 / STEPS as f64).ln()));
 
@@ -55,8 +57,8 @@ const LEAST_CPU: f64 = 0.01;
 /// What bits tell of the slow tier.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct SlowBits {
-    /// Sum of `-ln(1 - p)` over what is mapped: accesses in a round.
-    pub accesses: f64,
+    /// Sum of `-ln(1 - p) / dt` over what is mapped: accesses per second.
+    pub accesses_per_s: f64,
     /// Mappings on the slow tier: pages, and huge pages as one each.
     pub mappings: u64,
     /// On both tiers.
@@ -64,9 +66,12 @@ pub struct SlowBits {
 }
 
 impl SlowBits {
-    /// Takes in a mapping on the slow tier by the temperature of its hottest page.
-    pub fn add(&mut self, temperature: u16) {
-        self.accesses += ACCESSES[usize::from(temperature >> 8)];
+    /// Takes in a mapping on the slow tier by the temperature of its hottest page, in a
+    /// heat whose steps are so long. Before the first step nothing is known of it.
+    pub fn add(&mut self, temperature: u16, mean_step: Duration) {
+        if !mean_step.is_zero() {
+            self.accesses_per_s += ACCESSES[usize::from(temperature >> 8)] / mean_step.as_secs_f64();
+        }
     }
 }
 
@@ -129,7 +134,7 @@ pub fn estimate(
     }
     // CPU time lost by one access a second.
     let cost = gap.as_secs_f64() * round_s / cpu_s;
-    let by_bits = bits.accesses / round_s * cost;
+    let by_bits = bits.accesses_per_s * cost;
     let by_samples =
         samples.and_then(|samples| rates(bits, samples)).map(|rates| rates.map(|rate| rate * cost));
     // Both are lower bounds, so the higher one is the better.
@@ -195,11 +200,15 @@ pub struct Guard {
 }
 
 impl Guard {
-    /// Takes in the slowdown at `now`, on any clock that does not go back. What is given
+    /// Takes in the slowdown at `now`, if it is known, on any clock that does not go back. What is given
     /// is at most `most` bytes, for a guest of `memory` bytes.
     pub fn judge(&mut self, slowdown: Option<f64>, limit: f64, most: u64, memory: u64, now: Duration) {
         self.extra_bytes = self.extra_bytes.min(most);
-        let Some(slowdown) = slowdown else { return };
+        let Some(slowdown) = slowdown else {
+            // Whether it stays small now, nobody sees.
+            self.small_since = None;
+            return;
+        };
         let step = (memory / GIVE_DIVISOR).max(LEAST_STEP);
         let is_settled = self.changed.is_none_or(|at| now.saturating_sub(at) >= SETTLE);
         if slowdown > limit {
@@ -246,8 +255,12 @@ mod tests {
     /// Pages of which each is accessed in a round with this chance.
     fn bits(pages: u64, chance: f64) -> SlowBits {
         let mut one = SlowBits::default();
-        one.add((chance * f64::from(MAX_TEMPERATURE)) as u16);
-        SlowBits { accesses: one.accesses * pages as f64, mappings: pages, all_mappings: pages * 4 }
+        one.add((chance * f64::from(MAX_TEMPERATURE)) as u16, SECOND);
+        SlowBits {
+            accesses_per_s: one.accesses_per_s * pages as f64,
+            mappings: pages,
+            all_mappings: pages * 4,
+        }
     }
 
     #[test]
@@ -289,9 +302,9 @@ mod tests {
             slow in 0u64..2000, armed in 0u64..4000, gap_ns in 0u64..1000,
         ) {
             let mut bits = SlowBits { mappings: 100, all_mappings: 400, ..SlowBits::default() };
-            temperatures.iter().for_each(|temperature| bits.add(*temperature));
+            temperatures.iter().for_each(|temperature| bits.add(*temperature, SECOND));
             let mut more = bits;
-            more.add(hotter);
+            more.add(hotter, SECOND);
             let samples = |slow| SlowSamples { slow, armed, hold: SECOND / 10 };
             let of = |bits: &SlowBits, slow, gap| {
                 estimate(bits, Some(&samples(slow)), SECOND, SECOND, Duration::from_nanos(gap)).unwrap()
@@ -367,5 +380,18 @@ mod tests {
         // A guest that rests says nothing.
         guard.judge(None, 0.05, MEMORY, MEMORY, SECOND * 1000);
         assert_eq!(guard.extra_bytes(), 0);
+    }
+
+    #[test]
+    fn a_time_of_which_nothing_is_known_is_no_time_of_peace() {
+        let mut guard = Guard::default();
+        guard.judge(Some(0.1), 0.05, MEMORY, MEMORY, SECOND);
+        guard.judge(Some(0.0), 0.05, MEMORY, MEMORY, SECOND * 20);
+        (21..200).for_each(|second| guard.judge(None, 0.05, MEMORY, MEMORY, SECOND * second));
+        guard.judge(Some(0.0), 0.05, MEMORY, MEMORY, SECOND * 200);
+        guard.judge(Some(0.0), 0.05, MEMORY, MEMORY, SECOND * 259);
+        assert_eq!(guard.extra_bytes(), MEMORY / 32);
+        guard.judge(Some(0.0), 0.05, MEMORY, MEMORY, SECOND * 260);
+        assert!(guard.extra_bytes() < MEMORY / 32);
     }
 }

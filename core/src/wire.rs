@@ -325,6 +325,10 @@ pub struct SamplingStatus {
     pub samples: u64,
     /// Those that were lost, because a round came too late for the ring.
     pub lost: u64,
+    /// Those that counted as an accessed bit although they weigh more: too many came
+    /// before temperatures took them in.
+    #[serde(default)]
+    pub unweighed: u64,
     /// Why nothing is sampled now, in plain words.
     pub problem: Option<String>,
 }
@@ -335,7 +339,8 @@ pub struct SamplingStatus {
 pub struct SlowdownStatus {
     /// What the policy allows, in percent.
     pub limit_percent: f64,
-    /// The estimate of the last round, in percent; none when the guest did next to nothing.
+    /// The estimate of the last round, in percent; none when the guest did next to
+    /// nothing, and while what is known of its memory changes from round to round.
     pub estimate_percent: Option<f64>,
     /// What it is at least, as far as chance goes.
     pub low_percent: Option<f64>,

@@ -220,7 +220,8 @@ impl Guest {
 
     /// How sampling goes; none when nothing is to be sampled.
     pub fn sampling(&self) -> Option<SamplingStatus> {
-        self.sampling.as_ref().and_then(Sampling::status)
+        let status = self.sampling.as_ref().and_then(Sampling::status)?;
+        Some(SamplingStatus { unweighed: lock(&self.memory).unweighed(), ..status })
     }
 
     /// What is done with the guest.

@@ -80,6 +80,8 @@ impl Sampling {
             access: self.access.to_string(),
             samples: self.samples,
             lost: self.lost,
+            // The heat knows.
+            unweighed: 0,
             problem: self.problem.clone(),
         })
     }

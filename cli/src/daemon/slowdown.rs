@@ -48,7 +48,9 @@ impl Watch {
         };
         let cpu = (self.cpu_time)();
         let before = std::mem::replace(&mut self.cpu_before, cpu);
-        self.last = cpu.zip(before).and_then(|(cpu, before)| {
+        // What the temperatures say changes from round to round then.
+        let known = cpu.zip(before).filter(|_| !memory.is_settling());
+        self.last = known.and_then(|(cpu, before)| {
             let samples = (policy.sampling.access == AccessSet::ALL).then(|| SlowSamples {
                 slow: memory.count_slow(sampled.samples.iter().map(|sample| sample.gfn)),
                 armed: sampled.stats.armed,

@@ -10,12 +10,23 @@ use crate::wire::Place;
 
 use super::GuestMemory;
 
+/// Pages of a mapping of 1 GiB.
+const PAGES_PER_1G: u64 = PAGES_PER_2M * PAGES_PER_2M;
+
 impl GuestMemory {
     /// What bits tell of accesses to the slow tier. A huge page counts as one.
     pub fn slow_bits(&self) -> SlowBits {
         let mut bits = SlowBits::default();
         for slot in &self.slots {
+            let step = slot.heat.mean_step();
             for (pages, level) in slot.place.regions() {
+                // The rest of a page of 1 GiB: it counted where it begins, or the slot does.
+                let begins = |page: usize| {
+                    page == 0 || (slot.info.gfn_start + page as u64).is_multiple_of(PAGES_PER_1G)
+                };
+                if level == Level::Huge1G && !begins(pages.start) {
+                    continue;
+                }
                 let is_huge = matches!(level, Level::Huge2M | Level::Huge1G);
                 for (index, mask) in bitmap::masks(pages.clone()) {
                     let (fast, slow) = slot.place.words(index);
@@ -24,7 +35,7 @@ impl GuestMemory {
                         bits.all_mappings += 1;
                         if slow & mapped != 0 {
                             bits.mappings += 1;
-                            bits.add(slot.heat.unit(pages.clone()).0);
+                            bits.add(slot.heat.unit(pages.clone()).0, step);
                         }
                         break;
                     }
@@ -34,7 +45,7 @@ impl GuestMemory {
                     let block = index * bitmap::WORD_BITS..(index + 1) * bitmap::WORD_BITS;
                     if slow & mapped != 0 && slot.heat.extremes(block).1 > 0 {
                         let pages = bitmap::ones(slow & mapped).map(|bit| index * bitmap::WORD_BITS + bit);
-                        pages.for_each(|page| bits.add(slot.heat.temperature(page)));
+                        pages.for_each(|page| bits.add(slot.heat.temperature(page), step));
                     }
                 }
             }
@@ -52,6 +63,12 @@ impl GuestMemory {
         frames.filter(is_slow).count() as u64
     }
 
+    /// Samples that counted as a bit although they weigh more: see
+    /// [`HeatMap::unweighed`](crate::heat::HeatMap::unweighed).
+    pub fn unweighed(&self) -> u64 {
+        self.slots.iter().map(|slot| slot.heat.unweighed()).sum()
+    }
+
     /// Takes in what was sampled since the last round, before the harvest of this one:
     /// a page, the size of its mapping, and how much the access weighs.
     pub fn weigh(&mut self, samples: impl Iterator<Item = (u64, Level, u32)>) {
@@ -63,7 +80,7 @@ impl GuestMemory {
             let pages = match level {
                 Level::None | Level::Page4K => 1,
                 Level::Huge2M => PAGES_PER_2M,
-                Level::Huge1G => PAGES_PER_2M * PAGES_PER_2M,
+                Level::Huge1G => PAGES_PER_1G,
             };
             let (first, end) = (slot.info.gfn_start, slot.info.gfn_start + slot.info.page_count);
             if gfn < end {
@@ -81,6 +98,7 @@ mod tests {
 
     use super::super::tests::{harvest, info, params};
     use super::*;
+    use crate::heat::HeatParams;
 
     #[test]
     fn the_slow_tier_is_told_by_mappings() {
@@ -92,15 +110,65 @@ mod tests {
         seen.levels = vec![Level::Page4K, Level::Huge2M];
         bitmap::fill(&mut seen.accessed, 505..1024, true);
         memory.observe(0, &seen, None);
-        assert_eq!(memory.slow_bits(), SlowBits { accesses: 0.0, mappings: 13, all_mappings: 513 });
+        assert_eq!(memory.slow_bits(), SlowBits { accesses_per_s: 0.0, mappings: 13, all_mappings: 513 });
         memory.observe(0, &seen, Some(Duration::from_secs(1)));
         let mut expected = SlowBits { mappings: 13, all_mappings: 513, ..SlowBits::default() };
         let heat = memory.views()[0].heat;
-        (0..8).for_each(|_| expected.add(heat.temperature(505)));
+        (0..8).for_each(|_| expected.add(heat.temperature(505), heat.mean_step()));
         let found = memory.slow_bits();
-        assert!((found.accesses - expected.accesses).abs() < 1e-9 && found.accesses > 0.0);
+        assert!((found.accesses_per_s - expected.accesses_per_s).abs() < 1e-9 && found.accesses_per_s > 0.0);
         assert_eq!((found.mappings, found.all_mappings), (13, 513));
         assert_eq!(memory.count_slow([499, 500, 1023, 1024, 9999].into_iter()), 2);
+    }
+
+    #[test]
+    fn a_page_of_1_gib_counts_once() {
+        let mut memory = GuestMemory::new(params());
+        // Half of one, a whole one, and 4 MiB in small pages.
+        let slot = info(PAGES_PER_1G / 2, PAGES_PER_1G * 3 / 2 + 1024);
+        memory.adopt(1, vec![slot]);
+        let mut seen = harvest(&slot, &[]);
+        seen.mapped.fill(!0);
+        seen.on_slow.fill(!0);
+        seen.accessed.fill(!0);
+        seen.levels.fill(Level::Huge1G);
+        seen.levels[768..].fill(Level::Page4K);
+        memory.observe(0, &seen, None);
+        memory.observe(0, &seen, Some(Duration::from_secs(1)));
+        let found = memory.slow_bits();
+        assert_eq!((found.mappings, found.all_mappings), (1026, 1026));
+        let mut expected = SlowBits::default();
+        let heat = memory.views()[0].heat;
+        (0..1026).for_each(|_| expected.add(heat.temperature(0), heat.mean_step()));
+        assert!((found.accesses_per_s - expected.accesses_per_s).abs() < 1e-6);
+    }
+
+    /// Each page is accessed at random times, once in two seconds.
+    #[test]
+    fn accesses_per_second_are_the_same_however_short_rounds_are() {
+        const PAGES: u64 = 1024;
+        let half_life = Duration::from_secs(60);
+        for round_ms in [20, 100, 340, 1000] {
+            let (mut memory, mut random) = (GuestMemory::new(HeatParams { half_life, ..params() }), 1_u64);
+            memory.adopt(1, vec![info(0, PAGES)]);
+            let dt = Duration::from_millis(round_ms);
+            let chance = 1.0 - (-0.5 * dt.as_secs_f64()).exp();
+            for round in 0..60_000 / round_ms {
+                let mut seen = harvest(&info(0, PAGES), &[]);
+                seen.mapped.fill(!0);
+                seen.on_slow.fill(!0);
+                seen.levels.fill(Level::Page4K);
+                for page in 0..PAGES as usize {
+                    random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                    let is_accessed = ((random >> 11) as f64) < chance * (1_u64 << 53) as f64;
+                    bitmap::fill(&mut seen.accessed, page..page + 1, is_accessed);
+                }
+                memory.observe(0, &seen, (round > 0).then_some(dt));
+            }
+            // Temperatures round down, the more the shorter steps are.
+            let part = memory.slow_bits().accesses_per_s / (PAGES as f64 / 2.0);
+            assert!((0.8..1.05).contains(&part), "{part} of the truth in rounds of {round_ms} ms");
+        }
     }
 
     #[test]
