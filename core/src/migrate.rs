@@ -405,10 +405,16 @@ fn full(hugetlb: Option<u64>) -> Refused {
 /// Units for one system call, off the front: [`BATCH_UNITS`] at most, and
 /// [`BATCH_BYTES`], but one at least.
 pub fn batch(units: &[MoveUnit]) -> &[MoveUnit] {
-    let mut left = BATCH_BYTES;
-    let fits = |unit: &&MoveUnit| left.checked_sub(unit_bytes(unit)).inspect(|rest| left = *rest).is_some();
-    let count = units.iter().take(BATCH_UNITS).take_while(fits).count().max(1);
+    let count = fitting(units, BATCH_BYTES).len().clamp(1, BATCH_UNITS);
     units.get(..count).unwrap_or(units)
+}
+
+/// The first units, as many as fit in so many bytes together.
+pub fn fitting(units: &[MoveUnit], bytes: u64) -> &[MoveUnit] {
+    let mut left = bytes;
+    let fits = |unit: &&MoveUnit| left.checked_sub(unit_bytes(unit)).inspect(|rest| left = *rest).is_some();
+    let count = units.iter().take_while(fits).count();
+    units.get(..count).unwrap_or_default()
 }
 
 /// How many pages were tried by a call that gave up: the kernel leaves the

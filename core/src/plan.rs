@@ -27,9 +27,10 @@ mod recent;
 mod view;
 
 use std::iter::Peekable;
+use std::time::Duration;
 
 use crate::heat::MAX_TEMPERATURE;
-use crate::units::{Bytes, Share};
+use crate::units::{Bytes, BytesPerSecond, PAGE_BYTES, PAGES_PER_2M, Share};
 
 use candidates::{Candidate, Candidates};
 use gap::Gap;
@@ -94,6 +95,16 @@ pub struct Plan {
     pub promote: Vec<MoveUnit>,
     /// Pages of both lists that were allowed by [`PlanInput::trickle_pages`].
     pub trickled_pages: u64,
+}
+
+/// Least quota of a plan: one huge page comes and one goes.
+const SMALLEST_QUOTA_PAGES: u64 = 2 * PAGES_PER_2M;
+
+/// The quota of a plan for `interval`, in pages of 4 KiB: what `bandwidth` moves in it, but
+/// enough for huge pages to be exchanged at all.
+pub fn quota_pages(bandwidth: BytesPerSecond, interval: Duration) -> u64 {
+    let bytes = u128::from(bandwidth.0) * interval.as_nanos() / 1_000_000_000;
+    (u64::try_from(bytes).unwrap_or(u64::MAX) / PAGE_BYTES).max(SMALLEST_QUOTA_PAGES)
 }
 
 /// Makes a plan for one round of one domain.

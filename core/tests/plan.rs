@@ -8,9 +8,11 @@ use std::time::Duration;
 
 use ept_virt_core::bitmap;
 use ept_virt_core::heat::{COLD_BELOW, HeatMap, HeatParams, MAX_TEMPERATURE};
-use ept_virt_core::plan::{MoveUnit, PlaceMap, Plan, PlanInput, Recent, SlotView, map_runs, plan, strip};
+use ept_virt_core::plan::{
+    MoveUnit, PlaceMap, Plan, PlanInput, Recent, SlotView, map_runs, plan, quota_pages, strip,
+};
 use ept_virt_core::sampler::Level;
-use ept_virt_core::units::{Bytes, PAGE_BYTES, Share};
+use ept_virt_core::units::{Bytes, BytesPerSecond, PAGE_BYTES, Share};
 use ept_virt_core::wire::Place;
 use proptest::prelude::*;
 
@@ -519,4 +521,12 @@ fn what_was_moved_stays_known_while_it_is_unmapped() {
     assert_eq!((place.place(0), place.place(1)), (Place::Fast, Place::Slow));
     place.record(1..512, Place::Absent);
     assert_eq!((place.counts().fast, place.counts().slow, place.counts().absent), (1, 0, 511));
+}
+
+#[test]
+fn a_quota_is_what_the_bandwidth_moves_and_enough_for_huge_pages() {
+    let quota = |bytes, interval| quota_pages(BytesPerSecond(bytes), interval);
+    assert_eq!(quota(40 << 20, Duration::from_millis(2500)), 25_600);
+    assert_eq!(quota(4096, Duration::from_secs(1)), 1024, "one comes and one goes");
+    assert_eq!(quota(u64::MAX, Duration::MAX), u64::MAX / 4096);
 }

@@ -13,9 +13,9 @@ use ept_virt_core::heat::store::SlotRange;
 use ept_virt_core::heat::{self, COLD_BELOW, HOT_FROM};
 use ept_virt_core::memory::GuestMemory;
 use ept_virt_core::migrate::{
-    Backoff, MoveOutcome, Mover, ProcessGone, Refused, RefusedBytes, TokenBucket, batch, unit_bytes,
+    Backoff, MoveOutcome, Mover, ProcessGone, Refused, RefusedBytes, TokenBucket, batch, fitting, unit_bytes,
 };
-use ept_virt_core::plan::MoveUnit;
+use ept_virt_core::plan::{MoveUnit, quota_pages};
 use ept_virt_core::policy::{Excluded, Mode, Policy};
 use ept_virt_core::sampler::{Harvest, HarvestRequest, HarvestStats, MemSlot, Sampler, SamplerError};
 use ept_virt_core::samples::Sample;
@@ -35,9 +35,6 @@ const HOLD: Duration = Duration::from_secs(30);
 
 /// Bytes of a huge page of 2 MiB.
 const HUGE_BYTES: u64 = PAGES_PER_2M * PAGE_BYTES;
-
-/// Least quota of a plan: one huge page comes and one goes.
-const SMALLEST_QUOTA_PAGES: u64 = 2 * PAGES_PER_2M;
 
 /// How long nothing goes to a tier that has no room for it, at first and at most.
 const FULL_WAITS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
@@ -106,19 +103,14 @@ impl Moves {
             Some(rest) if !rest.is_empty() => (Place::Slow, rest),
             _ => (Place::Fast, self.promote.get(self.done - self.demote.len()..).unwrap_or_default()),
         };
-        let mut left = bytes;
-        let fits =
-            |unit: &&MoveUnit| left.checked_sub(unit_bytes(unit)).inspect(|rest| left = *rest).is_some();
-        let count = batch(rest).iter().take_while(fits).count();
-        (target, &rest[..count.max(1).min(rest.len())])
+        let count = fitting(batch(rest), bytes).len().max(1);
+        (target, rest.get(..count).unwrap_or(rest))
     }
 }
 
 /// Keeps the first units, up to so many bytes.
 fn keep_bytes(units: &mut Vec<MoveUnit>, bytes: u64) {
-    let mut left = bytes;
-    let fits = |unit: &&MoveUnit| left.checked_sub(unit_bytes(unit)).inspect(|rest| left = *rest).is_some();
-    units.truncate(units.iter().take_while(fits).count());
+    units.truncate(fitting(units, bytes).len());
 }
 
 /// How moving goes on.
@@ -506,15 +498,13 @@ impl Guest {
         let mut memory = lock(&self.memory);
         memory.release_held(now);
         let Orders { policy, tiers, .. } = &self.orders;
-        let bandwidth = policy.migration.bandwidth.0;
-        let budget = u128::from(bandwidth) * interval.as_nanos() / 1_000_000_000;
         // The host's own needs come before the policy's share.
         let fast = Bytes::of_pages(memory.places().fast).0;
         let reachable = fast.saturating_add(self.mover.room(&tiers.fast));
         let granted = self.share.granted().map_or(reachable, |granted| granted.0.min(reachable));
         let target = self.dram_target(memory.bytes()).map_or(granted, |target| target.0.min(granted));
-        // Less would never move a huge page; the bucket keeps the pace.
-        let quota_pages = (u64::try_from(budget).unwrap_or(u64::MAX) / PAGE_BYTES).max(SMALLEST_QUOTA_PAGES);
+        // The bucket keeps the pace.
+        let quota_pages = quota_pages(policy.migration.bandwidth, interval);
         let mut plan = memory.plan(Some(Bytes(target)), policy.migration.tolerance, quota_pages);
         let [slow_is_closed, fast_is_closed] = self.full.map(|full| full.left(now).is_some());
         // Neither direction may count on the room that the other would have made.

@@ -6,14 +6,11 @@ use std::time::Duration;
 
 use crate::memory::GuestMemory;
 use crate::migrate::{MoveOutcome, TokenBucket, unit_bytes};
-use crate::plan::MoveUnit;
+use crate::plan::{MoveUnit, quota_pages};
 use crate::policy::Policy;
 use crate::sampler::{Harvest, MemSlot};
-use crate::units::{Bytes, PAGE_BYTES, PAGES_PER_2M};
+use crate::units::Bytes;
 use crate::wire::Place;
-
-/// Least quota of a plan: one huge page comes and one goes.
-const SMALLEST_QUOTA_PAGES: u64 = 2 * PAGES_PER_2M;
 
 /// What the daemon keeps of a guest.
 pub(super) struct Engine {
@@ -62,9 +59,7 @@ impl Engine {
 
     /// Plans what to move in the next `interval`.
     pub(super) fn plan(&mut self, target: Bytes, interval: Duration) {
-        let bandwidth = self.policy.migration.bandwidth.0;
-        let budget = u128::from(bandwidth) * interval.as_nanos() / 1_000_000_000;
-        let quota_pages = (u64::try_from(budget).unwrap_or(u64::MAX) / PAGE_BYTES).max(SMALLEST_QUOTA_PAGES);
+        let quota_pages = quota_pages(self.policy.migration.bandwidth, interval);
         let plan = self.memory.plan(Some(target), self.policy.migration.tolerance, quota_pages);
         self.memory.accept(&plan, quota_pages);
         (self.demote, self.promote) = (plan.demote, plan.promote);
