@@ -474,8 +474,9 @@ impl GuestMemory {
                 }
                 Err(Refused::AlreadyThere) => slot.place.record(pages, target),
                 Err(Refused::NotPresent) => slot.place.record(pages, Place::Absent),
-                // What is wrong with the node, or with our rights, is not the page's.
-                Err(Refused::NodeFull | Refused::HugetlbFull | Refused::NotPermitted) => {}
+                // What is wrong with the node, or with our rights, is not the page's. A
+                // pool of hugetlbfs that is used up keeps only such pages from moving.
+                Err(Refused::NodeFull | Refused::NotPermitted) => {}
                 Err(_) => slot.holds.refuse(pages, now),
             }
         }
@@ -620,15 +621,17 @@ mod tests {
         let units = vec![
             (unit(1), Ok(())),
             (unit(2), Err(Refused::Busy)),
+            (unit(3), Err(Refused::NodeFull)),
+            (unit(4), Err(Refused::HugetlbFull)),
             (unit(512), Err(Refused::NotPresent)),
             (unit(513), Err(Refused::AlreadyThere)),
         ];
         memory.record_moves(&MoveOutcome { units }, Place::Slow, Duration::ZERO);
         assert_eq!(memory.places(), PlaceCounts { fast: 0, slow: 2, absent: 126 });
-        assert_eq!(memory.views()[0].held, [1 << 2]);
+        assert_eq!(memory.views()[0].held, [1 << 2 | 1 << 4]);
         assert_eq!(memory.views()[1].held, [0]);
         memory.release_held(SHORTEST_HOLD - Duration::from_secs(1));
-        assert_eq!(memory.views()[0].held, [1 << 2]);
+        assert_eq!(memory.views()[0].held, [1 << 2 | 1 << 4]);
         memory.release_held(SHORTEST_HOLD);
         assert_eq!(memory.views()[0].held, [0]);
     }

@@ -183,11 +183,15 @@ impl Guest {
             harvested_at: None,
             planned_at: None,
             forbidden_until: None,
-            full: [Backoff::new(FULL_WAITS.0, FULL_WAITS.1); 2],
+            full: Self::not_full(),
             slow_is_full: false,
             all_in_use: false,
             tap: None,
         }
+    }
+
+    fn not_full() -> [Backoff; 2] {
+        [Backoff::new(FULL_WAITS.0, FULL_WAITS.1); 2]
     }
 
     /// Gives what rounds find to somebody who records it, from the next one on.
@@ -228,6 +232,7 @@ impl Guest {
         memory.exclude(&orders.excluded);
         if orders.tiers != self.orders.tiers {
             memory.survey_again();
+            self.full = Self::not_full();
         }
         drop(memory);
         self.bucket.set_rate(orders.policy.migration.bandwidth.0, now);
@@ -551,9 +556,7 @@ impl Guest {
         let outcome = self.mover.apply(units, target, stop)?;
         let tried = units.len();
         self.account(&outcome, place, now);
-        let is_full = |(_, result): &(MoveUnit, Result<(), Refused>)| {
-            matches!(result, Err(Refused::NodeFull | Refused::HugetlbFull))
-        };
+        let is_full = |(_, result): &(MoveUnit, Result<(), Refused>)| *result == Err(Refused::NodeFull);
         let full = &mut self.full[usize::from(place == Place::Fast)];
         if outcome.units.iter().any(is_full) {
             full.fail(now);

@@ -33,6 +33,8 @@ struct World {
     requests: Vec<HarvestRequest>,
     room: BTreeMap<u32, u64>,
     refuse: Option<Refused>,
+    /// Pages of hugetlbfs, of which none is free.
+    hugetlb: Range<u64>,
     vm_gone: bool,
     /// Accesses are seen by KVM's word alone: nothing is seen as mapped.
     shadowed: bool,
@@ -126,6 +128,8 @@ impl Mover for FakeMover {
         let mut outcome = MoveOutcome::default();
         for unit in units {
             assert_eq!(unit.hva, HVA + unit.gfn * PAGE_BYTES);
+            let full = world.hugetlb.contains(&unit.gfn).then_some(Refused::HugetlbFull);
+            let refuse = refuse.or(full);
             if refuse.is_none() {
                 // A page that moves is unmapped until the guest touches it.
                 world.pages.insert(unit.gfn, Page { node, mapped: false, accessed: false });
@@ -509,7 +513,8 @@ fn refusals_have_reasons_and_are_not_repeated_at_once() {
 
 #[test]
 fn a_tier_that_the_kernel_finds_full_is_left_alone_for_longer_each_time() {
-    for refused in [Refused::NodeFull, Refused::HugetlbFull] {
+    for tiers_change in [false, true] {
+        let refused = Refused::NodeFull;
         let mut test = Test::new(orders(Mode::Place), vec![slot(0, 100)]);
         test.world().touch(0..100);
         test.rounds(4, 0..20);
@@ -523,10 +528,28 @@ fn a_tier_that_the_kernel_finds_full_is_left_alone_for_longer_each_time() {
         assert_eq!(totals.refused[0].reason, refused.name());
         // It is no fault of the pages: all of them go as soon as there is room.
         test.world().refuse = None;
+        let mut orders = test.guest.orders().clone();
+        orders.tiers.from.push_str(if tiers_change { ", by hand" } else { "" });
+        test.guest.obey(orders, test.now);
+        test.rounds(1, 0..20);
+        assert_eq!(test.world().on(SLOW).len(), if tiers_change { 50 } else { 0 }, "other tiers have room");
         test.rounds(130, 0..20);
         assert_eq!(test.world().on(SLOW).len(), 50);
         assert_eq!(test.guest.hindrance(test.now), None);
     }
+}
+
+#[test]
+fn pages_of_hugetlbfs_without_a_pool_hold_up_no_others() {
+    let mut test = Test::new(orders(Mode::Place), vec![slot(0, 100)]);
+    test.world().touch(0..100);
+    test.world().hugetlb = 20..60;
+    test.rounds(12, 0..20);
+    let slow = test.world().on(SLOW);
+    assert_eq!(slow, (60..100).collect::<Vec<_>>(), "all others that are idle");
+    let totals = test.guest.totals();
+    let [refusal] = totals.refused.as_slice() else { panic!("{totals:?}") };
+    assert_eq!((refusal.reason.as_str(), refusal.bytes), ("hugetlb-full", 40 * PAGE_BYTES), "each page once");
 }
 
 #[test]
