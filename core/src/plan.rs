@@ -103,7 +103,7 @@ const SMALLEST_QUOTA_PAGES: u64 = 2 * PAGES_PER_2M;
 /// The quota of a plan for `interval`, in pages of 4 KiB: what `bandwidth` moves in it, but
 /// enough for huge pages to be exchanged at all.
 pub fn quota_pages(bandwidth: BytesPerSecond, interval: Duration) -> u64 {
-    let bytes = u128::from(bandwidth.0) * interval.as_nanos() / 1_000_000_000;
+    let bytes = u128::from(bandwidth.0).saturating_mul(interval.as_nanos()) / 1_000_000_000;
     (u64::try_from(bytes).unwrap_or(u64::MAX) / PAGE_BYTES).max(SMALLEST_QUOTA_PAGES)
 }
 
