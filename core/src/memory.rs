@@ -452,9 +452,14 @@ impl GuestMemory {
         found
     }
 
-    /// Takes in where the pages of [`GuestMemory::next_unmapped`] lie.
-    pub fn record_places(&mut self, pages: &[AskedPage], places: impl Iterator<Item = Place>) {
-        for (at, place) in pages.iter().zip(places) {
+    /// Takes in where the pages of [`GuestMemory::next_unmapped`] lie. Those of which it
+    /// was not told are looked at again.
+    pub fn record_places(&mut self, pages: &[AskedPage], mut places: impl Iterator<Item = Place>) {
+        for at in pages {
+            let Some(place) = places.next() else {
+                self.survey_at = (at.slot, at.page);
+                return;
+            };
             if let Some(slot) = self.slots.get_mut(at.slot) {
                 slot.place.record(at.page..at.page + 1, place);
             }
@@ -562,6 +567,16 @@ mod tests {
             assert_eq!(gfns, [128, 129, 512, 514]);
             assert!(memory.surveyed());
         }
+        // Those that the kernel did not tell of are asked for again.
+        memory.survey_again();
+        for told in [0, 2] {
+            let pages = memory.next_unmapped(3);
+            memory.record_places(&pages, pages.iter().take(told).map(|_| Place::Slow));
+        }
+        let pages = memory.next_unmapped(3);
+        assert_eq!((pages[0].page, pages.len(), memory.surveyed()), (0, 2, false));
+        memory.record_places(&pages, pages.iter().map(|_| Place::Slow));
+        assert!(memory.surveyed());
         assert_eq!(memory.places(), PlaceCounts { fast: 129, slow: 4, absent: 0 });
         // A new slot has to be looked at first.
         memory.adopt(2, vec![info(0, 130), info(512, 3), info(1024, 1)]);

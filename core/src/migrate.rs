@@ -194,7 +194,8 @@ pub fn unit_bytes(unit: &MoveUnit) -> u64 {
 
 /// Something that moves pages of one process. Unit tests replace it.
 pub trait Mover: Send {
-    /// Writes the node of each address, `None` where no page is resident.
+    /// Writes the node of each address, `None` where no page is resident; nothing at all
+    /// when the kernel does not tell.
     fn places(&mut self, addresses: &[u64], nodes: &mut Vec<Option<u32>>) -> Result<(), ProcessGone>;
 
     /// Bytes that the nodes of `target` can take, less what stays free for the
@@ -220,6 +221,8 @@ trait Pages: Send {
     /// As move_pages(2): the number of pages that were not migrated.
     fn migrate(&self, addresses: &[u64], node: u32, statuses: &mut [i32]) -> io::Result<u64>;
     fn node_memory(&self, node: u32) -> Result<NodeMemory, TopologyError>;
+    /// Forgets what is known of the process's mappings, if that is old.
+    fn renew(&self);
     /// Size of the pages of hugetlbfs at `address`; `None` for memory of any other kind.
     fn hugetlb_page(&self, address: u64) -> Option<u64>;
     /// Bytes of the node's free pages of hugetlbfs of this size.
@@ -278,6 +281,10 @@ impl KernelMover {
         let addresses: Vec<u64> = batch.iter().map(|unit| unit.hva).collect();
         let mut nodes = Vec::new();
         self.places(&addresses, &mut nodes)?;
+        if nodes.len() < batch.len() {
+            outcome.units.extend(batch.iter().map(|unit| (*unit, Err(Refused::Failed))));
+            return Ok(());
+        }
         let mut fit = Vec::with_capacity(batch.len());
         for ((unit, place), hugetlb) in batch.iter().zip(&nodes).zip(&hugetlb) {
             let bytes = hugetlb.unwrap_or_else(|| unit_bytes(unit));
@@ -380,16 +387,19 @@ impl KernelMover {
             };
             let mut nodes = Vec::new();
             self.places(&rest[..tried], &mut nodes)?;
-            for (status, place) in statuses.iter().zip(&nodes) {
-                results.push(match (*status, place) {
-                    (_, Some(place)) if *place == node => Ok(()),
-                    (STATUS_UNKNOWN, Some(_)) => Err(reason),
+            for (index, status) in statuses.iter().take(tried).enumerate() {
+                results.push(match (*status, nodes.get(index)) {
+                    (_, Some(Some(place))) if *place == node => Ok(()),
+                    (STATUS_UNKNOWN, Some(Some(_)) | None) => Err(reason),
                     (status, _) if status < 0 && status != STATUS_UNKNOWN => {
                         Err(Refused::from_status(-status))
                     }
-                    (_, None) => Err(Refused::NotPresent),
+                    (_, Some(None)) => Err(Refused::NotPresent),
                     // Moved, and away again: somebody else moves pages too.
-                    (_, Some(_)) => Err(Refused::Busy),
+                    (_, Some(Some(_))) => Err(Refused::Busy),
+                    // By the call's own word alone.
+                    (status, None) if u32::try_from(status) == Ok(node) => Ok(()),
+                    (_, None) => Err(Refused::Failed),
                 });
             }
         }
@@ -447,6 +457,7 @@ impl Mover for KernelMover {
                 return Err(ProcessGone);
             }
             warn!("cannot tell where pages lie: {error}");
+            return Ok(());
         }
         nodes.extend(statuses.iter().map(|status| u32::try_from(*status).ok()));
         Ok(())
@@ -468,6 +479,7 @@ impl Mover for KernelMover {
             if !self.pages.is_alive() {
                 return Err(ProcessGone);
             }
+            self.pages.renew();
             let batch = batch(rest);
             self.apply_batch(batch, target, stop, &mut outcome)?;
             rest = rest.get(batch.len()..).unwrap_or_default();

@@ -397,7 +397,7 @@ impl Guest {
         self.mover.places(&addresses, &mut nodes)?;
         let places = nodes.iter().map(|node| self.place(*node));
         let wrong = lock(&self.memory).verify_places(&pages, places);
-        self.totals.places_verified += pages.len() as u64;
+        self.totals.places_verified += nodes.iter().flatten().count() as u64;
         self.totals.places_wrong += wrong;
         Ok(())
     }
@@ -410,7 +410,8 @@ impl Guest {
         }
     }
 
-    /// Looks where unmapped pages lie, until all were looked at or `until`.
+    /// Looks where unmapped pages lie, until all were looked at or `until`, or until the
+    /// kernel does not tell.
     pub fn survey(&mut self, until: Instant) -> Result<(), ProcessGone> {
         let mut nodes = Vec::new();
         loop {
@@ -420,7 +421,7 @@ impl Guest {
             let places = nodes.iter().map(|node| self.place(*node));
             let mut memory = lock(&self.memory);
             memory.record_places(&pages, places);
-            if memory.survey_came_round() || Instant::now() >= until {
+            if nodes.len() < pages.len() || memory.survey_came_round() || Instant::now() >= until {
                 return Ok(());
             }
         }

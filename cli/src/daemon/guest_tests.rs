@@ -33,6 +33,8 @@ struct World {
     requests: Vec<HarvestRequest>,
     room: BTreeMap<u32, u64>,
     refuse: Option<Refused>,
+    /// The kernel does not tell where pages lie.
+    mute: bool,
     /// Pages of hugetlbfs, of which none is free.
     hugetlb: Range<u64>,
     vm_gone: bool,
@@ -107,7 +109,7 @@ impl Mover for FakeMover {
         let world = lock(&self.0);
         let node = |hva: &u64| world.pages.get(&((hva - HVA) / PAGE_BYTES)).and_then(|page| page.node);
         nodes.clear();
-        nodes.extend(addresses.iter().map(node));
+        nodes.extend(addresses.iter().map(node).filter(|_| !world.mute));
         if world.vm_gone { Err(ProcessGone) } else { Ok(()) }
     }
 
@@ -566,6 +568,30 @@ fn places_are_verified_and_mended() {
     test.world().pages.values_mut().for_each(|page| page.node = Some(SLOW));
     test.guest.verify_places().unwrap();
     assert!(test.guest.totals().places_wrong > 0);
+}
+
+#[test]
+fn nothing_is_concluded_when_the_kernel_does_not_tell_places() {
+    let mut test = Test::new(orders(Mode::Place), vec![slot(0, 128)]);
+    test.world().touch(0..64);
+    test.world().mute = true;
+    let status = test.rounds(3, 0..64);
+    let totals = test.guest.totals();
+    assert_eq!((totals.places_verified, totals.places_wrong), (0, 0));
+    assert_eq!((status.fast_bytes, test.guest.surveyed()), (64 * PAGE_BYTES, false));
+    assert!(test.guest.hindrance(test.now).unwrap().contains("place of every page"));
+    test.world().mute = false;
+    test.rounds(4, 0..64);
+    assert!(test.guest.surveyed());
+    assert!(test.guest.totals().places_verified > 0);
+    // Mapped, and on no node: a device's memory.
+    test.world().touch(64..70);
+    test.guest.round(test.now).unwrap();
+    test.world().pages.values_mut().for_each(|page| page.node = None);
+    let before = test.guest.totals();
+    test.guest.verify_places().unwrap();
+    let totals = test.guest.totals();
+    assert_eq!((totals.places_verified, totals.places_wrong), (before.places_verified, 0));
 }
 
 #[test]

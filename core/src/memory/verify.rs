@@ -60,14 +60,15 @@ impl GuestMemory {
     }
 
     /// Compares where pages lie with what was known of them, and corrects that; the
-    /// number of pages that lay elsewhere.
+    /// number of pages that lay on the other tier. Those without a node are none of them:
+    /// a device's memory that the guest maps lies on no node, and others have just gone.
     pub fn verify_places(&mut self, pages: &[AskedPage], places: impl Iterator<Item = Place>) -> u64 {
         let mut wrong = 0;
         for (at, place) in pages.iter().zip(places) {
             let Some(slot) = self.slots.get_mut(at.slot) else { continue };
             if slot.place.place(at.page) != place {
                 slot.place.record(at.page..at.page + 1, place);
-                wrong += 1;
+                wrong += u64::from(place != Place::Absent);
             }
         }
         wrong
@@ -100,5 +101,10 @@ mod tests {
         assert_eq!(memory.verify_places(&drawn, (0..64).map(elsewhere)), 1);
         assert_eq!(memory.places().slow, 1, "what was wrong is corrected");
         assert_eq!(memory.verify_places(&drawn[7..8], [Place::Slow].into_iter()), 0);
+        let before = memory.places();
+        assert_eq!(memory.verify_places(&drawn, std::iter::empty()), 0);
+        assert_eq!(memory.places(), before, "nothing was told");
+        assert_eq!(memory.verify_places(&drawn[8..9], [Place::Absent].into_iter()), 0);
+        assert_eq!(memory.places().absent, before.absent + 1);
     }
 }

@@ -79,6 +79,10 @@ impl Pages for LinuxPages {
         node_memory(&self.sys, node)
     }
 
+    fn renew(&self) {
+        self.mappings.borrow_mut().renew();
+    }
+
     fn hugetlb_page(&self, address: u64) -> Option<u64> {
         self.mappings.borrow_mut().hugetlb_page(address)
     }

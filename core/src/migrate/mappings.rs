@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use log::warn;
 use nix::sys::statfs::{HUGETLBFS_MAGIC, statfs};
 
-/// Between two looks for addresses that no mapping had. QEMU maps memory seldom.
+/// Between two looks. QEMU maps memory seldom.
 const SHORTEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// The mappings of a process, as far as they were needed.
@@ -24,13 +24,25 @@ impl Mappings {
         Self { pid, known: Vec::new(), read_at: None }
     }
 
+    /// Forgets what may have changed: memory that is unplugged leaves its addresses to
+    /// what is plugged in next.
+    pub(super) fn renew(&mut self) {
+        if self.is_old() {
+            self.known.clear();
+        }
+    }
+
+    fn is_old(&self) -> bool {
+        self.read_at.is_none_or(|at| at.elapsed() >= SHORTEST_PAUSE)
+    }
+
     /// Size of the pages of hugetlbfs at `address`; `None` for memory of any other kind,
     /// and where that can not be told.
     pub(super) fn hugetlb_page(&mut self, address: u64) -> Option<u64> {
         if let Some((_, page)) = self.find(address) {
             return *page;
         }
-        if self.read_at.is_none_or(|at| at.elapsed() >= SHORTEST_PAUSE) {
+        if self.is_old() {
             self.read_at = Some(Instant::now());
             self.read();
         }
@@ -91,6 +103,20 @@ mod tests {
         for broken in ["", "1000", "1000-2000", "1000-2000 rw-p 0 0", "x-y rw-p 0 0 0"] {
             assert_eq!(mapping(broken), None, "{broken}");
         }
+    }
+
+    #[test]
+    fn what_was_at_an_address_before_is_forgotten() {
+        let here = Box::new(7_u8);
+        let address = std::ptr::from_ref(here.as_ref()) as u64;
+        let earlier = (address..address + 1, Some(1 << 30));
+        let mut mappings = Mappings::new(std::process::id() as i32);
+        (mappings.known, mappings.read_at) = (vec![earlier], Some(Instant::now()));
+        mappings.renew();
+        assert_eq!(mappings.hugetlb_page(address), Some(1 << 30), "not read again in the same second");
+        mappings.read_at = Instant::now().checked_sub(SHORTEST_PAUSE);
+        mappings.renew();
+        assert_eq!(mappings.hugetlb_page(address), None);
     }
 
     #[test]

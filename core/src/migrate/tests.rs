@@ -22,6 +22,8 @@ struct FakeKernel {
     refused: BTreeMap<u64, i32>,
     /// A call of itself fails.
     call_error: Option<i32>,
+    /// So many calls that ask for places work, and those behind them fail.
+    places_left: Option<usize>,
     free_pages: u64,
     /// Size of all pages, if they are of hugetlbfs, and how many are free on a node.
     hugetlb: Option<(u64, u64)>,
@@ -98,7 +100,10 @@ impl Pages for Fake {
     }
 
     fn places(&self, addresses: &[u64], statuses: &mut [i32]) -> io::Result<()> {
-        let kernel = self.kernel();
+        let mut kernel = self.kernel();
+        if let Some(left) = &mut kernel.places_left {
+            *left = left.checked_sub(1).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
+        }
         for (address, status) in addresses.iter().zip(statuses) {
             *status = kernel.pages.get(address).map_or(-libc::ENOENT, |node| *node as i32);
         }
@@ -113,6 +118,8 @@ impl Pages for Fake {
         let free_bytes = self.kernel().free_pages * PAGE_BYTES;
         Ok(NodeMemory { total_bytes: 0, free_bytes })
     }
+
+    fn renew(&self) {}
 
     fn hugetlb_page(&self, _address: u64) -> Option<u64> {
         self.kernel().hugetlb.map(|(bytes, _)| bytes)
@@ -233,6 +240,28 @@ fn errors_of_a_call_have_reasons() {
         let outcome = apply(&mut mover(kernel).0, &[small(0)]);
         assert_eq!(result_of(&outcome, 0), Err(refused));
     }
+}
+
+#[test]
+fn no_page_is_called_absent_when_places_are_not_told() {
+    let units: Vec<_> = (0..4).map(small).collect();
+    let kernel = || {
+        let mut kernel = FakeKernel::with_pages((0..4).map(page));
+        kernel.refused = [(page(1), libc::EACCES)].into();
+        kernel.pinned = [page(3)].into();
+        kernel
+    };
+    let (mut untold, fake) = mover(FakeKernel { places_left: Some(0), ..kernel() });
+    let mut nodes = vec![Some(0)];
+    untold.places(&[page(0)], &mut nodes).unwrap();
+    assert_eq!(nodes, []);
+    let outcome = apply(&mut untold, &units);
+    assert!(outcome.units.iter().all(|(_, result)| *result == Err(Refused::Failed)));
+    assert_eq!((outcome.units.len(), fake.kernel().calls), (4, 0));
+    // Nor when they are told no longer after the move: then its own word counts.
+    let outcome = apply(&mut mover(FakeKernel { places_left: Some(1), ..kernel() }).0, &units);
+    let results: Vec<_> = (0..4).map(|gfn| result_of(&outcome, gfn)).collect();
+    assert_eq!(results, [Ok(()), Err(Refused::Shared), Err(Refused::Busy), Err(Refused::Busy)]);
 }
 
 #[test]
