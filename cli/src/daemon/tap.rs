@@ -7,7 +7,7 @@
 //! never waits for him: one that he has no time for goes into the next.
 
 use std::io::{self, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender, TrySendError};
 use std::sync::{Arc, Mutex, Weak};
@@ -16,7 +16,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use ept_virt_core::record::{Frame, FrameSlot, Header, Writer};
 use ept_virt_core::sampler::{Harvest, MemSlot};
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::state::lock;
 
@@ -117,8 +117,11 @@ impl Rounds {
                     writer.append(frame)?;
                 }
                 Err(RecvTimeoutError::Disconnected) => return writer.into_inner().flush(),
-                Err(RecvTimeoutError::Timeout) if has_gone(stream) => return Ok(()),
                 Err(RecvTimeoutError::Timeout) => {}
+            }
+            // Rounds may come too fast for there to be a pause.
+            if has_gone(stream) {
+                return Ok(());
             }
         }
     }
@@ -134,10 +137,15 @@ pub fn header(domain: &str, uuid: &str) -> Header {
     }
 }
 
-/// Whether the other side has closed; what it sends is left where it is.
+/// Whether the other side has closed, whatever it sent before. One that only says no more
+/// still listens.
 fn has_gone(stream: &UnixStream) -> bool {
-    let look = recv(stream.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT);
-    !matches!(look, Ok(1..) | Err(Errno::EAGAIN | Errno::EINTR))
+    let mut fds = [PollFd::new(stream.as_fd(), PollFlags::empty())];
+    match poll(&mut fds, PollTimeout::ZERO) {
+        // POLLHUP and POLLERR are told unasked (poll(2)).
+        Ok(_) => fds[0].any().unwrap_or(true),
+        Err(error) => error != Errno::EINTR,
+    }
 }
 
 #[cfg(test)]

@@ -92,10 +92,33 @@ fn a_client_that_goes_is_noticed_between_rounds() {
     let socket = Socket::default();
     let rounds = socket.plug().unwrap();
     let _tap = socket.take().unwrap();
-    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    assert!(!has_gone(&ours));
+    // What it said and nobody read does not make it look alive.
+    theirs.write_all(b"?").unwrap();
     assert!(!has_gone(&ours));
     let server = thread::spawn(move || rounds.stream(&ours, "web-1", "u"));
     drop(theirs);
     let _ = server.join().unwrap();
     assert!(socket.plug().is_some(), "another may record now");
+}
+
+#[test]
+fn a_client_that_goes_is_noticed_however_fast_rounds_come() {
+    let socket = Socket::default();
+    let rounds = socket.plug().unwrap();
+    let mut tap = socket.take().unwrap();
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    theirs.write_all(b"?").unwrap();
+    theirs.shutdown(std::net::Shutdown::Write).unwrap();
+    assert!(!has_gone(&ours), "it still listens");
+    let server = thread::spawn(move || rounds.stream(&ours, "web-1", "u"));
+    assert!(round(&mut tap, 1));
+    drop(theirs);
+    let begun = std::time::Instant::now();
+    while round(&mut tap, 1) {
+        assert!(begun.elapsed() < 30 * SECOND, "never noticed");
+        thread::sleep(LOOK / 20);
+    }
+    let _ = server.join().unwrap();
 }
