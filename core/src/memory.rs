@@ -4,6 +4,7 @@
 mod excluded;
 mod holds;
 mod samples;
+mod staying;
 mod verify;
 
 use std::ops::Range;
@@ -21,6 +22,7 @@ use crate::wire::Place;
 
 use holds::Holds;
 pub use holds::SHORTEST_HOLD;
+pub use staying::Staying;
 use verify::Random;
 
 /// Rounds after the start, or after the guest turned to other pages, in which it

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use ept_virt_core::heat::store::SlotRange;
 use ept_virt_core::heat::{self, COLD_BELOW, HOT_FROM};
-use ept_virt_core::memory::GuestMemory;
+use ept_virt_core::memory::{GuestMemory, Staying};
 use ept_virt_core::migrate::{
     Backoff, MoveOutcome, Mover, ProcessGone, Refused, RefusedBytes, TokenBucket, batch, fitting, unit_bytes,
 };
@@ -148,8 +148,8 @@ pub struct Guest {
     /// The kernel found no room on the slow, on the fast tier.
     full: [Backoff; 2],
     slow_is_full: bool,
-    /// More lies on the fast tier than granted, and all of it is in use.
-    all_in_use: bool,
+    /// More lies on the fast tier than granted, and none of it can leave: why.
+    stays: Option<Staying>,
     /// Somebody records the rounds.
     tap: Option<Tap>,
 }
@@ -185,7 +185,7 @@ impl Guest {
             forbidden_until: None,
             full: Self::not_full(),
             slow_is_full: false,
-            all_in_use: false,
+            stays: None,
             tap: None,
         }
     }
@@ -448,10 +448,11 @@ impl Guest {
             Some(format!("the kernel found no room in DRAM for what should come there; {}", again(left)))
         } else if self.slow_is_full {
             Some("the slow tier has no room for what should be demoted".into())
-        } else if self.all_in_use {
-            Some("more DRAM is in use than the guest may have: what lies there was accessed within the delay, and huge pages count whole".into())
         } else {
-            None
+            let stays = self.stays.filter(|_| self.orders.place())?;
+            let causes = Some(stays.to_string()).filter(|causes| !causes.is_empty());
+            let causes = causes.map_or(String::new(), |causes| format!(": {causes}; huge pages count whole"));
+            Some(format!("more lies in DRAM than the guest may have, and can not leave it now{causes}"))
         }
     }
 
@@ -496,7 +497,7 @@ impl Guest {
 
     /// Plans what to move in the next `interval`.
     pub fn plan(&mut self, now: Duration, interval: Duration) -> Moves {
-        (self.slow_is_full, self.all_in_use) = (false, false);
+        (self.slow_is_full, self.stays) = (false, None);
         if !self.orders.place() || self.stop(now).is_some() {
             return Moves::default();
         }
@@ -522,7 +523,8 @@ impl Guest {
             plan.promote.clear();
             keep_bytes(&mut plan.demote, fast.saturating_sub(target));
         }
-        self.all_in_use = fast >= target + HUGE_BYTES && plan.demote.is_empty() && !slow_is_closed;
+        let none_leaves = fast >= target + HUGE_BYTES && plan.demote.is_empty() && !slow_is_closed;
+        self.stays = none_leaves.then(|| memory.staying());
         let wanted = plan.demote.len();
         keep_bytes(&mut plan.demote, self.mover.room(&tiers.slow));
         self.slow_is_full = plan.demote.len() < wanted;

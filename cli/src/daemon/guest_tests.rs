@@ -362,6 +362,24 @@ fn excluded_memory_stays_and_what_names_nothing_is_told() {
 }
 
 #[test]
+fn what_keeps_memory_in_dram_is_told_by_its_cause() {
+    let mut orders = orders(Mode::Place);
+    orders.excluded.frames = std::iter::once(1030..1540).collect();
+    orders.policy.dram.share = Share::from_percent(1);
+    let mut test = Test::new(orders.clone(), vec![slot(0, 2048)]);
+    test.world().touch(0..2048);
+    test.rounds(40, 0..2048);
+    let reason = test.guest.hindrance(test.now).unwrap();
+    assert!(reason.contains("4 MiB excluded") && reason.contains("4 MiB in use"), "{reason}");
+    // Without a delay nothing is in use: what can stay is excluded.
+    orders.policy.migration.delay = Duration::ZERO;
+    test.guest.obey(orders, test.now);
+    test.rounds(40, 0..2048);
+    let reason = test.guest.hindrance(test.now).unwrap();
+    assert!(reason.contains("4 MiB excluded") && !reason.contains("in use"), "{reason}");
+}
+
+#[test]
 fn a_guest_that_is_slowed_down_gets_more_up_to_its_maximum() {
     let mut orders = orders(Mode::Place);
     orders.policy.dram.share = Share::from_percent(10);

@@ -70,6 +70,11 @@ impl Holds {
         &self.held
     }
 
+    /// What is excluded, by indices.
+    pub(super) fn excluded(&self) -> impl Iterator<Item = Range<usize>> {
+        self.excluded.iter().cloned()
+    }
+
     /// Pages that are excluded.
     pub(super) fn excluded_pages(&self) -> u64 {
         self.excluded.iter().map(|range| range.len() as u64).sum()
