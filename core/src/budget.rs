@@ -22,6 +22,7 @@
 //! Nothing is remembered from one settlement to the next but what domains hold,
 //! so constant claims can not make grants swing.
 
+mod claim;
 mod fill;
 
 use crate::units::{Bytes, PAGE_BYTES, PAGES_PER_2M};

@@ -404,6 +404,12 @@ impl GuestMemory {
         })
     }
 
+    /// Memory that looks used: what is not cold.
+    pub fn used(&self) -> Bytes {
+        let classes = self.classes();
+        Bytes::of_pages(classes.hot + classes.warm)
+    }
+
     /// Whether the place of every page has been looked at once.
     pub fn surveyed(&self) -> bool {
         self.surveyed

@@ -14,10 +14,16 @@
 //! As in the daemon, the first harvest says where pages lie, but not when they
 //! were accessed, so that the first plan knows nothing of heat.
 //!
+//! # The host's DRAM
+//!
+//! Where a host has less DRAM than its guests may have ([`Host::with_dram`]), each
+//! round ends with the claims of all guests, and the plan of each is for what it is
+//! granted, as in the daemon. As there, what others have not yet given back is no room.
+//!
 //! # The oracle
 //!
 //! It has the best K pages of each interval in DRAM from the interval's beginning
-//! on, where K is what the policy grants, or what lies there if that is more. It
+//! on, where K is what the guest is granted, or what lies there if that is more. It
 //! knows what no harvest tells: each page's mean rate ([`Round::expected`]), or even
 //! the counts that were drawn, by hindsight ([`Round::served`]). The moves that
 //! are counted against it are those of the oracle of rates; nobody could follow the
@@ -30,6 +36,7 @@
 //! exact. A recording has no more than bits: [`Round::served`] then counts pages
 //! accessed, however often they were.
 
+mod dram;
 mod draw;
 mod engine;
 mod guest;
@@ -118,7 +125,7 @@ pub struct Round {
     pub oracle_moved_pages: u64,
     /// Pages in DRAM at the end.
     pub fast_pages: u64,
-    /// Pages of DRAM that the policy grants.
+    /// Pages of DRAM that the policy, or the host's budget, granted for the round.
     pub target_pages: u64,
     /// Pages whose accessed bit was set.
     pub accessed_pages: u64,

@@ -245,7 +245,7 @@ fn memory_that_comes_and_goes_is_followed() {
         .map(|frame| {
             let round = replay.run(frame);
             let granted = replay.policy_target();
-            replay.plan(granted, Duration::from_secs(1));
+            replay.plan(granted, granted, Duration::from_secs(1));
             (replay.memory(), round.fast_pages)
         })
         .collect();
@@ -309,7 +309,8 @@ proptest! {
         let mut replay = Replay::new(&GuestParams { policy, interval, start });
         for frame in recorded(pattern, 6) {
             let round = replay.run(frame);
-            replay.plan(replay.policy_target(), interval);
+            let granted = replay.policy_target();
+            replay.plan(granted, granted, interval);
             prop_assert!(round.served.fast <= round.served.oracle && round.served.oracle <= round.served.all);
             // More than is granted leaves once.
             let excess = if start == Start::Fast { PAGES } else { 0 };

@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use crate::bitmap;
+use crate::budget::Claim;
 use crate::plan::MoveUnit;
 use crate::policy::Policy;
 use crate::sampler::{Harvest, Level, MemSlot};
@@ -72,26 +73,56 @@ impl Guest {
             Start::Fast => pages,
             Start::Slow => 0,
         };
-        // A huge page lies on one tier.
-        let fast = if workload.params().huge { fast - fast % PAGES_PER_2M } else { fast };
-        bitmap::fill(&mut harvest.on_slow, fast as usize..pages as usize, true);
-        let granule = workload.granule_pages();
-        let chosen = (0..pages.div_ceil(granule)).map(|index| (index + 1) * granule <= fast).collect();
-        Self {
+        let mut guest = Self {
             engine,
             harvest,
-            oracle: RateOracle::new(granule, chosen),
+            oracle: RateOracle::new(workload.granule_pages(), Vec::new()),
             workload,
             interval: params.interval,
             granted,
             now: Duration::ZERO,
             rounds: 0,
-        }
+        };
+        guest.lay(fast);
+        guest
+    }
+
+    /// Lets so many pages lie in DRAM, from the lowest address on, and no others.
+    fn lay(&mut self, fast: u64) {
+        let (pages, granule) = (self.workload.params().pages, self.workload.granule_pages());
+        // A huge page lies on one tier.
+        let fast = if self.workload.params().huge { fast - fast % PAGES_PER_2M } else { fast };
+        bitmap::fill(&mut self.harvest.on_slow, 0..fast as usize, false);
+        bitmap::fill(&mut self.harvest.on_slow, fast as usize..pages as usize, true);
+        let chosen = (0..pages.div_ceil(granule)).map(|index| (index + 1) * granule <= fast).collect();
+        self.oracle = RateOracle::new(granule, chosen);
+    }
+
+    /// Begins with no more than `dram` of its memory in DRAM, as there is no more for it.
+    /// For guests that have not run yet.
+    pub(super) fn begin_within(&mut self, dram: Bytes) {
+        self.lay(self.fast().min(dram).pages());
+        self.granted = self.granted.min(dram);
     }
 
     /// The guest's memory.
     pub fn memory(&self) -> Bytes {
         Bytes::of_pages(self.workload.params().pages)
+    }
+
+    /// What of it lies in DRAM.
+    pub fn fast(&self) -> Bytes {
+        Bytes::of_pages(self.workload.params().pages - bitmap::count(&self.harvest.on_slow))
+    }
+
+    /// DRAM that is granted now.
+    pub fn granted(&self) -> Bytes {
+        self.granted
+    }
+
+    /// What it claims of the host's DRAM.
+    pub(super) fn claim(&self) -> Claim {
+        self.engine.claim()
     }
 
     /// DRAM that the policy grants.
@@ -103,27 +134,27 @@ impl Guest {
     /// what the policy grants.
     pub fn round(&mut self) -> Round {
         let round = self.run();
-        self.plan(self.policy_target());
+        let granted = self.policy_target();
+        self.plan(granted, granted);
         round
     }
 
-    /// Plans what to move in the next interval, so that no more than `granted` lies
-    /// in DRAM.
-    pub fn plan(&mut self, granted: Bytes) {
+    /// Plans what to move in the next interval. No more than `granted` is to lie in
+    /// DRAM, nor more than `reachable`, as there is no more room now.
+    pub fn plan(&mut self, granted: Bytes, reachable: Bytes) {
         self.granted = granted;
-        self.engine.plan(granted, self.interval);
+        self.engine.plan(granted.min(reachable), self.interval);
     }
 
     /// Runs the guest for an interval, in which what was planned is moved.
     pub fn run(&mut self) -> Round {
         self.workload.run(self.interval, &mut self.harvest.accessed);
-        let pages = self.workload.params().pages;
-        let fast_before = pages - bitmap::count(&self.harvest.on_slow);
+        let fast_before = self.fast().pages();
         let (counted_before, expected_before) = (self.counted_hits(), self.expected_hits());
         let end = self.now + self.interval;
         let (demoted_pages, promoted_pages) = self.carry_out(end);
         let (counted_after, expected_after) = (self.counted_hits(), self.expected_hits());
-        let fast_pages = pages - bitmap::count(&self.harvest.on_slow);
+        let fast_pages = self.fast().pages();
 
         let best = self.granted.pages().max(fast_before).max(fast_pages);
         let (oracle_hits, oracle_moved_pages) = self.oracle.choose(self.workload.means(), best);
@@ -159,7 +190,8 @@ impl Guest {
     /// Moves what was planned, until `end`; pages demoted and promoted.
     fn carry_out(&mut self, end: Duration) -> (u64, u64) {
         let (mut demoted, mut promoted) = (0, 0);
-        for (MoveUnit { gfn, pages, .. }, target) in self.engine.moves(self.now, end) {
+        // No pages come up meanwhile, so that what was planned has room.
+        for (MoveUnit { gfn, pages, .. }, target) in self.engine.moves(self.now, end, u64::MAX) {
             let start = gfn as usize;
             bitmap::fill(&mut self.harvest.on_slow, start..start + pages as usize, target == Place::Slow);
             let moved = if target == Place::Slow { &mut demoted } else { &mut promoted };

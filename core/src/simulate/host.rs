@@ -5,9 +5,11 @@ use std::num::NonZero;
 use std::thread;
 use std::time::Duration;
 
+use crate::budget::Claim;
 use crate::record::Frame;
 use crate::units::Bytes;
 
+use super::dram::{self, Allowance};
 use super::{Guest, Replay, Round, Served};
 
 /// A guest, made up or recorded.
@@ -27,6 +29,37 @@ impl Domain {
         }
     }
 
+    /// What of it lies in DRAM.
+    pub fn fast(&self) -> Bytes {
+        match self {
+            Domain::Guest(guest) => guest.fast(),
+            Domain::Replay(replay, _) => replay.fast(),
+        }
+    }
+
+    /// DRAM that is granted now.
+    pub fn granted(&self) -> Bytes {
+        match self {
+            Domain::Guest(guest) => guest.granted(),
+            Domain::Replay(replay, _) => replay.granted(),
+        }
+    }
+
+    fn claim(&self) -> Claim {
+        match self {
+            Domain::Guest(guest) => guest.claim(),
+            Domain::Replay(replay, _) => replay.claim(),
+        }
+    }
+
+    /// Before the first round: there is no more DRAM for it than `dram`.
+    fn begin_within(&mut self, dram: Bytes) {
+        match self {
+            Domain::Guest(guest) => guest.begin_within(dram),
+            Domain::Replay(replay, _) => replay.set_reachable(dram),
+        }
+    }
+
     fn policy_target(&self) -> Bytes {
         match self {
             Domain::Guest(guest) => guest.policy_target(),
@@ -41,10 +74,13 @@ impl Domain {
         }
     }
 
-    fn plan(&mut self, granted: Bytes, interval: Duration) {
+    fn plan(&mut self, Allowance { granted, reachable }: Allowance, interval: Duration) {
         match self {
-            Domain::Guest(guest) => guest.plan(granted),
-            Domain::Replay(replay, _) => replay.plan(granted, interval),
+            Domain::Guest(guest) => guest.plan(granted, reachable),
+            Domain::Replay(replay, _) => {
+                replay.set_reachable(reachable);
+                replay.plan(granted, reachable, interval);
+            }
         }
     }
 }
@@ -52,6 +88,8 @@ impl Domain {
 /// The guests of one host.
 pub struct Host {
     domains: Vec<Domain>,
+    /// DRAM for all of them; as much as their policies grant without it.
+    dram: Option<Bytes>,
     threads: usize,
 }
 
@@ -60,7 +98,27 @@ impl Host {
     /// of threads changes nothing.
     pub fn new(domains: Vec<Domain>) -> Self {
         let threads = thread::available_parallelism().map_or(1, NonZero::get);
-        Self { domains, threads }
+        Self { domains, dram: None, threads }
+    }
+
+    /// Before the first round: `total` is the DRAM that all guests share, without what
+    /// the host keeps for itself. What of their memory begins in DRAM and does not fit
+    /// begins on the slow tier.
+    pub fn with_dram(mut self, total: Bytes) -> Self {
+        let want = |domain: &Domain| match domain {
+            Domain::Guest(guest) => guest.fast(),
+            // Nobody knows yet what will come up.
+            Domain::Replay(..) => total,
+        };
+        let begin = dram::begin(total, self.domains.iter().map(want));
+        self.domains.iter_mut().zip(begin).for_each(|(domain, dram)| domain.begin_within(dram));
+        self.dram = Some(total);
+        self
+    }
+
+    /// The guests.
+    pub fn domains(&self) -> &[Domain] {
+        &self.domains
     }
 
     /// Memory of all guests.
@@ -71,19 +129,44 @@ impl Host {
     /// One round of each guest that has not ended, as one; `None` when all have.
     pub fn round(&mut self) -> Option<Round> {
         let rounds = self.each(Domain::run);
-        // What the policy grants; a budget of the host would come in here.
-        let targets: Vec<Bytes> = self.domains.iter().map(Domain::policy_target).collect();
-        let mut asked =
-            targets.into_iter().zip(rounds.iter().map(|round| round.as_ref().map(|r| r.interval)));
+        // A guest that has ended holds nothing and wants nothing.
+        let runs: Vec<&Domain> = self
+            .domains
+            .iter()
+            .zip(&rounds)
+            .filter_map(|(domain, round)| round.as_ref().and(Some(domain)))
+            .collect();
+        let mut allowances = self.allow(&runs).into_iter();
+        let asked: Vec<Option<(Allowance, Duration)>> = rounds
+            .iter()
+            .map(|round| round.as_ref().and_then(|round| Some((allowances.next()?, round.interval))))
+            .collect();
         self.each_with(
-            |domain, (granted, interval)| {
-                if let Some(interval) = interval {
-                    domain.plan(granted, interval);
+            |domain, asked| {
+                if let Some((allowance, interval)) = asked {
+                    domain.plan(allowance, interval);
                 }
             },
-            &mut asked,
+            &mut asked.into_iter(),
         );
         rounds.into_iter().flatten().reduce(together)
+    }
+
+    /// What these guests may have until the next round, in their order.
+    fn allow(&self, domains: &[&Domain]) -> Vec<Allowance> {
+        match self.dram {
+            Some(total) => {
+                let claims: Vec<Claim> = domains.iter().map(|domain| domain.claim()).collect();
+                dram::share(total, &claims)
+            }
+            None => {
+                let alone = |domain: &&Domain| Allowance {
+                    granted: domain.policy_target(),
+                    reachable: Bytes(u64::MAX),
+                };
+                domains.iter().map(alone).collect()
+            }
+        }
     }
 
     fn each<T: Send>(&mut self, work: impl Fn(&mut Domain) -> T + Sync) -> Vec<T> {

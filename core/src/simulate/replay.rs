@@ -8,6 +8,7 @@
 use std::time::Duration;
 
 use crate::bitmap;
+use crate::budget::Claim;
 use crate::record::{Frame, FrameSlot};
 use crate::sampler::{Harvest, Level, MemSlot};
 use crate::units::{Bytes, PAGE_BYTES, PAGES_PER_2M};
@@ -37,6 +38,8 @@ pub struct Replay {
     slots: Vec<Slot>,
     generation: u64,
     granted: Bytes,
+    /// DRAM that there is for it, with what lies there.
+    reachable: Bytes,
     began: Option<Duration>,
     /// End of the last round, on the recording's clock.
     last: Option<Duration>,
@@ -52,6 +55,7 @@ impl Replay {
             slots: Vec::new(),
             generation: 0,
             granted: Bytes(0),
+            reachable: Bytes(u64::MAX),
             began: None,
             last: None,
         }
@@ -67,10 +71,31 @@ impl Replay {
         self.engine.policy_target()
     }
 
-    /// Plans what to move in an interval as long as `interval`.
-    pub fn plan(&mut self, granted: Bytes, interval: Duration) {
+    /// What of it lies in DRAM.
+    pub fn fast(&self) -> Bytes {
+        Bytes::of_pages(self.fast_pages())
+    }
+
+    /// DRAM that is granted now.
+    pub fn granted(&self) -> Bytes {
+        self.granted
+    }
+
+    /// What it claims of the host's DRAM.
+    pub(super) fn claim(&self) -> Claim {
+        self.engine.claim()
+    }
+
+    /// No more of it can lie in DRAM from now on than `dram`, whatever comes up.
+    pub(super) fn set_reachable(&mut self, dram: Bytes) {
+        self.reachable = dram;
+    }
+
+    /// Plans what to move in an interval as long as `interval`. No more than `granted`
+    /// is to lie in DRAM, nor more than `reachable`, as there is no more room now.
+    pub fn plan(&mut self, granted: Bytes, reachable: Bytes, interval: Duration) {
         self.granted = granted;
-        self.engine.plan(granted, interval);
+        self.engine.plan(granted.min(reachable), interval);
     }
 
     /// Takes in a recorded round, in which what was planned is moved. In the first
@@ -82,7 +107,7 @@ impl Replay {
         let interval = time.saturating_sub(before.unwrap_or(time));
         self.adopt(&frame.slots);
         if before.is_none() {
-            self.granted = self.policy_target();
+            self.granted = self.policy_target().min(self.reachable);
         }
         self.see(frame.slots);
         let (fast_before, hits_before) = (self.fast_pages(), self.hits());
@@ -151,11 +176,12 @@ impl Replay {
 
     /// Takes in what was harvested; pages that come up are placed.
     fn see(&mut self, frames: Vec<FrameSlot>) {
-        let mut room = match self.start {
-            Start::FirstTouch => self.granted.pages().saturating_sub(self.fast_pages()),
+        let most = match self.start {
+            Start::FirstTouch => self.granted.pages(),
             Start::Fast => u64::MAX,
             Start::Slow => 0,
         };
+        let mut room = most.min(self.reachable.pages()).saturating_sub(self.fast_pages());
         for (slot, frame) in self.slots.iter_mut().zip(frames) {
             slot.see(frame, &mut room);
         }
@@ -179,7 +205,9 @@ impl Replay {
 
     fn carry_out(&mut self, now: Duration, end: Duration) -> (u64, u64) {
         let (mut demoted, mut promoted) = (0, 0);
-        for (unit, target) in self.engine.moves(now, end) {
+        // Pages that came up may have taken the room.
+        let room_pages = self.reachable.pages().saturating_sub(self.fast_pages());
+        for (unit, target) in self.engine.moves(now, end, room_pages) {
             let holds =
                 |slot: &&mut Slot| (slot.gfn_start..slot.gfn_start + slot.page_count).contains(&unit.gfn);
             let Some(slot) = self.slots.iter_mut().find(holds) else { continue };

@@ -49,8 +49,7 @@ impl Guest {
 
     /// Takes in what looks used at the end of a round.
     pub(super) fn observe_use(&mut self, elapsed: Duration) {
-        let classes = lock(&self.memory).classes();
-        let used = Bytes::of_pages(classes.hot + classes.warm);
+        let used = lock(&self.memory).used();
         self.share.working_set.observe(used, elapsed, self.orders.policy.half_life);
     }
 
@@ -63,19 +62,12 @@ impl Guest {
             return;
         }
         let policy = &self.orders.policy;
-        let (all, held) = (memory.bytes(), Bytes::of_pages(memory.places().fast));
-        let claim = Claim {
-            weight: policy.dram.weight,
-            floor: policy.dram.min,
-            ceiling: self.dram_target(all).unwrap_or(all),
-            // Of whom too little is known yet, nothing is taken unless others are in need.
-            demand: self.share.working_set.bytes(policy.half_life).unwrap_or(held),
-            held,
-            movable: self.orders.place()
-                && !self.orders.suspended
-                && !memory.mostly_logged()
-                && self.forbidden_until.is_none_or(|until| now >= until),
-        };
+        let used = self.share.working_set.bytes(policy.half_life);
+        let movable = self.orders.place()
+            && !self.orders.suspended
+            && !memory.mostly_logged()
+            && self.forbidden_until.is_none_or(|until| now >= until);
+        let claim = Claim::of(policy, &memory, used, self.dram_target(memory.bytes()), movable);
         drop(memory);
         self.share.grant = seat.claim(&self.orders.tiers.fast, claim, now);
     }
