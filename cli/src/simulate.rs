@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use ept_virt_core::policy::{Layer, Policy};
 use ept_virt_core::simulate::{self, Round};
-use ept_virt_core::units::Share;
+use ept_virt_core::units::{Bytes, Share};
 
 use crate::complete;
 use crate::failure::Failure;
@@ -19,7 +19,7 @@ use crate::output::{json_line, write_text};
 use crate::policy::read_file;
 use crate::style::Style;
 
-use report::{Report, Run};
+use report::{Part, Report, Run};
 
 /// What to simulate.
 ///
@@ -30,7 +30,7 @@ pub struct SimulateArgs {
     #[command(flatten)]
     guests: guests::GuestArgs,
     /// DRAM, as a share of the guests' memory; several, as 10%,20%,30%, for a run each.
-    /// Without it the policy's, and 30% if that says nothing.
+    /// Without it the policy's, and if that says nothing 30%, or all with --host-dram.
     #[arg(long, value_name = "SHARE", value_delimiter = ',', value_parser = share)]
     dram: Vec<Share>,
     /// Begin with the policy in this file, an element or a domain's XML. What it says of
@@ -135,8 +135,8 @@ fn report(args: &SimulateArgs) -> Result<(Report, Vec<String>), Failure> {
     let says_dram = ["dram.share", "dram.min", "dram.max"].iter().any(|path| layer.get(path).is_some());
     let shares = match (args.dram.is_empty(), says_dram) {
         (false, _) => args.dram.iter().copied().map(Some).collect(),
-        (true, false) => vec![Some(DEFAULT_DRAM)],
-        (true, true) => vec![None],
+        (true, false) if !args.guests.shares_dram() => vec![Some(DEFAULT_DRAM)],
+        (true, _) => vec![None],
     };
     let mut runs = Vec::new();
     let mut warnings = Vec::new();
@@ -150,10 +150,9 @@ fn report(args: &SimulateArgs) -> Result<(Report, Vec<String>), Failure> {
         }
         let policy = Policy::of(&layer);
         let share = policy.dram.share;
-        let (rounds, memory, said) =
-            args.guests.simulate(policy, args.start.into(), args.seed, args.rounds)?;
-        runs.push(Run::new(share, memory, rounds, args.tiers.into()));
-        warnings = said;
+        let mut simulated = args.guests.simulate(policy, args.start.into(), args.seed, args.rounds)?;
+        warnings = std::mem::take(&mut simulated.warnings);
+        runs.push(Run::new(share, simulated, args.tiers.into()));
     }
     Ok((Report::new(args.guests.words(), args.seed, runs), warnings))
 }
@@ -190,8 +189,19 @@ impl From<TierArgs> for report::Tiers {
     }
 }
 
-/// The rounds of one run, and what to say about them.
-type Simulated = (Vec<Round>, ept_virt_core::units::Bytes, Vec<String>);
+/// One run.
+pub struct Simulated {
+    /// Of all guests, as one.
+    rounds: Vec<Round>,
+    /// Memory of all guests.
+    memory: Bytes,
+    /// DRAM that they shared.
+    host_dram: Option<Bytes>,
+    /// How the guests ended.
+    parts: Vec<Part>,
+    /// What is to be said beside it.
+    warnings: Vec<String>,
+}
 
 fn share(text: &str) -> Result<Share, String> {
     Share::parse(text).map_err(|error| error.to_string())

@@ -8,10 +8,13 @@ use std::ops::Range;
 use std::time::Duration;
 
 use ept_virt_core::bitmap;
+use ept_virt_core::budget::{Claim, settle};
 use ept_virt_core::heat::{HeatMap, HeatParams};
 use ept_virt_core::memory::GuestMemory;
+use ept_virt_core::policy::Policy;
 use ept_virt_core::sampler::{Harvest, Level, MemSlot};
 use ept_virt_core::units::{Bytes, PAGE_BYTES, Share};
+use ept_virt_core::working_set::WorkingSet;
 use nix::time::{ClockId, clock_gettime};
 
 /// 64 GiB: larger than any cache.
@@ -23,7 +26,11 @@ const PARAMS: HeatParams = HeatParams { half_life: Duration::from_secs(30), dela
 /// 1 GiB in a round.
 const QUOTA_PAGES: u64 = (1 << 30) / PAGE_BYTES;
 
-/// The guest of the last table, unless another size is asked for.
+/// Guests under one budget, and the memory of each.
+const GUESTS: usize = 500;
+const GUEST_PAGES: usize = 4 << 20;
+
+/// The guest of the table of rounds, unless another size is asked for.
 const LARGE_GIB: u64 = 1024;
 
 fn main() {
@@ -38,6 +45,7 @@ fn main() {
     }
     println!("\nA plain pass, reading and writing the same bytes: {plain:.3} ns per page.");
     large_guest(asked.unwrap_or(LARGE_GIB));
+    [false, true].into_iter().for_each(many_guests);
 }
 
 /// Time of this thread on a CPU: what others do on the machine is not measured, but for
@@ -118,7 +126,8 @@ fn large_guest(gib: u64) {
     let (page_count, hva) = (pages as u64, 1 << 44);
     let slot = MemSlot { gfn_start: 0, page_count, hva, id: 0, read_only: false, dirty_log: false };
     memory.adopt(1, vec![slot]);
-    let mut guest = Fake { harvest: Harvest::default(), pages, state: 88_172_645_463_325_252 };
+    let mut guest =
+        Fake { harvest: Harvest::default(), pages, scattered: false, state: 88_172_645_463_325_252 };
     guest.round(&mut memory, None);
     println!(
         "{:>6} {:>12} {:>12} {:>12} {:>14}",
@@ -144,10 +153,71 @@ fn large_guest(gib: u64) {
     println!("\nIn memory: {:.2} bytes per page of the guest.", used as f64 / pages as f64);
 }
 
+/// A host's guests share its DRAM, round after round: what each uses and claims, and
+/// what all are granted. All of them are in memory, far more than any cache holds.
+fn many_guests(scattered: bool) {
+    let gib = (GUEST_PAGES * 4096) >> 30;
+    let places = if scattered { "page by page, at random" } else { "in one piece" };
+    println!("\n{GUESTS} guests of {gib} GiB share DRAM, which each has {places}:\n");
+    let policies = [1, 10, 100].map(|weight| {
+        let mut policy = Policy::default();
+        policy.dram.weight = weight;
+        policy
+    });
+    let mut guests: Vec<(GuestMemory, WorkingSet)> =
+        (0..GUESTS).map(|index| a_guest(index, scattered)).collect();
+    let total = Bytes::of_pages((GUESTS * GUEST_PAGES / 4) as u64);
+    println!(
+        "{:>6} {:>12} {:>12} {:>12} {:>18}",
+        "round", "claims, ms", "settled, ms", "both, ms", "used, ms per guest"
+    );
+    for round in 1..=8 {
+        // The end of each guest's own round: a pass over its heat.
+        let started = Cpu::now();
+        for (memory, used) in &mut guests {
+            used.observe(memory.used(), ROUND, PARAMS.half_life);
+        }
+        let looked = started.elapsed() / GUESTS as u32;
+        let started = Cpu::now();
+        let claims: Vec<Claim> = guests
+            .iter()
+            .zip(policies.iter().cycle())
+            .map(|((memory, used), policy)| {
+                let ceiling = policy.dram_target(memory.bytes());
+                Claim::of(policy, memory, used.bytes(PARAMS.half_life), ceiling, true)
+            })
+            .collect();
+        let claimed = started.elapsed();
+        let settlement = black_box(settle(total, &claims));
+        let both = started.elapsed();
+        let [claimed, settled, both, looked] =
+            [claimed, both - claimed, both, looked].map(|time| time.as_secs_f64() * 1e3);
+        println!("{round:>6} {claimed:>12.3} {settled:>12.3} {both:>12.3} {looked:>18.3}");
+        assert_eq!(settlement.grants.len(), GUESTS);
+    }
+}
+
+/// A guest as the large one, after two rounds.
+fn a_guest(index: usize, scattered: bool) -> (GuestMemory, WorkingSet) {
+    let mut memory = GuestMemory::new(PARAMS);
+    let (page_count, hva) = (GUEST_PAGES as u64, 1 << 44);
+    let slot = MemSlot { gfn_start: 0, page_count, hva, id: 0, read_only: false, dirty_log: false };
+    memory.adopt(1, vec![slot]);
+    let (harvest, state) = (Harvest::default(), 1 + index as u64);
+    let mut guest = Fake { harvest, pages: GUEST_PAGES, scattered, state };
+    guest.round(&mut memory, None);
+    guest.round(&mut memory, Some(ROUND));
+    let mut used = WorkingSet::default();
+    used.recall(PARAMS.half_life);
+    (memory, used)
+}
+
 /// What is harvested of the guest, in parts as the daemon does.
 struct Fake {
     harvest: Harvest,
     pages: usize,
+    /// Each page lies on any tier; else a third of them, in one piece, in DRAM.
+    scattered: bool,
     state: u64,
 }
 
@@ -183,6 +253,9 @@ impl Fake {
             start - pages.start..range.end.clamp(start, pages.end) - pages.start
         };
         bitmap::fill(&mut self.harvest.on_slow, within(self.pages * 3 / 10..self.pages), true);
+        if self.scattered {
+            self.harvest.on_slow.fill_with(|| random(&mut self.state));
+        }
         bitmap::fill(&mut self.harvest.accessed, within(self.pages / 5..self.pages / 5 * 2), true);
     }
 }

@@ -23,7 +23,7 @@ fn params(weight: u32, start: Start) -> GuestParams {
     let mut layer = Layer::default();
     let weight = weight.to_string();
     let settings =
-        [("migration.bandwidth", "1GiB/s"), ("temperature.half-life", "5s"), ("dram.weight", &weight)];
+        [("migration.bandwidth", "1GiB/s"), ("temperature.half-life", "2s"), ("dram.weight", &weight)];
     for (path, value) in settings {
         layer.assign(path, value).unwrap();
     }
@@ -59,13 +59,13 @@ fn busy_guests_share_dram_by_weight_and_then_rest() {
         let domains =
             [1, 3].map(|weight| guest(weight.into(), weight, Pattern::Zipf { theta: 0.5 }, start)).into();
         let mut host = Host::new(domains).with_dram(TOTAL);
-        let fast = run(&mut host, 60);
+        let fast = run(&mut host, 40);
         // Memory of all guests begins in DRAM alike.
         if start != Start::Slow {
             assert!(near(fast[0][0], 1, 2) && near(fast[0][1], 1, 2), "{fast:?}");
         }
         // A half-life until it is known what they use, and steps of an eighth.
-        for fast in &fast[25..] {
+        for fast in &fast[20..] {
             assert!(near(fast[0], 1, 4) && near(fast[1], 3, 4), "{start:?}: {fast:?}");
         }
         let granted: Vec<Bytes> = host.domains().iter().map(Domain::granted).collect();
@@ -76,13 +76,13 @@ fn busy_guests_share_dram_by_weight_and_then_rest() {
 #[test]
 fn what_an_idle_guest_lends_comes_back_when_it_wakes_up() {
     // All of its memory is hot at noon, and next to none at midnight.
-    let day = Pattern::Diurnal { hot: 1.0, to_hot: 1.0, period: 120 * ROUND };
+    let day = Pattern::Diurnal { hot: 1.0, to_hot: 1.0, period: 50 * ROUND };
     let domains = vec![
         guest(0, 1, day, Start::FirstTouch),
         guest(1, 1, Pattern::Static { hot: 1.0, to_hot: 1.0 }, Start::FirstTouch),
     ];
-    let fast = run(&mut Host::new(domains).with_dram(TOTAL), 240);
-    let second = &fast[120..];
+    let fast = run(&mut Host::new(domains).with_dram(TOTAL), 100);
+    let second = &fast[50..];
     let least = second.iter().map(|fast| fast[0]).min().unwrap();
     assert!(least * 3 < TOTAL.pages(), "{least} pages are left to it in the night");
     assert!(second.iter().any(|fast| near(fast[0], 1, 2)), "its share came back: {second:?}");

@@ -17,6 +17,7 @@ use ept_virt_core::units::{Bytes, Share, format_duration, parse_duration};
 
 use crate::failure::Failure;
 
+use super::report::Part;
 use super::{Simulated, zero_or_more};
 
 /// Time between harvests when the policy leaves it to us, as the daemon has it.
@@ -73,6 +74,29 @@ pub struct GuestArgs {
     /// huge pages 512; above 4 GiB 64 at least.
     #[arg(long, value_name = "PAGES", value_parser = granule)]
     granule: Option<u64>,
+    /// DRAM that all guests share, as the daemon shares it: a size, or a share of the
+    /// memory of all guests that are made up, as 25%. Without it each has what its
+    /// policy grants.
+    #[arg(long, value_name = "SIZE", value_parser = host_dram)]
+    host_dram: Option<HostDram>,
+    /// Weights by which they share it; of several, as 1,3, each guest has the next.
+    /// Without it the policy's `dram.weight`.
+    #[arg(
+        long,
+        value_name = "WEIGHT",
+        value_delimiter = ',',
+        requires = "host_dram",
+        value_parser = clap::value_parser!(u32).range(1..=1000)
+    )]
+    weight: Vec<u32>,
+}
+
+/// DRAM of the host for guests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum HostDram {
+    Size(Bytes),
+    /// Of the guests' memory.
+    Share(Share),
 }
 
 /// Kinds of [`Pattern`].
@@ -111,26 +135,65 @@ impl GuestArgs {
         format!("made up: {guests} of {} in pages of {pages}, {}", self.size, kinds.join(", "))
     }
 
+    /// Whether the host has no DRAM but what is told.
+    pub fn shares_dram(&self) -> bool {
+        self.host_dram.is_some()
+    }
+
     /// Runs them; all their rounds, as one guest's, and their memory.
     pub fn simulate(&self, policy: Policy, start: Start, seed: u64, most: u32) -> Result<Simulated, Failure> {
         let interval = policy.sampling.interval.unwrap_or(AUTO_INTERVAL);
-        let params = GuestParams { policy, interval, start };
+        let params = |index: usize| {
+            let mut policy = policy.clone();
+            policy.dram.weight = self.weight(index).unwrap_or(policy.dram.weight);
+            GuestParams { policy, interval, start }
+        };
         let warnings = Warnings::default();
-        let domains = match self.recording.is_empty() {
-            true => Ok((0..self.domains).map(|index| self.made_up(&params, seed, index)).collect()),
-            false => self.recording.iter().map(|file| recorded(file, &params, &warnings)).collect(),
+        let files = self.recording.iter().enumerate();
+        let domains: Result<Vec<Domain>, Failure> = match self.recording.is_empty() {
+            true => {
+                Ok((0..self.domains).map(|index| self.made_up(params(index as usize), seed, index)).collect())
+            }
+            false => files.map(|(index, file)| recorded(file, &params(index), &warnings)).collect(),
         };
         let mut host = Host::new(domains?);
+        let total = self.total_dram(&host)?;
+        if let Some(total) = total {
+            host = host.with_dram(total);
+        }
         let rounds = std::iter::from_fn(|| host.round()).take(most as usize).collect::<Vec<_>>();
         if rounds.is_empty() {
             return Err(Failure::refused("there is not one round in what was recorded")
                 .hint("record again, for longer: `ept-virt record DOMAIN FILE`"));
         }
         let said = std::mem::take(&mut *warnings.0.lock().unwrap_or_else(PoisonError::into_inner));
-        Ok((rounds, host.memory(), said))
+        let part = |(index, domain): (usize, &Domain)| Part {
+            weight: self.weight(index).unwrap_or(policy.dram.weight),
+            memory_bytes: domain.memory().0,
+            granted_bytes: domain.granted().0,
+            fast_bytes: domain.fast().0,
+        };
+        let parts = host.domains().iter().enumerate().map(part).collect();
+        Ok(Simulated { rounds, memory: host.memory(), host_dram: total, parts, warnings: said })
     }
 
-    fn made_up(&self, params: &GuestParams, seed: u64, index: u32) -> Domain {
+    fn weight(&self, index: usize) -> Option<u32> {
+        self.weight.get(index % self.weight.len().max(1)).copied()
+    }
+
+    fn total_dram(&self, host: &Host) -> Result<Option<Bytes>, Failure> {
+        match self.host_dram {
+            Some(HostDram::Share(_)) if !self.recording.is_empty() => Err(Failure::refused(
+                "how much memory recorded guests have is known at the end only, and so is a share of it",
+            )
+            .hint("give --host-dram as a size, as 4GiB")),
+            Some(HostDram::Share(share)) => Ok(Some(Bytes(share.of(host.memory().0)))),
+            Some(HostDram::Size(size)) => Ok(Some(size)),
+            None => Ok(None),
+        }
+    }
+
+    fn made_up(&self, params: GuestParams, seed: u64, index: u32) -> Domain {
         // clap asks for one at least.
         let kind = self.generate.get(index as usize % self.generate.len().max(1)).unwrap_or(&Kind::Uniform);
         let workload = WorkloadParams {
@@ -141,7 +204,7 @@ impl GuestArgs {
             granule_pages: self.granule,
         };
         let workload = Workload::new(workload, seed, index.into());
-        Domain::Guest(Box::new(Guest::new(params.clone(), workload)))
+        Domain::Guest(Box::new(Guest::new(params, workload)))
     }
 
     fn pattern(&self, kind: Kind) -> Pattern {
@@ -201,6 +264,15 @@ fn size(text: &str) -> Result<Bytes, String> {
         true => Ok(size),
         false => Err(format!("{size} is out of range: give 2 MiB to {}", Bytes::of_pages(MOST_PAGES))),
     }
+}
+
+fn host_dram(text: &str) -> Result<HostDram, String> {
+    if text.trim_end().ends_with('%') {
+        return super::share(text.trim()).map(HostDram::Share);
+    }
+    let (number, unit) = quantity(text);
+    let size = Bytes::parse(number, unit).map_err(|error| error.to_string())?;
+    Ok(HostDram::Size(size))
 }
 
 /// A time with its unit, above zero.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What a simulation comes to: for people, for spreadsheets, for programs.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use ept_virt_core::simulate::{self, Basis, Round, Summary};
@@ -8,6 +9,8 @@ use ept_virt_core::units::{Bytes, Share};
 use serde::Serialize;
 
 use crate::style::{Style, harmless};
+
+use super::Simulated;
 
 /// What the tiers are like, and whether prices are known.
 #[derive(Clone, Copy, Debug)]
@@ -36,6 +39,10 @@ pub struct Report {
 pub struct Run {
     /// As "30%".
     pub dram_share: String,
+    /// DRAM that all guests shared; none when each had what its policy grants.
+    pub host_dram_bytes: Option<u64>,
+    /// The guests at the end.
+    pub domains: Vec<Part>,
     /// All of it in numbers.
     pub summary: Total,
     /// Round by round.
@@ -44,6 +51,19 @@ pub struct Run {
     basis: &'static str,
     #[serde(skip)]
     memory: Bytes,
+}
+
+/// A guest's part of the host's DRAM.
+#[derive(Debug, Serialize)]
+pub struct Part {
+    /// Beside the other guests.
+    pub weight: u32,
+    /// All of its memory.
+    pub memory_bytes: u64,
+    /// What it is granted.
+    pub granted_bytes: u64,
+    /// What it has.
+    pub fast_bytes: u64,
 }
 
 /// A run's summary.
@@ -149,12 +169,15 @@ impl Total {
 }
 
 impl Run {
-    /// Sums up the rounds of guests with `memory`.
-    pub fn new(share: Share, memory: Bytes, rounds: Vec<Round>, tiers: Tiers) -> Self {
+    /// Sums up what was simulated.
+    pub fn new(share: Share, simulated: Simulated, tiers: Tiers) -> Self {
+        let Simulated { rounds, memory, host_dram, parts, .. } = simulated;
         let summary = Summary::of(&rounds);
         let granted = rounds.last().map_or(0, |round| bytes(round.target_pages));
         Self {
             dram_share: share.to_string(),
+            host_dram_bytes: host_dram.map(|dram| dram.0),
+            domains: parts,
             summary: Total::new(&summary, granted, memory, &tiers),
             basis: match rounds.first().map(|round| round.basis) {
                 Some(Basis::Bits) => "bits",
@@ -262,6 +285,15 @@ impl Run {
             let _ = writeln!(text, "{name:<22}{value}");
         };
         line("DRAM granted", format!("{} of {}", Bytes(total.granted_bytes), self.memory));
+        if let Some(dram) = self.host_dram_bytes {
+            line("DRAM of the host", Bytes(dram).to_string());
+            for (weight, granted, fast) in by_weight(&self.domains) {
+                line(
+                    &format!("guests of weight {weight}"),
+                    format!("{fast} in DRAM at the end, {granted} granted, the mean"),
+                );
+            }
+        }
         line(
             "hits, all rounds",
             format!("{} %, of the oracle's {} %", percent(total.hit_ratio), percent(total.of_oracle)),
@@ -289,6 +321,17 @@ impl Run {
         }
         text
     }
+}
+
+/// What guests of each weight are granted and have, in the mean.
+fn by_weight(parts: &[Part]) -> Vec<(u32, Bytes, Bytes)> {
+    let mut sums: BTreeMap<u32, (u64, u64, u64)> = BTreeMap::new();
+    for part in parts {
+        let (count, granted, fast) = sums.entry(part.weight).or_default();
+        (*count, *granted, *fast) = (*count + 1, *granted + part.granted_bytes, *fast + part.fast_bytes);
+    }
+    let mean = |(weight, (count, granted, fast))| (weight, Bytes(granted / count), Bytes(fast / count));
+    sums.into_iter().map(mean).collect()
 }
 
 fn comparison(runs: &[Run]) -> Vec<Vec<String>> {

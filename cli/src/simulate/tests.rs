@@ -26,6 +26,8 @@ pub fn any_report() -> Report {
     report(SMALL)
 }
 
+const SMALL_GUESTS: &str = "--generate uniform --size 16MiB";
+
 const SMALL: &str = "--generate zipf --size 4MiB --rounds 6";
 
 #[test]
@@ -58,6 +60,26 @@ fn dram_is_what_the_policy_says_unless_told_otherwise() {
     assert_eq!(share("--set dram.share=40% --dram 20%"), "20%");
     let min = report(&format!("{SMALL} --set dram.min=1MiB --set dram.share=0%"));
     assert!(min.render(&Style::PLAIN).contains("DRAM granted          1 MiB of 4 MiB\n"));
+}
+
+#[test]
+fn guests_share_the_hosts_dram_by_weight() {
+    let shared = "--domains 2 --host-dram 50% --rate 8 --rounds 30 --set temperature.half-life=5s";
+    let report = report(&format!("{SMALL_GUESTS} {shared} --weight 1,3"));
+    let run = &report.runs[0];
+    assert_eq!((run.dram_share.as_str(), run.host_dram_bytes), ("100%", Some(16 << 20)));
+    assert_eq!(run.domains.iter().map(|part| part.weight).collect::<Vec<_>>(), [1, 3]);
+    // What the budget grants is what is told, guest by guest and in sum.
+    assert_eq!(run.domains.iter().map(|part| part.granted_bytes >> 20).collect::<Vec<_>>(), [4, 12]);
+    let value = serde_json::to_value(&report).unwrap();
+    let rounds = value["runs"][0]["rounds"].as_array().unwrap();
+    assert!(rounds.iter().all(|round| round["fast_bytes"].as_u64().unwrap() <= 16 << 20));
+    assert!(rounds.iter().all(|round| round["granted_bytes"].as_u64().unwrap() <= 16 << 20));
+    let text = report.render(&Style::PLAIN);
+    assert!(text.contains("guests of weight 3    12 MiB in DRAM at the end, 12 MiB granted"), "{text}");
+    // A size, and the policy's weight for all.
+    let report = super::report(&parse(&format!("{SMALL} --host-dram 1MiB")).unwrap()).unwrap().0;
+    assert_eq!((report.runs[0].host_dram_bytes, report.runs[0].domains[0].weight), (Some(1 << 20), 100));
 }
 
 #[test]
@@ -105,6 +127,11 @@ fn wrong_lines_say_what_is_wrong() {
         ("--generate zipf --set dram.share", "SETTING=VALUE"),
         ("--generate zipf --set dram.min=2GiB --set dram.max=1GiB", "<dram>"),
         ("--recording /nonexistent", "/nonexistent"),
+        ("--generate zipf --weight 1,3", "--host-dram"),
+        ("--generate zipf --host-dram 1GiB --weight 0", "1..=1000"),
+        ("--generate zipf --host-dram 120%", "percentage"),
+        ("--generate zipf --host-dram 12", "unknown unit"),
+        ("--recording /proc/self/maps --host-dram 20%", "recording"),
     ] {
         assert!(told(line).contains(words), "{line}: {}", told(line));
     }
