@@ -66,12 +66,13 @@ mod tests {
             let blocks = blocks(slots.iter().chain([&high]), frames);
             slots.iter().chain([&high]).map(|slot| pages_in(slot, &blocks)).collect::<Vec<_>>()
         };
-        let low = [vec![0..0xa0], vec![0..0x20], vec![0..0x100], vec![]];
+        let one = |pages: Range<usize>| Vec::from([pages]);
+        let low = [one(0..0xa0), one(0..0x20), one(0..0x100), Vec::new()];
         assert_eq!(held(std::slice::from_ref(&(0..0xa0))), low);
         assert_eq!(held(std::slice::from_ref(&(0xc0..0xc1))), low, "the ROM's frame alone");
         assert_eq!(held(std::slice::from_ref(&(0xa0..0xc0))), [vec![], vec![], vec![], vec![]]);
         let both = held(&[0x7ff..0x800, 0x10_0000..0x10_0001]);
-        assert_eq!(both, [vec![], vec![], vec![0x500..0x700], vec![0..0x200]]);
-        assert_eq!(held(&[0..1, 0x200..0x201])[2], [0..0x300], "neighbours are one");
+        assert_eq!(both, [Vec::new(), Vec::new(), one(0x500..0x700), one(0..0x200)]);
+        assert_eq!(held(&[0..1, 0x200..0x201])[2], one(0..0x300), "neighbours are one");
     }
 }
