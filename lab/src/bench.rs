@@ -7,8 +7,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use clap::Args;
 use clap::builder::PossibleValuesParser;
+use clap::{Args, Subcommand};
 use serde::Deserialize;
 
 use crate::Lab;
@@ -16,7 +16,7 @@ use crate::boots::{self, Boot, Wishes};
 use crate::micro::MicroHosts;
 use crate::prepare::{self, Plan};
 use crate::verdict::{Tally, Verdict};
-use crate::{bench_hook, demo, native, proc, product};
+use crate::{bench_hook, bench_placement, demo, native, proc, product};
 
 /// 512 MiB of entries: the tables of 256 GiB of guest memory.
 const ENTRIES_MIB: &str = "512";
@@ -28,9 +28,13 @@ const AMD_BENCHES: [(&str, &str, Duration); 2] = [
     ("bench-libvirt", "Hook and daemon beside libvirt", Duration::from_secs(900)),
 ];
 
-/// What to run: without any option all benches.
+/// What to run: without any option all benches but placement's, which takes most of
+/// an hour.
 #[derive(Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Options {
+    #[command(subcommand)]
+    whole: Option<Whole>,
     /// Only these boots of the Intel host.
     #[arg(long, value_name = "NAME", num_args = 1.., value_parser = PossibleValuesParser::new(boots::BENCHES.iter().map(|boot| boot.name)))]
     boot: Vec<String>,
@@ -42,8 +46,19 @@ pub struct Options {
     amd: Vec<String>,
 }
 
+/// Benches with options of their own.
+#[derive(Subcommand)]
+enum Whole {
+    /// ept-virt, DAMON, NUMA balancing and first touch place the memory of the same
+    /// guests with the same DRAM, on the emulated AMD host.
+    Placement(bench_placement::Options),
+}
+
 /// Runs all benches; whether they came to their ends.
 pub fn run(lab: &Lab, options: &Options) -> Result<bool> {
+    if let Some(Whole::Placement(options)) = &options.whole {
+        return bench_placement::run(lab, options);
+    }
     if !options.boot.is_empty() {
         return intel(lab, |boot| options.boot.iter().any(|name| name == boot.name));
     }

@@ -5,6 +5,7 @@ mod amd;
 mod apt;
 mod bench;
 mod bench_hook;
+mod bench_placement;
 mod boots;
 mod cache;
 mod cpio;

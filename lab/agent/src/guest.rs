@@ -23,8 +23,14 @@
 //! | `cpus N`       | `cpus N`: processors up to N are brought up; each new one rewrites a block of its own, and did so once |
 //! | `insmod NAME`  | `insmod NAME`: the kernel module /NAME.ko is loaded  |
 //! | `poweroff`     | `poweroff`, then the guest ends                      |
+//!
+//! With `WORKLOAD=` on the kernel command line it is the guest of the bench of
+//! placement instead: see `guest/placement.rs`.
 
 mod block;
+mod choose;
+pub mod layout;
+mod placement;
 
 use std::ffi::CString;
 use std::fs::File;
@@ -43,6 +49,7 @@ use nix::sys::termios::{LocalFlags, SetArg, tcgetattr, tcsetattr};
 use nix::unistd::Pid;
 
 use block::{Block, Content, PAGE_BYTES};
+pub use choose::hot_block;
 
 /// What `scratch free` leaves to the guest's kernel.
 const KEPT_BYTES: usize = 8 << 20;
@@ -102,6 +109,9 @@ fn run_workload() -> Result<()> {
     // The kernel turns huge pages off in machines below 512 MiB.
     std::fs::write("/sys/kernel/mm/transparent_hugepage/enabled", "madvise")
         .context("turning huge pages on")?;
+    if let Some(name) = placement::wanted() {
+        return placement::run(&name);
+    }
     let mut workload = Workload {
         hot: Block::new("hot", bytes(number_from_env("HOT_MIB", 32)?)?, Content::Distinct)?,
         idle: Block::new("idle", bytes(number_from_env("IDLE_MIB", 64)?)?, Content::Distinct)?,

@@ -31,6 +31,7 @@ fn main() -> Result<()> {
         ["demo"] => scenario::demo(),
         ["bench"] => scenario::bench(),
         ["bench-libvirt"] => scenario::bench_libvirt(),
+        ["bench-placement", words @ ..] => scenario::bench_placement(words),
         ["example"] => scenario::example(),
         ["second-host"] => scenario::become_second(),
         ["microvm", host, names @ ..] => microvm_tests(host, names),
@@ -38,7 +39,7 @@ fn main() -> Result<()> {
         ["microvm-owner", words @ ..] => microvm::owner(words),
         ["microvm-child"] => microvm::child(),
         other => bail!(
-            "usage: lab-agent guest|init-micro|scenario NAME...|demo|bench|bench-libvirt|example|microvm HOST [TEST...] (got {other:?})"
+            "usage: lab-agent guest|init-micro|scenario NAME...|demo|bench|bench-libvirt|bench-placement WORKLOAD MEMORY CONTESTANT...|example|microvm HOST [TEST...] (got {other:?})"
         ),
     }
 }

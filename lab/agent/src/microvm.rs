@@ -36,7 +36,7 @@ mod notifier;
 mod pattern;
 mod place;
 mod places;
-mod random;
+pub mod random;
 mod reclaim;
 mod rights;
 mod sampling;

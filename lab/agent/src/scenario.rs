@@ -5,6 +5,7 @@
 mod bad_paths;
 mod bench;
 mod bench_libvirt;
+mod bench_placement;
 mod boot;
 mod console;
 mod daemon;
@@ -47,6 +48,7 @@ use crate::report::{self, Outcome};
 
 pub use bench::run as bench;
 pub use bench_libvirt::run as bench_libvirt;
+pub use bench_placement::run as bench_placement;
 pub use demo::{example, run as demo};
 pub use hook_calls::{NAME as RECORDER, record};
 pub use second_host::become_second;

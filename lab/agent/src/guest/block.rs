@@ -56,6 +56,13 @@ impl Block {
     /// Maps and fills a block, aligned to 2 MiB and made of huge pages where
     /// the kernel has them, so that it lies in few runs of guest frames.
     pub fn new(name: &'static str, bytes: usize, content: Content) -> Result<Self> {
+        let block = Self { content, ..Self::plain(name, bytes)? };
+        block.fill();
+        Ok(block)
+    }
+
+    /// As [`Block::new`], of zeros: it has no content to be verified.
+    pub fn plain(name: &'static str, bytes: usize) -> Result<Self> {
         let length = NonZeroUsize::new(bytes + HUGE_BYTES).with_context(|| format!("block {name}"))?;
         // SAFETY: a fresh anonymous mapping at an address of the kernel's choice.
         let map = unsafe {
@@ -73,9 +80,22 @@ impl Block {
         // SAFETY: `bytes` zeroed, aligned bytes that are never unmapped and that
         // only these atomics refer to.
         let words = unsafe { std::slice::from_raw_parts(start.as_ptr().cast::<AtomicU64>(), bytes / 8) };
-        let block = Self { name, content, words };
-        block.fill();
-        Ok(block)
+        for page in words.chunks_exact(WORDS_PER_PAGE) {
+            page[0].store(0, Ordering::Relaxed);
+        }
+        Ok(Self { name, content: Content::Twins, words })
+    }
+
+    /// All of its memory.
+    pub fn words(&self) -> &'static [AtomicU64] {
+        self.words
+    }
+
+    /// Whether a line of a page holds what was written; any number names a line.
+    pub fn is_line_good(&self, page: usize, line: usize) -> bool {
+        let line = line % (WORDS_PER_PAGE / CONTENT_STRIDE);
+        let word = &self.words[page * WORDS_PER_PAGE + line * CONTENT_STRIDE];
+        word.load(Ordering::Relaxed) == self.content.word(page, line)
     }
 
     /// Length in pages.

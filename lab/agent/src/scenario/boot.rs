@@ -26,7 +26,7 @@ pub fn guest_runs_under_kvm() -> Result<Outcome> {
 }
 
 /// Exits of all vCPUs of a process's VM.
-fn kvm_exits(pid: i32) -> Result<u64> {
+pub fn kvm_exits(pid: i32) -> Result<u64> {
     let debugfs = Path::new("/sys/kernel/debug/kvm");
     let mut exits = 0;
     for entry in fs::read_dir(debugfs).context("reading KVM's debugfs folder")? {

@@ -60,8 +60,18 @@ impl Console {
 
     /// Waits until the workload runs; where its blocks lie.
     pub fn wait_ready(&mut self) -> Result<Truth> {
-        let lines = self.read_until("ready", READY_TIMEOUT)?;
-        Truth::parse(&lines)
+        Truth::parse(&self.wait_started("ready")?)
+    }
+
+    /// Waits until the workload has come so far after the machine's start that it says
+    /// `last`; what it said until then.
+    pub fn wait_started(&mut self, last: &str) -> Result<Vec<String>> {
+        self.read_until(last, READY_TIMEOUT)
+    }
+
+    /// Sends a command and does not wait for it to be obeyed.
+    pub fn send(&mut self, command: &str) -> Result<()> {
+        writeln!(self.stream, "{command}").with_context(|| format!("writing to the console of {}", self.name))
     }
 
     /// Has the workload obey a command; its answer up to the line `last`.

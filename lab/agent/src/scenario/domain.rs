@@ -56,6 +56,8 @@ pub struct DomainSpec {
     /// Memory that can be added and taken away again while it runs, for which it has
     /// ACPI as well.
     pub room_mib: u32,
+    /// More words for the guest's kernel command line.
+    pub words: String,
 }
 
 impl Default for DomainSpec {
@@ -72,6 +74,7 @@ impl Default for DomainSpec {
             spare_cpus: 0,
             balloon: false,
             room_mib: 0,
+            words: String::new(),
         }
     }
 }
@@ -113,11 +116,21 @@ pub struct Domain {
 impl DomainSpec {
     /// Defines and starts the domain, and returns at once.
     pub fn start(&self) -> Result<Domain> {
+        self.start_with(&[])
+    }
+
+    /// As [`DomainSpec::start`], with its processors halted: [`Domain::resume`]. It
+    /// has touched none of its memory.
+    pub fn start_paused(&self) -> Result<Domain> {
+        self.start_with(&["--paused"])
+    }
+
+    fn start_with(&self, options: &[&str]) -> Result<Domain> {
         let path = format!("/run/{}.xml", self.name);
         fs::write(&path, self.xml()).with_context(|| format!("writing {path}"))?;
         Console::clear(self.name)?;
         virsh(&["define", &path])?;
-        virsh(&["start", self.name])?;
+        virsh(&[&["start", self.name], options].concat())?;
         Ok(Domain { name: self.name, console: Console::connect(self.name)? })
     }
 
@@ -159,7 +172,7 @@ impl DomainSpec {
         });
         let metadata =
             self.policy.as_ref().map_or(String::new(), |policy| format!("<metadata>{policy}</metadata>"));
-        let Self { name, hot_mib, idle_mib, .. } = self;
+        let Self { name, hot_mib, idle_mib, words, .. } = self;
         let (acpi, features) = match self.spare_cpus + self.room_mib {
             0 => ("acpi=off", ""),
             _ => ("", "<features><acpi/></features>"),
@@ -180,7 +193,7 @@ impl DomainSpec {
     <kernel>{PAYLOAD}/vmlinuz</kernel>
     <initrd>{PAYLOAD}/guest.cpio</initrd>
     <cmdline>console=ttyS0 loglevel=1 nokaslr mitigations=off tsc=reliable no_timer_check \
-{acpi} {online} panic=-1 HOT_MIB={hot_mib} IDLE_MIB={idle_mib} -- guest</cmdline>
+{acpi} {online} panic=-1 HOT_MIB={hot_mib} IDLE_MIB={idle_mib} {words} -- guest</cmdline>
   </os>
   {features}
   {cpu}
@@ -214,6 +227,11 @@ impl Domain {
     /// See [`Console::check_data`].
     pub fn check_data(&mut self) -> Result<()> {
         self.console.check_data()
+    }
+
+    /// Lets its processors run.
+    pub fn resume(&self) -> Result<()> {
+        virsh(&["resume", self.name]).map(drop)
     }
 
     /// The process id of its QEMU.
