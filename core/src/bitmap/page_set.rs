@@ -24,7 +24,8 @@ enum Chunk {
     #[default]
     None,
     All,
-    Some(Box<Words>),
+    /// The words, and the number of ones among them, so that nobody has to look for it.
+    Some(Box<Words>, u32),
 }
 
 impl Chunk {
@@ -32,7 +33,7 @@ impl Chunk {
         match self {
             Chunk::None => 0,
             Chunk::All => !0,
-            Chunk::Some(words) => words[index],
+            Chunk::Some(words, _) => words[index],
         }
     }
 
@@ -40,7 +41,7 @@ impl Chunk {
         match self {
             Chunk::None => [0; CHUNK_WORDS],
             Chunk::All => [!0; CHUNK_WORDS],
-            Chunk::Some(words) => **words,
+            Chunk::Some(words, _) => **words,
         }
     }
 
@@ -50,12 +51,19 @@ impl Chunk {
             *self = Chunk::None;
         } else if words.iter().all(|word| *word == !0) {
             *self = Chunk::All;
-        } else if let Chunk::Some(own) = self {
-            **own = *words;
+        } else if let Chunk::Some(own, ones) = self {
+            // Mostly nothing has changed, and comparing costs less than counting.
+            if **own != *words {
+                (**own, *ones) = (*words, count_ones(words));
+            }
         } else {
-            *self = Chunk::Some(Box::new(*words));
+            *self = Chunk::Some(Box::new(*words), count_ones(words));
         }
     }
+}
+
+fn count_ones(words: &Words) -> u32 {
+    words.iter().map(|word| word.count_ones()).sum()
 }
 
 impl PageSet {
@@ -79,7 +87,7 @@ impl PageSet {
         let count = |chunk: &Chunk| match chunk {
             Chunk::None => 0,
             Chunk::All => (CHUNK_WORDS * WORD_BITS) as u64,
-            Chunk::Some(words) => super::count(&words[..]),
+            Chunk::Some(_, ones) => u64::from(*ones),
         };
         self.chunks.iter().map(count).sum()
     }
@@ -185,7 +193,7 @@ mod tests {
         set.fill(0..3 * 4096, true);
         assert!(set.chunks.iter().all(|chunk| *chunk == Chunk::All));
         set.fill(5000..5001, false);
-        assert!(matches!(set.chunks[1], Chunk::Some(_)));
+        assert!(matches!(set.chunks[1], Chunk::Some(..)));
         set.update(64..words_for(PAGES), |_, _| !0);
         assert_eq!(set.chunks[1], Chunk::All);
     }
