@@ -578,6 +578,7 @@ impl Guest {
 
     fn account(&mut self, outcome: &MoveOutcome, target: Place, now: Duration) {
         lock(&self.memory).record_moves(outcome, target, now);
+        self.tell_held();
         self.refused.add(outcome);
         let (tried, moved) = match target {
             Place::Slow => (&mut self.totals.demote_tried_bytes, &mut self.totals.demoted_bytes),

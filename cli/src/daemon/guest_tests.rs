@@ -215,7 +215,6 @@ impl Test {
                 Pace::Wait(time) => at += time,
             }
         }
-        self.guest.tell_held();
         status
     }
 
@@ -876,6 +875,28 @@ fn guests_share_the_host_s_dram_by_weight() {
     drop(gone);
     use_for(&mut tests, 20);
     assert_eq!(pages_held(&tests), [100]);
+}
+
+#[test]
+fn what_has_moved_is_known_to_the_others_at_once() {
+    let mut slow = weighing(100, 0);
+    slow.policy.migration.bandwidth = BytesPerSecond(4 * PAGE_BYTES);
+    let mut tests = beside_each_other(120, vec![slow, weighing(100, 0)]);
+    use_for(&mut tests, 5);
+    let fair_of_the_other = |tests: &mut [Test]| {
+        let now = tests[1].now + Duration::from_secs(60);
+        tests[1].now = now;
+        tests[1].guest.claim(now);
+        tests[1].guest.budget_status().unwrap().fair_bytes
+    };
+    let before = (pages_held(&tests)[0], fair_of_the_other(&mut tests));
+    tests[0].world().touch(0..20);
+    let now = tests[0].now + Duration::from_secs(2);
+    tests[0].guest.round(now).unwrap();
+    let mut moves = tests[0].guest.plan(now, ROUND);
+    tests[0].guest.move_some(&mut moves, now, &AtomicBool::new(false)).unwrap();
+    assert!(pages_held(&tests)[0] < before.0, "some has moved, and the round has not ended");
+    assert_eq!(fair_of_the_other(&mut tests), before.1);
 }
 
 #[test]

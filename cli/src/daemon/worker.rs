@@ -385,7 +385,6 @@ impl Run {
         self.plan_cost = thread_time().saturating_sub(before);
         self.publish();
         self.move_until(*next)?;
-        self.guest.tell_held();
         self.publish();
         Ok(())
     }

@@ -72,8 +72,9 @@ impl Guest {
         self.share.grant = seat.claim(&self.orders.tiers.fast, claim, now);
     }
 
-    /// Lets the others know what the guest holds after its moves.
-    pub fn tell_held(&self) {
+    /// Lets the others know what the guest holds, with each move: free memory shows it
+    /// at once, and what is counted twice or not at all others would have to give or get.
+    pub(super) fn tell_held(&self) {
         if let Some(seat) = &self.share.seat {
             seat.holds(Bytes::of_pages(lock(&self.memory).places().fast));
         }
