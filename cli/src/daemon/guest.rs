@@ -88,24 +88,61 @@ impl Orders {
 }
 
 /// What is left to move in a round.
+///
+/// Both directions take turns: DRAM is never much emptier than it is to be, nor fuller,
+/// however long the bandwidth makes a round's moves last, and whatever is refused.
 #[derive(Debug, Default)]
 pub struct Moves {
     demote: Vec<MoveUnit>,
     promote: Vec<MoveUnit>,
-    /// Units done, first of `demote` and then of `promote`.
-    done: usize,
+    /// Units tried of each.
+    demoted: usize,
+    promoted: usize,
+    /// Bytes that may be promoted before more are demoted; below zero, so many have to
+    /// be demoted first.
+    room: i64,
 }
 
 impl Moves {
+    /// Moves after which DRAM holds what it is to hold.
+    fn new(demote: Vec<MoveUnit>, promote: Vec<MoveUnit>) -> Self {
+        let bytes = |units: &[MoveUnit]| i64::try_from(units.iter().map(unit_bytes).sum::<u64>());
+        let room = bytes(&promote).unwrap_or(i64::MAX) - bytes(&demote).unwrap_or(i64::MAX);
+        Moves { demote, promote, demoted: 0, promoted: 0, room }
+    }
+
     /// Units that move in one direction at once: at most `bytes`, but one at least.
     fn slice(&self, bytes: u64) -> (Place, &[MoveUnit]) {
-        let (target, rest) = match self.demote.get(self.done..) {
-            Some(rest) if !rest.is_empty() => (Place::Slow, rest),
-            _ => (Place::Fast, self.promote.get(self.done - self.demote.len()..).unwrap_or_default()),
-        };
-        let count = fitting(batch(rest), bytes).len().max(1);
-        (target, rest.get(..count).unwrap_or(rest))
+        let next = |units, done| first(from(units, done), bytes);
+        let (go, come) = (next(&self.demote, self.demoted), next(&self.promote, self.promoted));
+        let fits = fitting(come, u64::try_from(self.room).unwrap_or(0));
+        match go.is_empty() || !come.is_empty() && fits.len() == come.len() {
+            true => (Place::Fast, fits),
+            false => (Place::Slow, go),
+        }
     }
+
+    /// Takes note that so many units were tried, and so many bytes moved.
+    fn done(&mut self, target: Place, tried: usize, moved_bytes: u64) {
+        let moved = i64::try_from(moved_bytes).unwrap_or(i64::MAX);
+        if target == Place::Slow {
+            self.demoted += tried;
+            self.room = self.room.saturating_add(moved);
+        } else {
+            self.promoted += tried;
+            self.room = self.room.saturating_sub(moved);
+        }
+    }
+}
+
+fn from(units: &[MoveUnit], done: usize) -> &[MoveUnit] {
+    units.get(done..).unwrap_or_default()
+}
+
+/// The first units of a batch: at most `bytes`, but one at least.
+fn first(units: &[MoveUnit], bytes: u64) -> &[MoveUnit] {
+    let count = fitting(batch(units), bytes).len().max(1);
+    units.get(..count).unwrap_or(units)
 }
 
 /// Keeps the first units, up to so many bytes.
@@ -533,7 +570,7 @@ impl Guest {
         }
         // Without the room that the demotions were to make, nothing comes.
         let promote = if self.slow_is_full { Vec::new() } else { plan.promote };
-        Moves { demote: plan.demote, promote, done: 0 }
+        Moves::new(plan.demote, promote)
     }
 
     /// Moves as much as the bandwidth allows at once.
@@ -568,7 +605,7 @@ impl Guest {
         } else if outcome.moved_bytes() > 0 {
             full.succeed();
         }
-        moves.done += tried;
+        moves.done(place, tried, outcome.moved_bytes());
         if outcome.units.iter().any(|(_, result)| *result == Err(Refused::NotPermitted)) {
             self.forbidden_until = Some(now + HOLD);
             return Ok(Pace::Done);
