@@ -125,8 +125,7 @@ impl Printer {
 
 /// The sample, with what the slots tell about its address.
 pub fn entry(sample: &Sample, first: Duration, slots: &[MemSlot]) -> Entry {
-    let slot =
-        slots.iter().find(|slot| (slot.gfn_start..slot.gfn_start + slot.page_count).contains(&sample.gfn));
+    let slot = slots.iter().find(|slot| slot.frames().contains(&sample.gfn));
     Entry {
         seconds: sample.time.saturating_sub(first).as_secs_f64(),
         vcpu: sample.vcpu,

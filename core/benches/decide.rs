@@ -175,7 +175,7 @@ fn many_guests(scattered: bool) {
         // The end of each guest's own round: a pass over its heat.
         let started = Cpu::now();
         for (memory, used) in &mut guests {
-            used.observe(memory.used(), ROUND, PARAMS.half_life);
+            used.observe(memory.classes().used(), ROUND, PARAMS.half_life);
         }
         let looked = started.elapsed() / GUESTS as u32;
         let started = Cpu::now();

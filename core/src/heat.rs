@@ -48,6 +48,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use crate::bitmap::{self, WORD_BITS};
+use crate::units::Bytes;
 use crate::wire::Class;
 
 pub use histogram::Histogram;
@@ -122,6 +123,13 @@ pub struct ClassCounts {
     pub warm: u64,
     /// [`Class::Cold`].
     pub cold: u64,
+}
+
+impl ClassCounts {
+    /// What looks used: all that is not cold.
+    pub fn used(&self) -> Bytes {
+        Bytes::of_pages(self.hot + self.warm)
+    }
 }
 
 impl HeatMap {
@@ -405,6 +413,11 @@ fn put_off(cells: &mut [[u16; WORD_BITS]], pending: &mut [u64], accessed: &[u64]
         *pending |= word;
         bitmap::ones(word).for_each(|bit| block[bit] |= IDLE_COUNT);
     }
+}
+
+/// [`HeatMap::variance`] of the map with most pages; 0 without any.
+pub fn variance_of_most<'a>(maps: impl Iterator<Item = &'a HeatMap>) -> f64 {
+    maps.max_by_key(|map| map.pages()).map_or(0.0, HeatMap::variance)
 }
 
 /// For how long a page that was accessed all the time must not have been accessed to

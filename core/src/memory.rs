@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use crate::bitmap::{self, PageSet};
 use crate::heat::store::SlotRange;
-use crate::heat::{ClassCounts, HeatMap, HeatParams, Round, Surprise};
+use crate::heat::{self, ClassCounts, HeatMap, HeatParams, Round, Surprise};
 use crate::migrate::{MoveOutcome, Refused};
 use crate::plan::{self, MoveUnit, PlaceCounts, PlaceMap, Plan, PlanInput, Recent, SlotView};
 use crate::policy::Excluded;
@@ -78,10 +78,6 @@ impl Slot {
         SlotView { hva: info.hva, heat, place, held: holds.held(), recent }
     }
 
-    fn range(&self) -> SlotRange {
-        SlotRange { gfn_start: self.info.gfn_start, page_count: self.info.page_count }
-    }
-
     fn covers(&self, other: &MemSlot) -> bool {
         let key = |slot: &MemSlot| (slot.gfn_start, slot.page_count, slot.hva);
         key(&self.info) == key(other)
@@ -114,8 +110,6 @@ pub struct GuestMemory {
     surprise: Surprise,
     /// Rounds since the start, or since the guest turned to other pages.
     settled_for: u32,
-    /// Times that it did.
-    shifts: u64,
     /// Pages that may move for little gain.
     trickle: f64,
     /// The variance of temperatures by which all was put right last.
@@ -136,7 +130,6 @@ impl GuestMemory {
             surveyed: false,
             surprise: Surprise::default(),
             settled_for: 0,
-            shifts: 0,
             trickle: 0.0,
             passed_at: f64::INFINITY,
         }
@@ -179,8 +172,8 @@ impl GuestMemory {
     /// Frames that are excluded and of which none is memory.
     pub fn excluded_in_vain(&self) -> impl Iterator<Item = &Range<u64>> {
         let is_memory = |frames: &&Range<u64>| {
-            let end = |info: &MemSlot| info.gfn_start + info.page_count;
-            self.infos().any(|info| info.gfn_start < frames.end && frames.start < end(info))
+            let mut slots = self.infos().map(MemSlot::frames);
+            slots.any(|own| own.start < frames.end && frames.start < own.end)
         };
         self.excluded.frames.iter().filter(move |frames| !is_memory(frames))
     }
@@ -298,7 +291,6 @@ impl GuestMemory {
         if surprise.is_shift() {
             self.slots.iter_mut().for_each(|slot| slot.heat.restart());
             self.settled_for = 0;
-            self.shifts += 1;
         }
     }
 
@@ -307,20 +299,14 @@ impl GuestMemory {
         self.settled_for <= SETTLING_ROUNDS
     }
 
-    /// How often the guest turned to other pages since the start.
-    pub fn shifts(&self) -> u64 {
-        self.shifts
-    }
-
     /// All heat, in pages of the highest temperature.
     fn heat(&self) -> f64 {
         self.slots.iter().map(|slot| slot.warmth).sum()
     }
 
-    /// How uncertain most temperatures are: see [`HeatMap::variance`].
+    /// How uncertain most temperatures are.
     fn variance(&self) -> f64 {
-        let largest = self.slots.iter().max_by_key(|slot| slot.heat.pages());
-        largest.map_or(0.0, |slot| slot.heat.variance())
+        heat::variance_of_most(self.slots.iter().map(|slot| &slot.heat))
     }
 
     /// What to move: see [`PlanInput`]. A plan that is carried out is to be told to
@@ -357,7 +343,7 @@ impl GuestMemory {
     pub fn recall(&mut self, heat: Vec<(SlotRange, Vec<u16>)>) -> usize {
         let mut found = 0;
         for (range, cells) in heat {
-            if let Some(slot) = self.slots.iter_mut().find(|slot| slot.range() == range) {
+            if let Some(slot) = self.slots.iter_mut().find(|slot| SlotRange::from(&slot.info) == range) {
                 slot.heat = HeatMap::from_cells(slot.info.page_count as usize, self.params, cells);
                 slot.observed = true;
                 found += 1;
@@ -372,14 +358,16 @@ impl GuestMemory {
         for slot in &mut self.slots {
             self.surprise += slot.heat.settle();
         }
-        self.slots.iter().map(Slot::range).collect()
+        self.slots.iter().map(|slot| SlotRange::from(&slot.info)).collect()
     }
 
     /// Copies the heat of some pages, as far as the slot goes; whether it is
     /// still there.
     pub fn copy_cells(&self, range: &SlotRange, pages: Range<usize>, out: &mut Vec<u16>) -> bool {
         out.clear();
-        let Some(slot) = self.slots.iter().find(|slot| slot.range() == *range) else { return false };
+        let Some(slot) = self.slots.iter().find(|slot| SlotRange::from(&slot.info) == *range) else {
+            return false;
+        };
         let cells = slot.heat.cells();
         let end = pages.end.min(cells.len());
         out.extend_from_slice(cells.get(pages.start..end).unwrap_or_default());
@@ -402,12 +390,6 @@ impl GuestMemory {
         self.slots.iter().map(|slot| slot.heat.class_counts()).fold(ClassCounts::default(), |sum, slot| {
             ClassCounts { hot: sum.hot + slot.hot, warm: sum.warm + slot.warm, cold: sum.cold + slot.cold }
         })
-    }
-
-    /// Memory that looks used: what is not cold.
-    pub fn used(&self) -> Bytes {
-        let classes = self.classes();
-        Bytes::of_pages(classes.hot + classes.warm)
     }
 
     /// Whether the place of every page has been looked at once.
@@ -501,9 +483,14 @@ impl GuestMemory {
         self.slots.iter_mut().for_each(|slot| slot.holds.release(now));
     }
 
+    /// The last slot that begins at a frame or before it; the frame may lie behind it.
+    fn slot_from(&self, gfn: u64) -> Option<usize> {
+        self.slots.partition_point(|slot| slot.info.gfn_start <= gfn).checked_sub(1)
+    }
+
     fn locate(&mut self, unit: &MoveUnit) -> Option<(&mut Slot, Range<usize>)> {
-        let after = self.slots.partition_point(|slot| slot.info.gfn_start <= unit.gfn);
-        let slot = self.slots.get_mut(after.checked_sub(1)?)?;
+        let index = self.slot_from(unit.gfn)?;
+        let slot = self.slots.get_mut(index)?;
         let start = (unit.gfn - slot.info.gfn_start) as usize;
         Some((slot, start..start + unit.pages as usize))
     }

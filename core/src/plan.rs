@@ -29,12 +29,13 @@ mod view;
 use std::iter::Peekable;
 use std::time::Duration;
 
-use crate::heat::MAX_TEMPERATURE;
+use crate::heat::{self, MAX_TEMPERATURE};
 use crate::units::{Bytes, BytesPerSecond, PAGE_BYTES, PAGES_PER_2M, Share};
 
 use candidates::{Candidate, Candidates};
 use gap::Gap;
 pub use place::{PlaceCounts, PlaceMap};
+use potential::Potential;
 pub use recent::{LOOKBACK_ROUNDS, Recent, Times};
 pub use view::{SlotView, map_runs, strip};
 
@@ -149,15 +150,17 @@ pub fn plan(input: &PlanInput<'_>) -> Plan {
         quota -= freed + unit.pages();
         exchanges.push(Exchange { victims, unit });
     }
-    let trickles = !input.settling && {
-        let largest = input.slots.iter().max_by_key(|slot| slot.place.pages());
-        let variance = largest.map_or(0.0, |slot| slot.heat.variance());
-        let pages: u64 = input.slots.iter().map(|slot| slot.place.pages() as u64).sum();
-        let heat = input.heat.max(LEAST_HEAT * pages as f64);
-        candidates.potential.gain(gap.sure(), variance) < WORTH_MOVING * heat
-    };
+    let trickles = !exchanges.is_empty() && !input.settling && wins_little(input, candidates.potential, gap);
     plan.add(exchanges, trickles.then_some(input.trickle_pages));
     plan
+}
+
+/// Whether all exchanges that there could be are together not worth their moves.
+fn wins_little(input: &PlanInput<'_>, potential: Potential, gap: Gap) -> bool {
+    let variance = heat::variance_of_most(input.slots.iter().map(|slot| slot.heat));
+    let pages: u64 = input.slots.iter().map(|slot| slot.place.pages() as u64).sum();
+    let heat = input.heat.max(LEAST_HEAT * pages as f64);
+    potential.gain(gap.sure(), variance) < WORTH_MOVING * heat
 }
 
 /// A unit that comes, and those that go for it.

@@ -8,6 +8,7 @@
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 
 use nix::libc;
@@ -148,6 +149,13 @@ pub struct MemSlot {
     pub read_only: bool,
     /// Dirty logging is on: a migration or a display wants the dirty bits.
     pub dirty_log: bool,
+}
+
+impl MemSlot {
+    /// Its guest frame numbers.
+    pub fn frames(&self) -> Range<u64> {
+        self.gfn_start..self.gfn_start + self.page_count
+    }
 }
 
 /// Largest mapping within 2 MiB of guest-physical space.

@@ -121,19 +121,18 @@ pub struct NodeMemory {
 
 /// Reads the memory of `node` of the host whose sysfs is at `sys`.
 pub fn node_memory(sys: &Path, node: u32) -> Result<NodeMemory, TopologyError> {
-    let text = MemInfo::read(sys, node)?;
-    Ok(NodeMemory { total_bytes: text.bytes("MemTotal:")?, free_bytes: text.bytes("MemFree:")? })
+    MemInfo::read(sys, node)?.memory()
 }
 
-/// Bytes of `node` that hold what the kernel drops when the memory is needed: pages
+/// As [`node_memory`], and from the same look bytes of the node that hold what the kernel drops when the memory is needed: pages
 /// of files, and slabs that it can take back. What MemAvailable counts beside free
 /// memory, without its allowance of a watermark for what of it is in use
 /// (si_mem_available() in mm/show_mem.c). All of it, so that a page cache that grows
 /// takes nothing away from free memory and this together.
-pub fn node_reclaimable(sys: &Path, node: u32) -> Result<u64, TopologyError> {
+pub fn node_memory_and_reclaimable(sys: &Path, node: u32) -> Result<(NodeMemory, u64), TopologyError> {
     let text = MemInfo::read(sys, node)?;
     let of_files = text.bytes("Active(file):")?.saturating_add(text.bytes("Inactive(file):")?);
-    Ok(of_files.saturating_add(text.bytes("SReclaimable:")?))
+    Ok((text.memory()?, of_files.saturating_add(text.bytes("SReclaimable:")?)))
 }
 
 /// The file `meminfo` of a node.
@@ -146,6 +145,10 @@ impl MemInfo {
     fn read(sys: &Path, node: u32) -> Result<Self, TopologyError> {
         let path = sys.join(format!("devices/system/node/node{node}/meminfo"));
         Ok(Self { text: read(&path)?, path })
+    }
+
+    fn memory(&self) -> Result<NodeMemory, TopologyError> {
+        Ok(NodeMemory { total_bytes: self.bytes("MemTotal:")?, free_bytes: self.bytes("MemFree:")? })
     }
 
     fn bytes(&self, name: &'static str) -> Result<u64, TopologyError> {

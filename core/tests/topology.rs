@@ -4,8 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use ept_virt_core::topology::{
-    Latencies, NodeMemory, NodeSet, NumaBalancing, Tiers, node_memory, node_reclaimable, numa_balancing,
-    reclaims,
+    Latencies, NodeMemory, NodeSet, NumaBalancing, Tiers, node_memory, node_memory_and_reclaimable,
+    numa_balancing, reclaims,
 };
 
 fn host(name: &str) -> PathBuf {
@@ -85,7 +85,7 @@ fn memory_of_a_node_is_in_bytes() {
 #[test]
 fn what_the_kernel_caches_counts_as_reclaimable() {
     let sys = host("hmat").join("sys");
-    assert_eq!(node_reclaimable(&sys, 0).unwrap(), (41_208 + 80_124 + 8_012) * 1024);
+    assert_eq!(node_memory_and_reclaimable(&sys, 0).unwrap().1, (41_208 + 80_124 + 8_012) * 1024);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::time::Duration;
 use ept_virt_core::budget::{Claim, Grant, settle};
 use ept_virt_core::migrate::SharedBucket;
 use ept_virt_core::policy::HostLimits;
-use ept_virt_core::topology::{NodeMemory, NodeSet, TopologyError, node_memory, node_reclaimable};
+use ept_virt_core::topology::{NodeMemory, NodeSet, TopologyError, node_memory_and_reclaimable};
 use ept_virt_core::units::{Bytes, Share};
 use log::warn;
 
@@ -57,8 +57,7 @@ pub struct Seat {
 impl Budget {
     /// The budget of the host whose sysfs is at `sys`.
     pub fn new(limits: HostLimits, sys: PathBuf) -> Self {
-        let look = move |node| Ok((node_memory(&sys, node)?, node_reclaimable(&sys, node)?));
-        Self::with(limits, Box::new(look))
+        Self::with(limits, Box::new(move |node| node_memory_and_reclaimable(&sys, node)))
     }
 
     /// The budget of a host whose nodes `look` tells of.

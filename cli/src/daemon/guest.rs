@@ -2,6 +2,7 @@
 //! The rounds of one guest: harvest, judge, move. No thread and no clock of its
 //! own, so that tests drive it with a fake sampler and a fake mover.
 
+mod moves;
 mod share;
 
 use std::ops::Range;
@@ -10,10 +11,10 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ept_virt_core::heat::store::SlotRange;
-use ept_virt_core::heat::{self, COLD_BELOW, HOT_FROM};
+use ept_virt_core::heat::{self, COLD_BELOW, ClassCounts, HOT_FROM};
 use ept_virt_core::memory::{GuestMemory, Staying};
 use ept_virt_core::migrate::{
-    Backoff, MoveOutcome, Mover, ProcessGone, Refused, RefusedBytes, TokenBucket, batch, fitting, unit_bytes,
+    Backoff, MoveOutcome, Mover, ProcessGone, Refused, RefusedBytes, TokenBucket, unit_bytes,
 };
 use ept_virt_core::plan::{MoveUnit, quota_pages};
 use ept_virt_core::policy::{Excluded, Mode, Policy};
@@ -28,6 +29,8 @@ use super::slowdown::Watch;
 use super::state::lock;
 use super::tap::Tap;
 
+pub use moves::Moves;
+use moves::keep_bytes;
 use share::Share;
 
 /// How long nothing is moved after the kernel forbade it.
@@ -81,73 +84,24 @@ pub struct Orders {
 }
 
 impl Orders {
+    /// What a policy asks for on these tiers; nothing is in its way.
+    pub fn new(policy: Policy, tiers: Tiers) -> Self {
+        Self {
+            policy,
+            tiers,
+            obstacle: None,
+            excluded: Excluded::default(),
+            latencies: None,
+            suspended: false,
+            current_memory: None,
+            keep_young: false,
+        }
+    }
+
     /// Whether pages are to be moved.
     pub fn place(&self) -> bool {
         self.policy.mode == Mode::Place && self.obstacle.is_none()
     }
-}
-
-/// What is left to move in a round.
-///
-/// Both directions take turns: DRAM is never much emptier than it is to be, nor fuller,
-/// however long the bandwidth makes a round's moves last, and whatever is refused.
-#[derive(Debug, Default)]
-pub struct Moves {
-    demote: Vec<MoveUnit>,
-    promote: Vec<MoveUnit>,
-    /// Units tried of each.
-    demoted: usize,
-    promoted: usize,
-    /// Bytes that may be promoted before more are demoted; below zero, so many have to
-    /// be demoted first.
-    room: i64,
-}
-
-impl Moves {
-    /// Moves after which DRAM holds what it is to hold.
-    fn new(demote: Vec<MoveUnit>, promote: Vec<MoveUnit>) -> Self {
-        let bytes = |units: &[MoveUnit]| i64::try_from(units.iter().map(unit_bytes).sum::<u64>());
-        let room = bytes(&promote).unwrap_or(i64::MAX) - bytes(&demote).unwrap_or(i64::MAX);
-        Moves { demote, promote, demoted: 0, promoted: 0, room }
-    }
-
-    /// Units that move in one direction at once: at most `bytes`, but one at least.
-    fn slice(&self, bytes: u64) -> (Place, &[MoveUnit]) {
-        let next = |units, done| first(from(units, done), bytes);
-        let (go, come) = (next(&self.demote, self.demoted), next(&self.promote, self.promoted));
-        let fits = fitting(come, u64::try_from(self.room).unwrap_or(0));
-        match go.is_empty() || !come.is_empty() && fits.len() == come.len() {
-            true => (Place::Fast, fits),
-            false => (Place::Slow, go),
-        }
-    }
-
-    /// Takes note that so many units were tried, and so many bytes moved.
-    fn done(&mut self, target: Place, tried: usize, moved_bytes: u64) {
-        let moved = i64::try_from(moved_bytes).unwrap_or(i64::MAX);
-        if target == Place::Slow {
-            self.demoted += tried;
-            self.room = self.room.saturating_add(moved);
-        } else {
-            self.promoted += tried;
-            self.room = self.room.saturating_sub(moved);
-        }
-    }
-}
-
-fn from(units: &[MoveUnit], done: usize) -> &[MoveUnit] {
-    units.get(done..).unwrap_or_default()
-}
-
-/// The first units of a batch: at most `bytes`, but one at least.
-fn first(units: &[MoveUnit], bytes: u64) -> &[MoveUnit] {
-    let count = fitting(batch(units), bytes).len().max(1);
-    units.get(..count).unwrap_or(units)
-}
-
-/// Keeps the first units, up to so many bytes.
-fn keep_bytes(units: &mut Vec<MoveUnit>, bytes: u64) {
-    units.truncate(fitting(units, bytes).len());
 }
 
 /// How moving goes on.
@@ -301,8 +255,7 @@ impl Guest {
         let (generation, infos) = self.sampler.memslots()?;
         let mut memory = lock(&self.memory);
         memory.adopt(generation, infos);
-        let range = |slot: &MemSlot| SlotRange { gfn_start: slot.gfn_start, page_count: slot.page_count };
-        Ok(memory.slots().map(|(_, slot)| range(slot)).collect())
+        Ok(memory.slots().map(|(_, slot)| SlotRange::from(slot)).collect())
     }
 
     /// Goes on with heat from before this daemon, whose last round was at
@@ -378,12 +331,13 @@ impl Guest {
             let Orders { policy, latencies, .. } = &self.orders;
             watch.round(policy, latencies.as_ref(), &lock(&self.memory), &sampled, elapsed, now);
         }
+        let classes = lock(&self.memory).classes();
         if let Some(elapsed) = elapsed {
-            self.observe_use(elapsed);
+            self.observe_use(classes.used(), elapsed);
         }
         self.harvested_at = Some(self.suspended_since.unwrap_or(now));
         self.rounds += 1;
-        Ok(self.round_status(&stats, elapsed, started))
+        Ok(self.round_status(&stats, &classes, elapsed, started))
     }
 
     /// What was sampled since the last round counts in the heat by its kind.
@@ -396,9 +350,15 @@ impl Guest {
         round
     }
 
-    fn round_status(&self, stats: &HarvestStats, elapsed: Option<Duration>, started: Instant) -> RoundStatus {
+    fn round_status(
+        &self,
+        stats: &HarvestStats,
+        classes: &ClassCounts,
+        elapsed: Option<Duration>,
+        started: Instant,
+    ) -> RoundStatus {
         let memory = lock(&self.memory);
-        let (classes, places) = (memory.classes(), memory.places());
+        let places = memory.places();
         let half_life = self.orders.policy.half_life;
         let age = |temperature| heat::age(temperature, half_life).as_millis() as u64;
         let bytes = |pages: u64| Bytes::of_pages(pages).0;

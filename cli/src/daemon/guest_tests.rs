@@ -170,17 +170,7 @@ fn orders(mode: Mode) -> Orders {
     };
     let tiers =
         Tiers { fast: NodeSet::from_iter([FAST]), slow: NodeSet::from_iter([SLOW]), from: "test".into() };
-    let excluded = Excluded::default();
-    Orders {
-        policy,
-        tiers,
-        obstacle: None,
-        excluded,
-        latencies: None,
-        suspended: false,
-        current_memory: None,
-        keep_young: false,
-    }
+    Orders::new(policy, tiers)
 }
 
 impl Test {
@@ -962,50 +952,4 @@ fn what_a_plan_left_is_moved_until_the_next_or_until_nothing_may_move() {
     let logged = test.rounds(2, 0..20).slow_bytes / PAGE_BYTES;
     test.rounds(4, 0..20);
     assert!(test.world().on(SLOW).len() as u64 <= logged, "nothing moves while writes are logged");
-}
-
-fn units(gfns: Range<u64>) -> Vec<MoveUnit> {
-    gfns.map(|gfn| MoveUnit { gfn, hva: gfn * PAGE_BYTES, pages: 1 }).collect()
-}
-
-/// Carries out what is planned, two pages at a time, of which `moves` says how many of
-/// a direction move; which way how many pages went, and by how many DRAM changed.
-fn carry_out(mut moves: Moves, moved: impl Fn(Place) -> u64) -> (Vec<(Place, usize)>, Vec<i64>) {
-    let (mut turns, mut dram, mut balance) = (Vec::new(), 0, Vec::new());
-    loop {
-        let (place, count) = {
-            let (place, units) = moves.slice(2 * PAGE_BYTES);
-            (place, units.len())
-        };
-        if count == 0 {
-            return (turns, balance);
-        }
-        let pages = moved(place).min(count as u64);
-        moves.done(place, count, pages * PAGE_BYTES);
-        dram += if place == Place::Slow { -(pages as i64) } else { pages as i64 };
-        turns.push((place, count));
-        balance.push(dram);
-    }
-}
-
-#[test]
-fn both_directions_take_turns() {
-    use Place::{Fast, Slow};
-    // Three too many, and five to exchange.
-    let (turns, balance) = carry_out(Moves::new(units(0..8), units(100..105)), |_| 2);
-    let expected = [(Slow, 2), (Slow, 2), (Slow, 2), (Fast, 2), (Slow, 2), (Fast, 2), (Fast, 1)];
-    assert_eq!((turns.as_slice(), balance.last()), (expected.as_slice(), Some(&-3)));
-    assert!(balance.iter().all(|pages| *pages >= -6));
-    // Room for three, before two have to go.
-    let (turns, balance) = carry_out(Moves::new(units(0..2), units(100..105)), |_| 2);
-    assert_eq!(turns, [(Fast, 2), (Slow, 2), (Fast, 2), (Fast, 1)]);
-    assert_eq!(balance, [2, 0, 2, 3]);
-    // What does not go makes no room.
-    let refusing = |place| if place == Slow { 1 } else { 2 };
-    let (_, balance) = carry_out(Moves::new(units(0..6), units(100..106)), refusing);
-    assert!(balance.iter().all(|pages| *pages <= 0), "{balance:?}");
-    assert_eq!(
-        carry_out(Moves::new(units(0..4), units(100..104)), |place| u64::from(place != Slow)).1,
-        [0, 0]
-    );
 }

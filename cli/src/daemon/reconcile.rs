@@ -386,18 +386,8 @@ fn pins(xml: &str) -> Option<String> {
 fn orders(policy: &Policy, host: &Tiers) -> Orders {
     let (tiers, obstacle) = policy.tiers(host);
     let obstacle = obstacle.map(|obstacle| format!("nothing is moved: {obstacle}"));
-    let excluded = Excluded::default();
     let latencies = policy.dram.max_slowdown.map(|_| Latencies::detect(Path::new("/sys"), &tiers));
-    Orders {
-        policy: policy.clone(),
-        tiers,
-        obstacle,
-        excluded,
-        latencies,
-        suspended: false,
-        current_memory: None,
-        keep_young: false,
-    }
+    Orders { obstacle, latencies, ..Orders::new(policy.clone(), tiers) }
 }
 
 #[cfg(test)]

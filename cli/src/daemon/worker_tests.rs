@@ -5,7 +5,7 @@ use std::process::{Child, Command};
 
 use ept_virt_core::migrate::MoveOutcome;
 use ept_virt_core::plan::MoveUnit;
-use ept_virt_core::policy::{Excluded, HostLimits, Policy};
+use ept_virt_core::policy::{HostLimits, Policy};
 use ept_virt_core::sampler::{EntryFormat, Harvest, HarvestRequest, MemSlot, ModuleInfo};
 use ept_virt_core::topology::{NodeSet, Tiers};
 
@@ -112,17 +112,7 @@ impl Mover for NoMemory {
 fn orders(interval: Duration) -> Orders {
     let mut policy = Policy::default();
     policy.sampling.interval = Some(interval);
-    let (tiers, excluded) = (Tiers::default(), Excluded::default());
-    Orders {
-        policy,
-        tiers,
-        obstacle: None,
-        excluded,
-        latencies: None,
-        suspended: false,
-        current_memory: None,
-        keep_young: false,
-    }
+    Orders::new(policy, Tiers::default())
 }
 
 /// A claim beside those of real daemons.

@@ -27,6 +27,7 @@ use crc32fast::Hasher;
 use serde::{Deserialize, Serialize};
 
 use crate::process::ProcessIdentity;
+use crate::sampler::MemSlot;
 
 /// What a file begins with.
 pub const MAGIC: [u8; 8] = *b"EPTHEAT\x01";
@@ -58,6 +59,12 @@ pub struct SlotRange {
     pub gfn_start: u64,
     /// Length in 4 KiB pages.
     pub page_count: u64,
+}
+
+impl From<&MemSlot> for SlotRange {
+    fn from(slot: &MemSlot) -> Self {
+        Self { gfn_start: slot.gfn_start, page_count: slot.page_count }
+    }
 }
 
 /// Why a file can not be used.

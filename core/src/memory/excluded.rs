@@ -17,8 +17,9 @@ use crate::units::{PAGE_BYTES, PAGES_PER_2M};
 /// slots lie: in order, none overlap.
 pub(super) fn blocks<'a>(slots: impl Iterator<Item = &'a MemSlot>, frames: &[Range<u64>]) -> Vec<Range<u64>> {
     let of_slot = |slot: &MemSlot| {
-        let (gfn, end, first) = (slot.gfn_start, slot.gfn_start + slot.page_count, slot.hva / PAGE_BYTES);
-        let inside = frames.iter().map(move |range| range.start.max(gfn)..range.end.min(end));
+        let (own, first) = (slot.frames(), slot.hva / PAGE_BYTES);
+        let gfn = own.start;
+        let inside = frames.iter().map(move |range| range.start.max(own.start)..range.end.min(own.end));
         let inside = inside.filter(|range| range.start < range.end);
         inside.map(move |range| {
             let address = |frame: u64| first + (frame - gfn);

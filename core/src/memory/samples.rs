@@ -2,6 +2,8 @@
 //! What samples tell of a guest's memory, and what is asked of it for the slow-down
 //! guard.
 
+use std::ops::Range;
+
 use crate::bitmap;
 use crate::sampler::Level;
 use crate::slowdown::SlowBits;
@@ -56,8 +58,7 @@ impl GuestMemory {
     /// How many of these frames lie on the slow tier.
     pub fn count_slow(&self, frames: impl Iterator<Item = u64>) -> u64 {
         let is_slow = |gfn: &u64| {
-            let after = self.slots.partition_point(|slot| slot.info.gfn_start <= *gfn);
-            let slot = after.checked_sub(1).and_then(|index| self.slots.get(index));
+            let slot = self.slot_from(*gfn).and_then(|index| self.slots.get(index));
             slot.is_some_and(|slot| slot.place.place((gfn - slot.info.gfn_start) as usize) == Place::Slow)
         };
         frames.filter(is_slow).count() as u64
@@ -73,8 +74,7 @@ impl GuestMemory {
     /// a page, the size of its mapping, and how much the access weighs.
     pub fn weigh(&mut self, samples: impl Iterator<Item = (u64, Level, u32)>) {
         for (gfn, level, weight) in samples {
-            let after = self.slots.partition_point(|slot| slot.info.gfn_start <= gfn);
-            let slot = after.checked_sub(1).and_then(|index| self.slots.get_mut(index));
+            let slot = self.slot_from(gfn).and_then(|index| self.slots.get_mut(index));
             // Of a slot that was never harvested nothing counts yet.
             let Some(slot) = slot.filter(|slot| slot.observed) else { continue };
             let pages = match level {
@@ -82,7 +82,7 @@ impl GuestMemory {
                 Level::Huge2M => PAGES_PER_2M,
                 Level::Huge1G => PAGES_PER_1G,
             };
-            let (first, end) = (slot.info.gfn_start, slot.info.gfn_start + slot.info.page_count);
+            let Range { start: first, end } = slot.info.frames();
             if gfn < end {
                 let mapping = gfn / pages * pages;
                 let start = mapping.max(first) - first;

@@ -54,7 +54,7 @@ impl Engine {
     pub(super) fn end_round(&mut self, elapsed: Option<Duration>) {
         self.memory.end_round(elapsed);
         if let Some(elapsed) = elapsed {
-            self.working_set.observe(self.memory.used(), elapsed, self.policy.half_life);
+            self.working_set.observe(self.memory.classes().used(), elapsed, self.policy.half_life);
         }
     }
 

@@ -48,8 +48,7 @@ impl Guest {
     }
 
     /// Takes in what looks used at the end of a round.
-    pub(super) fn observe_use(&mut self, elapsed: Duration) {
-        let used = lock(&self.memory).used();
+    pub(super) fn observe_use(&mut self, used: Bytes, elapsed: Duration) {
         self.share.working_set.observe(used, elapsed, self.orders.policy.half_life);
     }
 
