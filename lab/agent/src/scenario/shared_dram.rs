@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use ept_virt_core::topology::{node_memory, node_reclaimable};
+use ept_virt_core::topology::node_memory_and_reclaimable;
 use ept_virt_core::wire::DomainStatus;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -54,9 +54,8 @@ impl Config {
     /// So much DRAM is to stay free that of what the guests hold [`SHARED`] is left:
     /// guests give back until seven eighths of it are free.
     fn with_shortage(daemon: &Daemon, held: u64) -> Result<Self> {
-        let sys = Path::new("/sys");
-        let node = node_memory(sys, FAST)?;
-        let free = node.free_bytes + node_reclaimable(sys, FAST)? + held.saturating_sub(SHARED);
+        let (node, reclaimable) = node_memory_and_reclaimable(Path::new("/sys"), FAST)?;
+        let free = node.free_bytes + reclaimable + held.saturating_sub(SHARED);
         let hundredths = free * 8 / 7 * 10_000 / node.total_bytes;
         ensure!(hundredths <= 10_000, "too much of node {FAST} is free: {node:?}");
         let text = format!("[host]\ndram-reserve = \"{}.{:02}%\"\n", hundredths / 100, hundredths % 100);

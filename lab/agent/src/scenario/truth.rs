@@ -4,8 +4,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::ops::Range;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use ept_virt_core::wire::{Class, MapRun, MemoryMap};
 
 const PAGE_BYTES: u64 = 4096;
@@ -38,19 +39,10 @@ impl Truth {
     /// Reads the lines `frames BLOCK GFN PAGES`.
     pub fn parse(lines: &[String]) -> Result<Self> {
         let mut truth = Self::default();
-        for line in lines {
-            let words: Vec<&str> = line.split_whitespace().collect();
-            let ["frames", block, start, pages] = words.as_slice() else {
-                continue;
-            };
-            let start = u64::from_str_radix(start, 16).with_context(|| line.clone())?;
-            let pages = u64::from_str_radix(pages, 16).with_context(|| line.clone())?;
-            if start == 0 {
-                bail!("the guest does not know its frames: {line}");
-            }
-            match *block {
-                "hot" => truth.hot.extend(start..start + pages),
-                "idle" => truth.idle.extend(start..start + pages),
+        for (block, frames) in frames(lines)? {
+            match block {
+                "hot" => truth.hot.extend(frames),
+                "idle" => truth.idle.extend(frames),
                 other => bail!("the guest speaks of a block {other:?}"),
             }
         }
@@ -59,6 +51,20 @@ impl Truth {
         }
         Ok(truth)
     }
+}
+
+/// The guest's lines `frames BLOCK GFN PAGES`: names of blocks, and frames of each.
+pub fn frames(lines: &[String]) -> Result<Vec<(&str, Range<u64>)>> {
+    let mut found = Vec::new();
+    for line in lines {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let ["frames", block, start, pages] = words.as_slice() else { continue };
+        let start = u64::from_str_radix(start, 16).with_context(|| line.clone())?;
+        let pages = u64::from_str_radix(pages, 16).with_context(|| line.clone())?;
+        ensure!(start != 0, "the guest does not know its frames: {line}");
+        found.push((*block, start..start + pages));
+    }
+    Ok(found)
 }
 
 /// Compares what the map calls hot with the true hot pages. With `unit` pages

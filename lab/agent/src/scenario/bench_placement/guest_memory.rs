@@ -3,19 +3,18 @@
 //! QEMU, and how often each was accessed, by the guest's own counts.
 
 use std::fs::{self, File};
-use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use ept_virt_core::bitmap;
-use ept_virt_core::process::{Process, find_vm_fd};
 use ept_virt_core::sampler::{Harvest, HarvestRequest, KernelSampler, MemSlot, Sampler};
 use ept_virt_core::topology::NodeSet;
 
 use super::host_memory::Span;
 use crate::guest::layout::{COUNTERS_WORD, Header, MAGIC};
+use crate::scenario::hammer::attach;
 use crate::scenario::truth;
 
 const PAGE_BYTES: u64 = 4096;
@@ -84,15 +83,10 @@ impl GuestMemory {
         self.slots = attach(self.pid)?.memslots()?.1;
         self.slots.retain(|slot| !slot.read_only && slot.gfn_start + slot.page_count <= self.pages);
         let mut tables = Vec::new();
-        for line in lines {
-            let words: Vec<&str> = line.split_whitespace().collect();
-            let ["frames", name, start, count] = words.as_slice() else { continue };
-            let start = u64::from_str_radix(start, 16).with_context(|| line.clone())?;
-            let count = u64::from_str_radix(count, 16).with_context(|| line.clone())?;
-            ensure!(start != 0, "the guest does not know its frames: {line}");
-            match *name {
-                "block" => self.block.extend(start..start + count),
-                "tables" => tables.extend(start..start + count),
+        for (name, frames) in truth::frames(lines)? {
+            match name {
+                "block" => self.block.extend(frames),
+                "tables" => tables.extend(frames),
                 other => bail!("the guest speaks of a block {other:?}"),
             }
         }
@@ -222,17 +216,13 @@ impl GuestMemory {
     }
 
     fn hva(&self, gfn: u64) -> Result<u64> {
-        let holds = |slot: &&MemSlot| (slot.gfn_start..slot.gfn_start + slot.page_count).contains(&gfn);
-        let slot = self.slots.iter().find(holds).with_context(|| format!("frame {gfn:x} is in no slot"))?;
+        let slot = self
+            .slots
+            .iter()
+            .find(|slot| slot.frames().contains(&gfn))
+            .with_context(|| format!("frame {gfn:x} is in no slot"))?;
         Ok(slot.hva + (gfn - slot.gfn_start) * PAGE_BYTES)
     }
-}
-
-fn attach(pid: i32) -> Result<KernelSampler> {
-    let process = Process::open(pid)?;
-    let mut sampler = KernelSampler::open()?;
-    sampler.attach(find_vm_fd(&process)?.as_fd())?;
-    Ok(sampler)
 }
 
 /// Reads a small file whole.
