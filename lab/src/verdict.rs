@@ -119,10 +119,16 @@ impl<'a> Tally<'a> {
         self.results.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The closing line.
+    /// What failed, again, each in a line as one looks for it at the end; then the
+    /// counts.
     pub fn closing(&self) -> String {
+        let mut failed = String::new();
+        for result in self.results().iter().filter(|result| result.verdict == Verdict::Fail) {
+            let reason = result.detail.lines().next().unwrap_or_default();
+            failed += &format!("FAIL {} {reason}\n", result.name);
+        }
         format!(
-            "{} passed, {} failed, {} skipped",
+            "{failed}{} passed, {} failed, {} skipped",
             self.count(Verdict::Pass),
             self.count(Verdict::Fail),
             self.count(Verdict::Skip)
@@ -175,6 +181,7 @@ pub fn collect(
     let started = Instant::now();
     let mut well = true;
     let mut follower = Follower::new(wire);
+    let mut last = String::from("before its first test");
     let reason = loop {
         // Looked at before the wire is read: what it wrote last is then there.
         let ended = child.try_wait()?;
@@ -185,6 +192,7 @@ pub fn collect(
                     tally.add(result);
                 }
                 Some(Line::Done) => return Ok(well),
+                None if line.starts_with("running ") => last = line,
                 None => {}
             }
         }
@@ -200,7 +208,7 @@ pub fn collect(
     let result = TestResult {
         name: what.into(),
         verdict: Verdict::Fail,
-        detail: format!("{reason}\nwire:\n{}\nconsole:\n{}", log_tail(wire), log_tail(console)),
+        detail: format!("{reason}, {last}\nwire:\n{}\nconsole:\n{}", log_tail(wire), log_tail(console)),
         ms: started.elapsed().as_millis() as u64,
     };
     tally.add(result);

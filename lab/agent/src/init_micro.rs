@@ -9,14 +9,14 @@
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::kmod::{ModuleInitFlags, finit_module};
 use nix::mount::{MsFlags, mount};
 
-use crate::microvm;
 use crate::report::judge;
+use crate::{microvm, stuck};
 
 /// The file of one module per line, in the order of loading. Parameters stand on
 /// the kernel command line, as `MODULE.PARAMETER=VALUE`.
@@ -25,6 +25,8 @@ const DEBUG_PORT: u64 = 0xE9;
 /// Bochs ends when it reads the word "Shutdown" here; QEMU, told to watch this
 /// port, at the first letter.
 const SHUTDOWN_PORT: u64 = 0x8900;
+/// No test takes half as long, on a busy machine either.
+const TEST_LIMIT: Duration = Duration::from_secs(270);
 
 /// Sets the machine up, runs the tests and ends the machine. Comes back only
 /// when the machine can not be ended.
@@ -37,6 +39,11 @@ pub fn run() -> Result<()> {
         Ok(()) => run_tests(&wire, host, &requested_tests(&cmdline))?,
         Err(error) => wire.line(&judge(host, || Err(error)).line())?,
     }
+    end(&wire)
+}
+
+/// Says that this was all, and ends the machine.
+fn end(wire: &Wire) -> Result<()> {
     wire.line("EPT-DONE")?;
     wire.put(SHUTDOWN_PORT, b"Shutdown")?;
     bail!("the machine went on after it was told to stop at port {SHUTDOWN_PORT:#x}")
@@ -55,7 +62,15 @@ fn run_tests(wire: &Wire, host: &str, tests: &[&str]) -> Result<()> {
     for test in tests {
         let name = format!("{host}/{test}");
         wire.line(&format!("running {name}"))?;
-        wire.line(&judge(&name, || microvm::run(test)).line())?;
+        // A test that hangs holds what the next ones need: it is the last.
+        let tell = |why: String| {
+            let told = wire.line(&judge(&name, || bail!("{why}")).line()).and_then(|()| end(wire));
+            if let Err(error) = told {
+                eprintln!("{error:#}");
+            }
+        };
+        let verdict = stuck::watch(TEST_LIMIT, tell, || judge(&name, || microvm::run(test)));
+        wire.line(&verdict.line())?;
     }
     Ok(())
 }

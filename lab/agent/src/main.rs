@@ -7,6 +7,7 @@ mod kernel_log;
 mod microvm;
 mod report;
 mod scenario;
+mod stuck;
 
 use std::path::Path;
 
