@@ -197,7 +197,12 @@ fn round(page: &mut Page, memory: u64, round: &RoundStatus) {
         Some(bytes) => format!("{} written since last cleaned", Bytes(bytes)),
         None => "what was written is not known on this host".into(),
     };
-    page.field("accessed", &format!("{accessed} in the last round of {}; {written}", short(interval)));
+    let watched = Duration::from_micros(round.watched_us);
+    let time = match watched.is_zero() || watched >= interval {
+        true => format!("the last round of {}", short(interval)),
+        false => format!("the last {} of a round of {}", short(watched), short(interval)),
+    };
+    page.field("accessed", &format!("{accessed} in {time}; {written}"));
     if !round.back_end.is_empty() {
         page.field("back end", &round.back_end);
     }

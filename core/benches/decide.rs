@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use ept_virt_core::bitmap;
 use ept_virt_core::budget::{Claim, settle};
-use ept_virt_core::heat::{HeatMap, HeatParams};
+use ept_virt_core::heat::{HeatMap, HeatParams, Span};
 use ept_virt_core::memory::GuestMemory;
 use ept_virt_core::policy::Policy;
 use ept_virt_core::sampler::{Harvest, Level, MemSlot};
@@ -232,11 +232,11 @@ impl Fake {
             let pages = start..(start + Self::PART_PAGES).min(self.pages);
             self.make_up(pages.clone());
             let started = Cpu::now();
-            memory.observe_part(0, pages, &self.harvest, elapsed);
+            memory.observe_part(0, pages, &self.harvest, elapsed.map(Span::from));
             taken += started.elapsed();
         }
         let started = Cpu::now();
-        memory.end_round(elapsed);
+        memory.end_round(elapsed.map(Span::from));
         taken + started.elapsed()
     }
 

@@ -44,7 +44,7 @@ pub mod store;
 mod summary;
 mod surprise;
 
-use std::ops::Range;
+use std::ops::{AddAssign, Range};
 use std::time::Duration;
 
 use crate::bitmap::{self, WORD_BITS};
@@ -83,6 +83,29 @@ pub struct HeatParams {
     pub delay: Duration,
 }
 
+/// The time that a round is of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Span {
+    /// Since the round before: by as much temperatures decay.
+    pub elapsed: Duration,
+    /// Of it, the last part, in which accesses were seen.
+    pub watched: Duration,
+}
+
+impl From<Duration> for Span {
+    /// All of it was watched.
+    fn from(elapsed: Duration) -> Self {
+        Span { elapsed, watched: elapsed }
+    }
+}
+
+impl AddAssign for Span {
+    fn add_assign(&mut self, other: Self) {
+        self.elapsed = self.elapsed.saturating_add(other.elapsed);
+        self.watched = self.watched.saturating_add(other.watched);
+    }
+}
+
 /// Temperature of every page of one memory slot, by its index in the slot.
 #[derive(Clone, Debug)]
 pub struct HeatMap {
@@ -94,14 +117,15 @@ pub struct HeatMap {
     /// Accesses that the temperature does not know yet; empty until needed.
     pending: Vec<u64>,
     /// Time that the temperature does not know yet.
-    pending_time: Duration,
+    pending_span: Span,
     /// Time since the idle counts went down, less than half a delay.
     since_countdown: Duration,
     /// How long a past the temperatures know, in seconds; what is beyond
     /// [`HeatMap::span_s`] makes no difference.
     past_s: f64,
-    /// Length of the last step, in seconds.
+    /// Length of the last step, in seconds, and how long of it was watched.
     last_step_s: f64,
+    last_watched_s: f64,
     /// See [`HeatMap::variance`].
     variance: f64,
     /// Sampled in the round that the next step ends.
@@ -141,10 +165,11 @@ impl HeatMap {
             pages,
             cells: vec![IDLE_COUNT; bitmap::words_for(pages) * WORD_BITS],
             pending: Vec::new(),
-            pending_time: Duration::ZERO,
+            pending_span: Span::default(),
             since_countdown: Duration::ZERO,
             past_s: 0.0,
             last_step_s: 0.0,
+            last_watched_s: 0.0,
             variance: 1.0,
             sampled: samples::Sampled::default(),
             raised: samples::Sampled::default(),
@@ -179,7 +204,7 @@ impl HeatMap {
 
     /// Steps the temperatures by rounds that were put off, if there are any.
     pub fn settle(&mut self) -> Surprise {
-        match self.pending_time.is_zero() {
+        match self.pending_span.elapsed.is_zero() {
             true => Surprise::default(),
             false => self.step_pending(),
         }
@@ -192,12 +217,14 @@ impl HeatMap {
             return;
         }
         self.past_s = self.last_step_s / 2.0;
+        self.mean_step_s = self.last_watched_s;
         self.variance = 1.0;
     }
 
-    /// The length of the steps that temperatures are made of, weighted as they are: the
-    /// time in which a page is accessed with the chance that its temperature tells. It is
-    /// longer than a round where rounds were put off; zero before the first step.
+    /// How long each of the steps that temperatures are made of was watched, weighted as
+    /// they are: the time in which a page is accessed with the chance that its temperature
+    /// tells. It is longer than a round where rounds were put off; zero before the first
+    /// step.
     pub fn mean_step(&self) -> Duration {
         Duration::try_from_secs_f64(self.mean_step_s).unwrap_or_default()
     }
@@ -220,21 +247,21 @@ impl HeatMap {
     /// before. Missing words are zero, surplus ones ignored. Says what was not
     /// expected of it: nothing, when the temperatures are stepped later.
     pub fn step(&mut self, accessed: &[u64], dt: Duration) -> Surprise {
-        let mut round = self.begin(dt);
+        let mut round = self.begin(dt.into());
         self.part(&mut round, 0..usize::MAX, accessed);
         self.end(round)
     }
 
     /// Begins to take in a round, part by part: what [`HeatMap::step`] does at once.
-    pub fn begin(&mut self, dt: Duration) -> Round {
-        if self.is_too_short(dt) {
+    pub fn begin(&mut self, span: Span) -> Round {
+        if self.is_too_short(span.elapsed) {
             self.pending.resize(self.cells.len() / WORD_BITS, 0);
             let (sums, surprise) = (Sums::default(), Surprise::default());
-            return Round { step: None, keep: 1.0, dt, sums, surprise };
+            return Round { step: None, keep: 1.0, span, sums, surprise };
         }
         // Accesses of short rounds must not count for this long one.
         let surprise = self.settle();
-        Round { surprise, ..self.start(dt) }
+        Round { surprise, ..self.start(span) }
     }
 
     /// Takes in the pages of the words `words` of a bitmap, which `accessed` has from
@@ -259,8 +286,8 @@ impl HeatMap {
             let surprise = self.finish(&round);
             return round.surprise.and(surprise);
         }
-        self.pending_time = self.pending_time.saturating_add(round.dt);
-        match self.is_too_short(self.pending_time) {
+        self.pending_span += round.span;
+        match self.is_too_short(self.pending_span.elapsed) {
             true => Surprise::default(),
             false => self.step_pending(),
         }
@@ -344,8 +371,8 @@ impl HeatMap {
     /// Steps the temperatures by the rounds that were put off.
     fn step_pending(&mut self) -> Surprise {
         let mut pending = std::mem::take(&mut self.pending);
-        let time = std::mem::take(&mut self.pending_time);
-        let mut round = self.start(time);
+        let span = std::mem::take(&mut self.pending_span);
+        let mut round = self.start(span);
         // What was sampled since is of the round that comes.
         let sampled = std::mem::take(&mut self.sampled);
         self.part(&mut round, 0..usize::MAX, &pending);
@@ -355,11 +382,11 @@ impl HeatMap {
         self.finish(&round)
     }
 
-    /// A step of the temperatures after `dt`.
-    fn start(&mut self, dt: Duration) -> Round {
-        let keep = self.keep(dt);
-        let step = Some(Step::new(keep, self.countdown(dt)));
-        Round { step, keep, dt, sums: Sums::default(), surprise: Surprise::default() }
+    /// A step of the temperatures after a time.
+    fn start(&mut self, span: Span) -> Round {
+        let keep = self.keep(span.elapsed);
+        let step = Some(Step::new(keep, self.countdown(span.elapsed)));
+        Round { step, keep, span, sums: Sums::default(), surprise: Surprise::default() }
     }
 
     /// Takes note that all cells were stepped.
@@ -368,12 +395,13 @@ impl HeatMap {
             std::mem::take(&mut self.raised).raise(&mut self.cells, step.gain());
         }
         let surprise = round.sums.surprise(self.variance);
-        self.past_s += round.dt.as_secs_f64();
-        self.last_step_s = round.dt.as_secs_f64();
+        self.past_s += round.span.elapsed.as_secs_f64();
+        self.last_step_s = round.span.elapsed.as_secs_f64();
         let gain = 1.0 - round.keep;
+        self.last_watched_s = round.span.watched.as_secs_f64();
         // Nothing is known of the steps of a heat that came from elsewhere.
-        let before_s = if self.mean_step_s > 0.0 { self.mean_step_s } else { self.last_step_s };
-        self.mean_step_s = round.keep * before_s + gain * self.last_step_s;
+        let before_s = if self.mean_step_s > 0.0 { self.mean_step_s } else { self.last_watched_s };
+        self.mean_step_s = round.keep * before_s + gain * self.last_watched_s;
         // The last is what it comes to when all rounds are as long as this one.
         let variance = round.keep * round.keep * self.variance + gain * gain;
         self.variance = variance.max(gain / (1.0 + round.keep));
@@ -399,7 +427,7 @@ pub struct Round {
     /// None: the round is too short, and put off.
     step: Option<Step>,
     keep: f64,
-    dt: Duration,
+    span: Span,
     sums: Sums,
     /// Of rounds that were put off, and are stepped now.
     surprise: Surprise,
@@ -415,9 +443,15 @@ fn put_off(cells: &mut [[u16; WORD_BITS]], pending: &mut [u64], accessed: &[u64]
     }
 }
 
-/// [`HeatMap::variance`] of the map with most pages; 0 without any.
-pub fn variance_of_most<'a>(maps: impl Iterator<Item = &'a HeatMap>) -> f64 {
-    maps.max_by_key(|map| map.pages()).map_or(0.0, HeatMap::variance)
+/// The map with most pages, which stands for all where one must.
+pub fn most_pages<'a>(maps: impl Iterator<Item = &'a HeatMap>) -> Option<&'a HeatMap> {
+    maps.max_by_key(|map| map.pages())
+}
+
+/// The shortest step that is not put off, once the past is long: rounded up.
+pub fn finest_step(half_life: Duration) -> Duration {
+    let half_lives = -(1.0 - 1.0 / FINEST_STEP).log2();
+    half_life.mul_f64(half_lives) + Duration::from_millis(1)
 }
 
 /// For how long a page that was accessed all the time must not have been accessed to

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use crate::bitmap::{self, PageSet};
 use crate::heat::store::SlotRange;
-use crate::heat::{self, ClassCounts, HeatMap, HeatParams, Round, Surprise};
+use crate::heat::{self, ClassCounts, HeatMap, HeatParams, Round, Span, Surprise};
 use crate::migrate::{MoveOutcome, Refused};
 use crate::plan::{self, MoveUnit, PlaceCounts, PlaceMap, Plan, PlanInput, Recent, SlotView};
 use crate::policy::Excluded;
@@ -33,6 +33,10 @@ const SETTLING_ROUNDS: u32 = 8;
 /// Part of the memory that may move in a minute for little gain, both directions
 /// together: 1/1200.
 const TRICKLE_PER_MINUTE: f64 = 1.0 / 1200.0;
+
+/// A part of the time in which a guest was watched, from which on less is a new look:
+/// windows that follow the guest change by less.
+const CLOSER: u32 = 4;
 
 /// Minutes for which that is saved up, so that seldom rounds lose none of it.
 const TRICKLE_MINUTES: f64 = 10.0;
@@ -239,27 +243,21 @@ impl GuestMemory {
     /// Takes in the harvest of the whole slot `index`: see [`GuestMemory::observe_part`].
     pub fn observe(&mut self, index: usize, harvest: &Harvest, elapsed: Option<Duration>) {
         let pages = self.slots.get(index).map_or(0, |slot| slot.info.page_count as usize);
-        self.observe_part(index, 0..pages, harvest, elapsed);
+        self.observe_part(index, 0..pages, harvest, elapsed.map(Span::from));
     }
 
     /// Takes in the harvest of some pages of the slot `index`, from one on that begins a
     /// word of a bitmap. The parts of a slot come in order, none is left out. Without
-    /// `elapsed`, as in the first round, a harvest says where pages lie but not when
+    /// `span`, as in the first round, a harvest says where pages lie but not when
     /// they were accessed. Nor does the first one of a slot: its bits may be from long
     /// ago.
-    pub fn observe_part(
-        &mut self,
-        index: usize,
-        pages: Range<usize>,
-        harvest: &Harvest,
-        elapsed: Option<Duration>,
-    ) {
+    pub fn observe_part(&mut self, index: usize, pages: Range<usize>, harvest: &Harvest, span: Option<Span>) {
         let Some(slot) = self.slots.get_mut(index) else { return };
         let words = pages.start / bitmap::WORD_BITS..bitmap::words_for(pages.end);
         slot.place.observe_part(pages.clone(), &harvest.mapped, &harvest.on_slow, &harvest.levels);
         slot.mapped.update(words.clone(), |word, _| bitmap::word(&harvest.mapped, word - words.start));
         if pages.start == 0 {
-            slot.round = elapsed.filter(|_| slot.observed).map(|elapsed| slot.heat.begin(elapsed));
+            slot.round = span.filter(|_| slot.observed).map(|span| slot.heat.begin(span));
         }
         if let Some(round) = &mut slot.round {
             slot.heat.part(round, words, &harvest.accessed);
@@ -274,24 +272,31 @@ impl GuestMemory {
         }
     }
 
-    /// Ends a round, after all slots were taken in: `elapsed` since the one before, if
-    /// it counts for the heat.
-    pub fn end_round(&mut self, elapsed: Option<Duration>) {
+    /// Ends a round, after all slots were taken in. Without `span` it does not count for
+    /// the heat.
+    pub fn end_round(&mut self, span: Option<Span>) {
         // Of all slots, also of those whose temperatures are stepped later.
         let heat = self.heat();
         let surprise = Surprise { heat, ..std::mem::take(&mut self.surprise) };
         self.slots.iter_mut().for_each(|slot| slot.recent.next_round());
-        let Some(elapsed) = elapsed else { return };
+        let Some(span) = span else { return };
         let pages = self.bytes().pages() as f64;
-        let gained = pages * TRICKLE_PER_MINUTE * elapsed.as_secs_f64() / 60.0;
+        let gained = pages * TRICKLE_PER_MINUTE * span.elapsed.as_secs_f64() / 60.0;
         // Enough for a huge page to come and one to go, in the end.
         let most = (pages * TRICKLE_PER_MINUTE * TRICKLE_MINUTES).max(2.0 * PAGES_PER_2M as f64);
         self.trickle = (self.trickle + gained).min(most);
         self.settled_for = self.settled_for.saturating_add(1);
-        if surprise.is_shift() {
+        if surprise.is_shift() || self.is_much_closer(span) {
             self.slots.iter_mut().for_each(|slot| slot.heat.restart());
             self.settled_for = 0;
         }
+    }
+
+    /// Whether the guest is watched for a much shorter time than what temperatures are
+    /// made of. In that almost all was accessed, so they tell nothing.
+    fn is_much_closer(&self, span: Span) -> bool {
+        let step = heat::most_pages(self.slots.iter().map(|slot| &slot.heat)).map(HeatMap::mean_step);
+        span.watched < span.elapsed && step.is_some_and(|step| step > span.watched * CLOSER)
     }
 
     /// Whether much of what is known is new.
@@ -306,7 +311,7 @@ impl GuestMemory {
 
     /// How uncertain most temperatures are.
     fn variance(&self) -> f64 {
-        heat::variance_of_most(self.slots.iter().map(|slot| &slot.heat))
+        heat::most_pages(self.slots.iter().map(|slot| &slot.heat)).map_or(0.0, HeatMap::variance)
     }
 
     /// What to move: see [`PlanInput`]. A plan that is carried out is to be told to
@@ -605,7 +610,7 @@ mod tests {
             for start in [0, 4096, 8192] {
                 let pages = start..(start + 4096).min(9000);
                 let harvest = seen(start as u64, pages.len() as u64);
-                parts.observe_part(0, pages, &harvest, elapsed);
+                parts.observe_part(0, pages, &harvest, elapsed.map(Span::from));
             }
             assert!(whole.views()[0].heat.cells() == parts.views()[0].heat.cells());
             assert_eq!(whole.surprise, parts.surprise);

@@ -17,9 +17,22 @@
 //! through them, `young = c * t^b` with `b` from 1/4 to 1. What is young grows
 //! ever more slowly with time, so the law errs towards too short an interval on
 //! the way up. Once the target lies between two rounds, so does the interval.
+//!
+//! # Windows
+//!
+//! Rounds can not be as short as that where they would cost too much, or where no more
+//! than a few pages could move in one: a guest of huge pages, of which one bit stands
+//! for 512, is through with all of them within milliseconds. Then a round is watched for
+//! its last part only, its *window*: accesses are cleared when it begins, and what was
+//! accessed before does not count. A short time tells as much of a page as a long one,
+//! if in neither all is accessed, or nothing.
+//!
+//! While every time that was tried is too long, the next interval is looked at on the
+//! way ([`Pace::looks`]), without clearing: one round tells the whole curve.
 
 use std::time::Duration;
 
+use crate::heat;
 use crate::units::{Bytes, BytesPerSecond, PAGE_BYTES, PAGES_PER_2M, Share};
 
 /// Time to the second round, about which nothing is known yet.
@@ -47,11 +60,24 @@ const CPU_MEMORY: Bytes = Bytes(64 << 30);
 /// An interval in which the target is young to an eighth stays as it is.
 const GOOD_ENOUGH: f64 = 1.125;
 
-/// What the interval changes by in one round, at most.
+/// What the interval changes by in one round, at most; and what a window grows by.
 const LARGEST_CHANGE: f64 = 2.0;
 
-/// A round that is off by more than this shows that the guest does something
-/// else now, and that the rounds before tell nothing.
+/// What a window shrinks by at most: one that is much too short tells nothing.
+const LARGEST_CUT: f64 = 16.0;
+
+/// No window is shorter: waking up in time is not sure to a tenth of this.
+const SHORTEST_WINDOW: Duration = Duration::from_millis(1);
+
+/// The largest part of an interval that is worth a second harvest.
+const WINDOW_DIVISOR: u32 = 2;
+
+/// Looks in an interval, and by how much each is later than the one before.
+const LOOKS: u32 = 3;
+const LOOK_STEP: u32 = 4;
+
+/// Rounds that are off by more than this from each other were not of a guest that did
+/// the same.
 const SURPRISE: f64 = 1.5;
 
 /// Least power of the law: less is a guest that has been through all it uses.
@@ -61,7 +87,10 @@ const LEAST_POWER: f64 = 0.25;
 /// until they tell the power better than the guess of 1, which is always safe.
 const DOUBT: f64 = 0.1;
 
-/// Rounds that the law is drawn through.
+/// Times whose logarithms differ by less tell the same: the latest is remembered.
+const SAME_TIME: f64 = 0.05;
+
+/// Rounds and looks that the law is drawn through.
 const ROUNDS: usize = 6;
 
 /// Where in an interval the rounds of a domain are, from 0 to less than 1: for one
@@ -90,6 +119,10 @@ pub struct Limits {
     /// The part of one CPU that rounds may take for each 64 GiB of memory, and for
     /// less memory all the same.
     pub cpu: Share,
+    /// The interval that the policy asks for, whatever it costs.
+    pub asked: Option<Duration>,
+    /// Whether rounds may be watched in part.
+    pub windows: bool,
 }
 
 impl Limits {
@@ -111,112 +144,189 @@ impl Limits {
                 Duration::from_secs_f64(bytes as f64 / bandwidth as f64).min(longest)
             }
         };
+        if let Some(asked) = self.asked {
+            return (asked, asked);
+        }
         let times = (self.memory.0 as f64 / CPU_MEMORY.0 as f64).max(1.0);
         let part = self.cpu.of(1 << 32) as f64 / (1u64 << 32) as f64 * times;
         let affordable = Duration::try_from_secs_f64(cost.as_secs_f64() / part).unwrap_or(LONGEST);
         let shortest = worth_moving.max(affordable).clamp(SHORTEST, LONGEST);
         (shortest, longest.max(shortest))
     }
+
+    /// The shortest interval of which a part is watched: in a shorter one temperatures
+    /// would not move, and be told what was accessed in one of several windows.
+    fn shortest_with_window(&self) -> Duration {
+        heat::finest_step(self.half_life)
+    }
 }
 
 /// A round that has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Round {
-    /// Time since the one before.
-    pub interval: Duration,
-    /// Bytes accessed in it.
+    /// How long it was watched: since the round before, or for a window.
+    pub watched: Duration,
+    /// Bytes accessed meanwhile.
     pub young: Bytes,
     /// CPU time that harvest, heat and plan took.
     pub cost: Duration,
+    /// Time that the harvest alone took.
+    pub harvest: Duration,
+}
+
+/// When a guest is harvested next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Next {
+    /// Time from this round to the next.
+    pub interval: Duration,
+    /// For how long, up to the next round, it is watched; all the time if none.
+    pub window: Option<Duration>,
+}
+
+/// What [`Pace`] remembers of a time. Nothing has no logarithm: it is taken for a page.
+fn point(watched: Duration, young: Bytes) -> (f64, f64) {
+    (watched.as_secs_f64().ln(), (young.0.max(PAGE_BYTES) as f64).ln())
 }
 
 /// The pace of one guest's rounds.
 #[derive(Clone, Debug)]
 pub struct Pace {
     interval: Duration,
-    /// Logarithms of seconds and of bytes, the latest last.
-    rounds: Vec<(f64, f64)>,
+    /// Logarithms of seconds and of the bytes that were young after them, the latest last.
+    seen: Vec<(f64, f64)>,
     /// Mean of what rounds took; none yet without one.
     cost: Option<Duration>,
+    /// Time that the last harvest took.
+    harvest: Duration,
 }
 
 impl Default for Pace {
     fn default() -> Self {
-        Self { interval: FIRST_INTERVAL, rounds: Vec::with_capacity(ROUNDS + 1), cost: None }
+        Self {
+            interval: FIRST_INTERVAL,
+            seen: Vec::with_capacity(ROUNDS + 1),
+            cost: None,
+            harvest: Duration::ZERO,
+        }
     }
 }
 
 impl Pace {
-    /// Time from the first round to the second.
-    pub fn first(&mut self, limits: &Limits, cost: Duration) -> Duration {
-        self.cost = Some(cost);
+    /// Time from the first round, which took so much CPU time and so long to harvest, to
+    /// the second.
+    pub fn first(&mut self, limits: &Limits, cost: Duration, harvest: Duration) -> Duration {
+        (self.cost, self.harvest) = (Some(cost), harvest);
         let (shortest, longest) = limits.bounds(cost);
-        self.interval = FIRST_INTERVAL.clamp(shortest.min(FIRST_INTERVAL), longest);
+        self.interval = limits.asked.unwrap_or(FIRST_INTERVAL.clamp(shortest.min(FIRST_INTERVAL), longest));
         self.interval
     }
 
-    /// Time from this round to the next.
-    pub fn next(&mut self, round: &Round, limits: &Limits) -> Duration {
+    /// Times after a round at which to look, without clearing, what is young by then.
+    /// None unless that can tell something new. `watched` is how long the next round is.
+    pub fn looks(&self, limits: &Limits, watched: Duration) -> impl Iterator<Item = Duration> {
+        let target = (limits.target().0 as f64).ln();
+        let unknown = limits.windows && self.seen.iter().all(|seen| seen.1 > target);
+        // A look takes as long as a harvest, and should not take much of its own time.
+        let shortest = SHORTEST_WINDOW.max(self.harvest * LOOK_STEP);
+        (0..LOOKS)
+            .map(move |look| watched / LOOK_STEP.pow(LOOKS - look))
+            .filter(move |after| unknown && *after >= shortest)
+    }
+
+    /// Takes in what was young at a look, so long after a round.
+    pub fn looked(&mut self, after: Duration, young: Bytes) {
+        self.learn(point(after, young));
+    }
+
+    /// Time from this round to the next, and how much of that is to be watched.
+    pub fn next(&mut self, round: &Round, limits: &Limits) -> Next {
         // One round that was held up does not change much.
         let cost = self.cost.map_or(round.cost, |mean| (mean * 3 + round.cost) / 4);
-        self.cost = Some(cost);
+        (self.cost, self.harvest) = (Some(cost), round.harvest);
         let now = self.interval.as_secs_f64();
         let (shortest, longest) = limits.bounds(cost);
-        let target = limits.target();
-        let wanted = self.wanted(round, target);
-        let next = match round.young.0 as f64 / target.0 as f64 {
-            share if (1.0 / GOOD_ENOUGH..=GOOD_ENOUGH).contains(&share) => now,
-            _ => wanted,
-        };
-        let next = next.clamp(shortest.as_secs_f64(), longest.as_secs_f64());
+        let wanted = self.wanted(round, limits.target());
+        let next = wanted.clamp(shortest.as_secs_f64(), longest.as_secs_f64());
         let next = next.clamp(now / LARGEST_CHANGE, now * LARGEST_CHANGE);
         self.interval = Duration::from_secs_f64(next).clamp(SHORTEST, LONGEST);
-        self.interval
+        if let Some(asked) = limits.asked {
+            self.interval = asked;
+        }
+        let window = self.window(limits);
+        let least = if window.is_some() { limits.shortest_with_window() } else { Duration::ZERO };
+        Next { interval: self.interval.max(least), window }
+    }
+
+    /// For how long the next round is watched, as far as is known by now; all the time
+    /// if none.
+    pub fn window(&self, limits: &Limits) -> Option<Duration> {
+        let longest = match limits.asked {
+            Some(asked) if asked < limits.shortest_with_window() => return None,
+            _ => self.interval.max(limits.shortest_with_window()) / WINDOW_DIVISOR,
+        };
+        let last = self.seen.last().filter(|_| limits.windows)?;
+        let wanted = self.near(*last, limits.target());
+        // Both harvests of a page are as long apart, but the flush comes after the first.
+        let window = Duration::try_from_secs_f64(wanted).ok()?.max(SHORTEST_WINDOW).max(self.harvest);
+        (window < longest).then_some(window)
     }
 
     /// Seconds in which `target` bytes would have been accessed.
     fn wanted(&mut self, round: &Round, target: Bytes) -> f64 {
-        let idle = f64::from(LONGEST.as_secs() as u32);
-        if round.young.0 == 0 || round.interval.is_zero() {
-            self.rounds.clear();
-            return idle;
+        if round.watched.is_zero() {
+            return LONGEST.as_secs_f64();
         }
-        let seen = (round.interval.as_secs_f64().ln(), (round.young.0 as f64).ln());
-        if self.surprises(seen) {
-            self.rounds.clear();
-        }
-        self.rounds.push(seen);
-        if self.rounds.len() > ROUNDS {
-            self.rounds.remove(0);
-        }
-        let target = (target.0 as f64).ln();
-        let extrapolated = || seen.0 + (target - seen.1) / self.power();
-        self.between(target).unwrap_or_else(extrapolated).exp().min(idle)
+        let seen = point(round.watched, round.young);
+        self.learn(seen);
+        self.near(seen, target)
     }
 
-    /// Where the target is between the longest round that fell short of it and the
+    /// The same, not too far from the time of `seen`.
+    fn near(&self, seen: (f64, f64), target: Bytes) -> f64 {
+        let watched = seen.0.exp();
+        let target = (target.0 as f64).ln();
+        if (seen.1 - target).abs() <= GOOD_ENOUGH.ln() {
+            return watched;
+        }
+        // While all times were too long, the shortest says most.
+        let shortest = self.seen.iter().min_by(|a, b| a.0.total_cmp(&b.0)).copied().unwrap_or(seen);
+        let from = if seen.1 > target { shortest } else { seen };
+        let extrapolated = || from.0 + (target - from.1) / self.power();
+        let wanted = self.between(target).unwrap_or_else(extrapolated).exp().min(LONGEST.as_secs_f64());
+        wanted.clamp(from.0.exp().min(watched) / LARGEST_CUT, watched * LARGEST_CHANGE)
+    }
+
+    /// Where the target is between the longest time that fell short of it and the
     /// shortest that did not. The law would swing about it, coming from times in
     /// which all was young.
     fn between(&self, target: f64) -> Option<f64> {
         let by_time = |a: &&(f64, f64), b: &&(f64, f64)| a.0.total_cmp(&b.0);
-        let below = self.rounds.iter().filter(|seen| seen.1 < target).max_by(by_time)?;
-        let above = self.rounds.iter().filter(|seen| seen.1 >= target).min_by(by_time)?;
+        let below = self.seen.iter().filter(|seen| seen.1 < target).max_by(by_time)?;
+        let above = self.seen.iter().filter(|seen| seen.1 >= target).min_by(by_time)?;
         let part = (target - below.1) / (above.1 - below.1);
         (below.0 < above.0).then_some(below.0 + part * (above.0 - below.0))
     }
 
-    fn surprises(&self, seen: (f64, f64)) -> bool {
-        let Some(last) = self.rounds.last() else { return false };
-        let expected = last.1 + (seen.0 - last.0) * self.power();
-        (seen.1 - expected).abs() > SURPRISE.ln()
+    /// Goes on with this, and with what else may be true of the same guest: what is
+    /// young grows with time, and no faster than it.
+    fn learn(&mut self, seen: (f64, f64)) {
+        self.seen.retain(|earlier| {
+            let (short, long) = if earlier.0 < seen.0 { (*earlier, seen) } else { (seen, *earlier) };
+            let (grown, later) = (long.1 - short.1, long.0 - short.0);
+            later > SAME_TIME && (-SURPRISE.ln()..=later + SURPRISE.ln()).contains(&grown)
+        });
+        self.seen.push(seen);
+        if self.seen.len() > ROUNDS {
+            self.seen.remove(0);
+        }
     }
 
     /// The power of the law, by least squares.
     fn power(&self) -> f64 {
-        let count = self.rounds.len().max(1) as f64;
+        let count = self.seen.len().max(1) as f64;
         let mean =
-            self.rounds.iter().fold((0.0, 0.0), |sum, seen| (sum.0 + seen.0 / count, sum.1 + seen.1 / count));
-        let (squares, products) = self.rounds.iter().fold((DOUBT, DOUBT), |(squares, products), seen| {
+            self.seen.iter().fold((0.0, 0.0), |sum, seen| (sum.0 + seen.0 / count, sum.1 + seen.1 / count));
+        let (squares, products) = self.seen.iter().fold((DOUBT, DOUBT), |(squares, products), seen| {
             let (time, young) = (seen.0 - mean.0, seen.1 - mean.1);
             (squares + time * time, products + time * young)
         });

@@ -29,7 +29,7 @@ mod view;
 use std::iter::Peekable;
 use std::time::Duration;
 
-use crate::heat::{self, MAX_TEMPERATURE};
+use crate::heat::{self, HeatMap, MAX_TEMPERATURE};
 use crate::units::{Bytes, BytesPerSecond, PAGE_BYTES, PAGES_PER_2M, Share};
 
 use candidates::{Candidate, Candidates};
@@ -157,7 +157,7 @@ pub fn plan(input: &PlanInput<'_>) -> Plan {
 
 /// Whether all exchanges that there could be are together not worth their moves.
 fn wins_little(input: &PlanInput<'_>, potential: Potential, gap: Gap) -> bool {
-    let variance = heat::variance_of_most(input.slots.iter().map(|slot| slot.heat));
+    let variance = heat::most_pages(input.slots.iter().map(|slot| slot.heat)).map_or(0.0, HeatMap::variance);
     let pages: u64 = input.slots.iter().map(|slot| slot.place.pages() as u64).sum();
     let heat = input.heat.max(LEAST_HEAT * pages as f64);
     potential.gain(gap.sure(), variance) < WORTH_MOVING * heat

@@ -363,6 +363,10 @@ pub struct RoundStatus {
     pub number: u64,
     /// Time between this round and the one before, in milliseconds.
     pub interval_ms: u64,
+    /// For how long of that, up to this round, accesses were watched, in microseconds:
+    /// all of it, or a window at its end.
+    #[serde(default)]
+    pub watched_us: u64,
     /// Time that this round took, in microseconds, wall clock.
     pub took_us: u64,
     /// Of it, time in the kernel's harvest and flush, in microseconds.
@@ -378,7 +382,7 @@ pub struct RoundStatus {
     pub mapped_bytes: u64,
     /// Of them, by entries of 2 MiB and above.
     pub mapped_huge_bytes: u64,
-    /// Bytes accessed since the round before.
+    /// Bytes accessed while they were watched.
     pub accessed_bytes: u64,
     /// Bytes written since last cleaned, by the dirty bit; none where nothing on
     /// the host tells it.
@@ -390,7 +394,7 @@ pub struct RoundStatus {
     /// See [`RoundStatus::hot_bytes`].
     pub cold_bytes: u64,
     /// Age of the warm class: for how long a page that was accessed all the time must
-    /// not have been accessed to be warm.
+    /// not have been accessed to be warm. 0 when a window of each round is watched only.
     #[serde(default)]
     pub warm_age_ms: u64,
     /// The same of the cold class.

@@ -87,7 +87,7 @@ proptest! {
             for (index, slot) in placed.iter().enumerate() {
                 memory.observe(index, &harvest(slot, slow, &huge, *start..start + pages), Some(ROUND));
             }
-            memory.end_round(Some(ROUND));
+            memory.end_round(Some(ROUND.into()));
             memory.release_held(ROUND * 100 * round as u32);
             let plan = memory.plan(Some(Bytes::of_pages(all / 3)), Share::from_percent(1), 1 << 20);
             for (moved, target) in [(&plan.demote, Place::Slow), (&plan.promote, Place::Fast)] {
@@ -108,7 +108,7 @@ proptest! {
             for (index, slot) in placed.iter().enumerate() {
                 memory.observe(index, &harvest(slot, 0, &[false], 0..0), Some(ROUND));
             }
-            memory.end_round(Some(ROUND));
+            memory.end_round(Some(ROUND.into()));
             memory.release_held(later * (round + 1));
         }
         let plan = memory.plan(Some(Bytes(0)), Share::from_percent(1), 1 << 20);

@@ -163,7 +163,7 @@ proptest! {
         for (accessed, ms) in history {
             let dt = Duration::from_millis(ms);
             let surprise = whole.step(&accessed, dt);
-            let mut round = parts.begin(dt);
+            let mut round = parts.begin(dt.into());
             parts.part(&mut round, 0..at, &accessed[..at.min(accessed.len())]);
             parts.part(&mut round, at..pages.div_ceil(64).max(at), &accessed[at.min(accessed.len())..]);
             prop_assert_eq!(parts.end(round), surprise);

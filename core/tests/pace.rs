@@ -18,6 +18,8 @@ const LIMITS: Limits = Limits {
     half_life: Duration::from_secs(240),
     bandwidth: BytesPerSecond(64 << 20),
     cpu: Share::from_percent(1),
+    asked: None,
+    windows: false,
 };
 
 /// Pages that are accessed at random, so many at such a rate in Hz.
@@ -76,20 +78,25 @@ fn limits() -> impl Strategy<Value = Limits> {
     })
 }
 
+/// A round that cost nothing.
+fn watch(guest: &Guest, watched: Duration) -> Round {
+    Round { watched, young: guest.young(watched), cost: Duration::ZERO, harvest: Duration::ZERO }
+}
+
 /// The intervals of so many rounds of a guest.
 fn run(pace: &mut Pace, guest: &Guest, limits: &Limits, from: Duration, rounds: usize) -> Vec<Duration> {
     let mut intervals = vec![from];
     for _ in 0..rounds {
         let interval = *intervals.last().unwrap();
-        let round = Round { interval, young: guest.young(interval), cost: Duration::from_micros(500) };
-        intervals.push(pace.next(&round, limits));
+        let round = Round { cost: Duration::from_micros(500), ..watch(guest, interval) };
+        intervals.push(pace.next(&round, limits).interval);
     }
     intervals
 }
 
 fn begin(guest: &Guest, limits: &Limits, rounds: usize) -> Vec<Duration> {
     let mut pace = Pace::default();
-    let first = pace.first(limits, Duration::from_micros(500));
+    let first = pace.first(limits, Duration::from_micros(500), Duration::ZERO);
     run(&mut pace, guest, limits, first, rounds)
 }
 
@@ -132,7 +139,7 @@ proptest! {
         limits in limits(),
     ) {
         let mut pace = Pace::default();
-        let mut last = pace.first(&limits, Duration::from_micros(500));
+        let mut last = pace.first(&limits, Duration::from_micros(500), Duration::ZERO);
         prop_assert!(last <= FIRST_INTERVAL);
         for guest in guests {
             let intervals = run(&mut pace, &guest, &limits, last, 7);
@@ -148,7 +155,7 @@ proptest! {
     #[test]
     fn it_follows_a_guest_that_does_something_else(before in guest(), after in guest(), limits in limits()) {
         let mut pace = Pace::default();
-        let first = pace.first(&limits, Duration::from_micros(500));
+        let first = pace.first(&limits, Duration::from_micros(500), Duration::ZERO);
         let rest = run(&mut pace, &before, &limits, first, 40);
         let intervals = run(&mut pace, &after, &limits, *rest.last().unwrap(), 40);
         assert_settled(&after, &limits, &intervals)?;
@@ -159,12 +166,12 @@ proptest! {
     #[test]
     fn noise_does_not_move_it(guest in guest(), noise in proptest::collection::vec(-0.05f64..0.05, 20)) {
         let mut pace = Pace::default();
-        let first = pace.first(&LIMITS, Duration::ZERO);
+        let first = pace.first(&LIMITS, Duration::ZERO, Duration::ZERO);
         let rest = *run(&mut pace, &guest, &LIMITS, first, 40).last().unwrap();
         let mut interval = rest;
         for noise in noise {
             let young = Bytes((guest.young(interval).0 as f64 * (1.0 + noise)) as u64);
-            interval = pace.next(&Round { interval, young, cost: Duration::ZERO }, &LIMITS);
+            interval = pace.next(&Round { young, ..watch(&guest, interval) }, &LIMITS).interval;
             // The interval of a guest that is through with all it uses means nothing.
             let ratio = guest.young(interval).0 as f64 / guest.young(rest).0.max(1) as f64;
             prop_assert!(guest.0.is_empty() || (0.8..=1.25).contains(&ratio), "{ratio} at {interval:?}");
@@ -188,10 +195,10 @@ fn rounds_cost_no_more_than_they_may() {
     let busy = Guest::uniform(1000.0);
     let last = |cost_ms: u64, limits: &Limits| {
         let mut pace = Pace::default();
-        let mut interval = pace.first(limits, Duration::from_millis(cost_ms));
+        let mut interval = pace.first(limits, Duration::from_millis(cost_ms), Duration::ZERO);
         for _ in 0..20 {
             let cost = Duration::from_millis(cost_ms);
-            interval = pace.next(&Round { interval, young: busy.young(interval), cost }, limits);
+            interval = pace.next(&Round { cost, ..watch(&busy, interval) }, limits).interval;
         }
         interval.as_millis()
     };
@@ -225,4 +232,85 @@ fn rounds_of_many_domains_are_spread_over_an_interval() {
         tenths[(phase(&uuid) * 10.0) as usize] += 1;
     }
     assert!(tenths.iter().all(|count| (25..=80).contains(count)), "{tenths:?}");
+}
+
+/// Guests of huge pages: a bit stands for 512 of them.
+fn huge_guest() -> impl Strategy<Value = Guest> {
+    let rate = || (0.0f64..3.5).prop_map(|exponent| 10f64.powf(exponent));
+    prop_oneof![
+        (rate(), rate(), 0.05f64..0.4).prop_map(|(hot, cold, share)| {
+            let pages = PAGES as f64;
+            Guest(vec![(pages * share, hot.max(cold) * 10.0), (pages * (1.0 - share), hot.min(cold))])
+        }),
+        rate().prop_map(Guest::uniform),
+    ]
+}
+
+/// Rounds with windows; what each was watched for.
+fn run_with_windows(pace: &mut Pace, guest: &Guest, limits: &Limits, rounds: usize) -> Vec<Duration> {
+    let mut interval = pace.first(limits, Duration::ZERO, Duration::ZERO);
+    let mut watched = Vec::new();
+    for _ in 0..rounds {
+        let looks: Vec<_> = pace.looks(limits, interval).collect();
+        looks.iter().for_each(|after| pace.looked(*after, guest.young(*after)));
+        let window = pace.window(limits).unwrap_or(interval);
+        watched.push(window);
+        interval = pace.next(&watch(guest, window), limits).interval;
+    }
+    watched
+}
+
+proptest! {
+    /// Whatever the interval that bandwidth or policy allow: what is watched tells.
+    #[test]
+    fn a_window_is_as_long_as_tells_most(guest in huge_guest(), asked_ms in proptest::option::of(500u64..4000)) {
+        let asked = asked_ms.map(Duration::from_millis);
+        let limits = Limits { windows: true, asked, half_life: Duration::from_secs(60), ..LIMITS };
+        let watched = run_with_windows(&mut Pace::default(), &guest, &limits, 12);
+        for window in &watched[3..] {
+            let share = guest.young(*window).0 as f64 / limits.target().0 as f64;
+            let at_an_end = *window <= Duration::from_millis(1) || (share < 1.0 && asked == Some(*window));
+            prop_assert!(at_an_end || (0.4..=1.6).contains(&share), "{share} young in {window:?} of {watched:?}");
+        }
+        let last = watched.last().unwrap().as_secs_f64();
+        let steady = |window: &Duration| (0.8..=1.25).contains(&(window.as_secs_f64() / last));
+        prop_assert!(watched[8..].iter().all(steady), "{watched:?}");
+    }
+
+    /// A window that fell into a rest of the guest is no reason to begin anew.
+    #[test]
+    fn a_rest_lengthens_a_window_by_two_at_most(guest in huge_guest(), rests in 1usize..4) {
+        let limits = Limits { windows: true, half_life: Duration::from_secs(60), ..LIMITS };
+        let mut pace = Pace::default();
+        let before = *run_with_windows(&mut pace, &guest, &limits, 12).last().unwrap();
+        let mut window = before;
+        for _ in 0..rests {
+            let rest = Round { young: Bytes(0), ..watch(&guest, window) };
+            let next = pace.next(&rest, &limits);
+            window = next.window.unwrap_or(next.interval);
+        }
+        prop_assert!(window <= before * 2u32.pow(rests as u32).max(2), "{before:?} became {window:?}");
+    }
+}
+
+#[test]
+fn windows_need_rounds_that_step_the_heat() {
+    let busy = Guest::uniform(100.0);
+    let mut pace = Pace::default();
+    let mut next = None;
+    let limits = Limits { windows: true, half_life: Duration::from_secs(100), ..LIMITS };
+    pace.first(&limits, Duration::ZERO, Duration::ZERO);
+    for _ in 0..10 {
+        next = Some(pace.next(&watch(&busy, Duration::from_millis(4)), &limits));
+    }
+    let next = next.unwrap();
+    assert!(next.window.is_some_and(|window| window < Duration::from_millis(8)), "{next:?}");
+    assert!((0.56..0.58).contains(&next.interval.as_secs_f64()), "{next:?}");
+    // Asked for shorter ones, all of each counts.
+    let asked = Limits { asked: Some(Duration::from_millis(200)), ..limits };
+    let next = pace.next(&watch(&busy, Duration::from_millis(4)), &asked);
+    assert_eq!((next.interval, next.window), (Duration::from_millis(200), None));
+    // A harvest takes longer than the guest needs to be through.
+    let slow = Round { harvest: Duration::from_millis(90), ..watch(&busy, Duration::from_millis(4)) };
+    assert_eq!(pace.next(&slow, &limits).window, Some(Duration::from_millis(90)));
 }

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use ept_virt_core::bitmap;
-use ept_virt_core::heat::HeatParams;
+use ept_virt_core::heat::{HeatParams, Span};
 use ept_virt_core::memory::GuestMemory;
 use ept_virt_core::migrate::MoveOutcome;
 use ept_virt_core::plan::PlaceMap;
@@ -53,7 +53,7 @@ impl Guest {
             bitmap::fill(&mut harvest.on_slow, page..page + 1, self.place.place(page) == Place::Slow);
         }
         self.memory.observe(0, &harvest, elapsed);
-        self.memory.end_round(elapsed);
+        self.memory.end_round(elapsed.map(Span::from));
     }
 
     /// Xorshift: the same numbers in every run.

@@ -3,7 +3,7 @@
 //! own, so that tests drive it with a fake sampler and a fake mover.
 
 mod moves;
-mod share;
+pub(super) mod share;
 
 use std::ops::Range;
 use std::sync::atomic::AtomicBool;
@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ept_virt_core::heat::store::SlotRange;
-use ept_virt_core::heat::{self, COLD_BELOW, ClassCounts, HOT_FROM};
+use ept_virt_core::heat::{self, COLD_BELOW, ClassCounts, HOT_FROM, Span};
 use ept_virt_core::memory::{GuestMemory, Staying};
 use ept_virt_core::migrate::{
     Backoff, MoveOutcome, Mover, ProcessGone, Refused, RefusedBytes, TokenBucket, unit_bytes,
@@ -131,6 +131,8 @@ pub struct Guest {
     rounds: u64,
     /// Times are on the caller's clock.
     harvested_at: Option<Duration>,
+    /// What was accessed before does not count in the round that comes.
+    watched_from: Option<Duration>,
     /// Time from here on is none for the guest.
     suspended_since: Option<Duration>,
     planned_at: Option<Duration>,
@@ -172,6 +174,7 @@ impl Guest {
             totals: MoveTotals::default(),
             rounds: 0,
             harvested_at: None,
+            watched_from: None,
             planned_at: None,
             forbidden_until: None,
             full: Self::not_full(),
@@ -232,6 +235,7 @@ impl Guest {
             (None, true) => self.suspended_since = Some(now),
             (Some(_), false) => {
                 self.harvested_at = self.harvested_at(now);
+                self.watched_from = self.without_rest(self.watched_from, now);
                 self.suspended_since = None;
             }
             _ => {}
@@ -241,8 +245,13 @@ impl Guest {
 
     /// When the last round was, as if the guest had never stood still since.
     pub fn harvested_at(&self, now: Duration) -> Option<Duration> {
+        self.without_rest(self.harvested_at, now)
+    }
+
+    /// A time, as if the guest had never stood still since.
+    fn without_rest(&self, at: Option<Duration>, now: Duration) -> Option<Duration> {
         let stood = self.suspended_since.map_or(Duration::ZERO, |since| now.saturating_sub(since));
-        self.harvested_at.map(|at| at + stood)
+        at.map(|at| at + stood)
     }
 
     /// Whether rounds would find nothing new.
@@ -293,39 +302,72 @@ impl Guest {
         (memory.excluded_bytes(), warnings)
     }
 
-    /// Harvests all of the guest's memory once.
-    pub fn round(&mut self, now: Duration) -> Result<RoundStatus, SamplerError> {
-        let started = Instant::now();
-        let elapsed = self.harvested_at(now).map(|before| now.saturating_sub(before));
+    /// Harvests all of the guest's memory once, and gives each part of a slot, by the
+    /// slot's index, to `take`.
+    fn harvest(
+        &mut self,
+        clear: bool,
+        mut take: impl FnMut(&mut Self, usize, &MemSlot, Range<usize>),
+    ) -> Result<HarvestStats, SamplerError> {
         let (generation, infos) = self.sampler.memslots()?;
         let slots: Vec<_> = {
             let mut memory = lock(&self.memory);
             memory.adopt(generation, infos);
             memory.slots().map(|(index, info)| (index, *info)).collect()
         };
-        let sampled = self.weigh_samples(elapsed.unwrap_or_default(), now);
         let mut stats = HarvestStats::default();
         for (index, info) in &slots {
             for pages in parts(info) {
                 let request = HarvestRequest {
                     gfn_start: info.gfn_start + pages.start as u64,
                     gfn_count: pages.len() as u64,
-                    clear_accessed: true,
+                    clear_accessed: clear,
                     // Nobody here asks what was written since when.
                     clear_dirty: false,
                     // One flush, at the end, serves the whole VM.
-                    flush: self.orders.policy.sampling.flush
+                    flush: clear
+                        && self.orders.policy.sampling.flush
                         && index + 1 == slots.len()
                         && pages.end as u64 == info.page_count,
-                    keep_young: self.orders.keep_young,
+                    keep_young: clear && self.orders.keep_young,
                 };
                 self.sampler.harvest(&request, &self.orders.tiers.slow, &mut self.harvest)?;
                 stats.add(&self.harvest.stats);
-                self.tap.iter_mut().for_each(|tap| tap.add(info, &self.harvest));
-                lock(&self.memory).observe_part(*index, pages, &self.harvest, elapsed);
+                take(self, *index, info, pages);
             }
         }
-        lock(&self.memory).end_round(elapsed);
+        Ok(stats)
+    }
+
+    /// Begins the window of the next round: what was accessed until now does not count in
+    /// it. `clock` says when that was done.
+    pub fn open_window(&mut self, clock: impl FnOnce() -> Duration) -> Result<(), SamplerError> {
+        self.harvest(true, |_, _, _, _| ())?;
+        self.watched_from = Some(clock());
+        Ok(())
+    }
+
+    /// What was accessed since the last round, or since the window began; nothing changes.
+    pub fn look(&mut self) -> Result<Bytes, SamplerError> {
+        let stats = self.harvest(false, |_, _, _, _| ())?;
+        Ok(Bytes::of_pages(stats.accessed))
+    }
+
+    /// Harvests all of the guest's memory once, and takes in what it tells.
+    pub fn round(&mut self, now: Duration) -> Result<RoundStatus, SamplerError> {
+        let started = Instant::now();
+        let elapsed = self.harvested_at(now).map(|before| now.saturating_sub(before));
+        let watched_from = self.watched_from.take().map(|from| now.saturating_sub(from));
+        let span = elapsed.map(|elapsed| Span {
+            elapsed,
+            watched: watched_from.map_or(elapsed, |watched| watched.min(elapsed)),
+        });
+        let sampled = self.weigh_samples(elapsed.unwrap_or_default(), now);
+        let stats = self.harvest(true, |guest, index, info, pages| {
+            guest.tap.iter_mut().for_each(|tap| tap.add(info, &guest.harvest));
+            lock(&guest.memory).observe_part(index, pages, &guest.harvest, span);
+        })?;
+        lock(&self.memory).end_round(span);
         self.tap.take_if(|tap| !tap.end(elapsed));
         if let (Some(watch), Some(elapsed)) = (&mut self.watch, elapsed) {
             let Orders { policy, latencies, .. } = &self.orders;
@@ -337,7 +379,7 @@ impl Guest {
         }
         self.harvested_at = Some(self.suspended_since.unwrap_or(now));
         self.rounds += 1;
-        Ok(self.round_status(&stats, &classes, elapsed, started))
+        Ok(self.round_status(&stats, &classes, span, started))
     }
 
     /// What was sampled since the last round counts in the heat by its kind.
@@ -354,17 +396,23 @@ impl Guest {
         &self,
         stats: &HarvestStats,
         classes: &ClassCounts,
-        elapsed: Option<Duration>,
+        span: Option<Span>,
         started: Instant,
     ) -> RoundStatus {
+        let span = span.unwrap_or_default();
         let memory = lock(&self.memory);
         let places = memory.places();
         let half_life = self.orders.policy.half_life;
-        let age = |temperature| heat::age(temperature, half_life).as_millis() as u64;
+        // Of what is accessed outside of windows the heat does not know.
+        let age = |temperature| match span.watched < span.elapsed {
+            true => 0,
+            false => heat::age(temperature, half_life).as_millis() as u64,
+        };
         let bytes = |pages: u64| Bytes::of_pages(pages).0;
         RoundStatus {
             number: self.rounds,
-            interval_ms: elapsed.unwrap_or_default().as_millis() as u64,
+            interval_ms: span.elapsed.as_millis() as u64,
+            watched_us: span.watched.as_micros() as u64,
             harvest_us: stats.time_ns / 1000,
             back_end: stats.sources.words().into(),
             entries_read: stats.entries_read,

@@ -953,3 +953,39 @@ fn what_a_plan_left_is_moved_until_the_next_or_until_nothing_may_move() {
     test.rounds(4, 0..20);
     assert!(test.world().on(SLOW).len() as u64 <= logged, "nothing moves while writes are logged");
 }
+
+#[test]
+fn of_a_round_with_a_window_only_the_window_counts() {
+    let mut test = Test::new(orders(Mode::Observe), vec![slot(0, 100)]);
+    test.rounds(2, 0..0);
+    for _ in 0..4 {
+        test.world().touch(0..60);
+        // A look is not to be noticed by the round.
+        assert_eq!(test.guest.look().unwrap(), Bytes::of_pages(60));
+        let opens = test.now - Duration::from_millis(8);
+        test.guest.open_window(|| opens).unwrap();
+        assert_eq!(test.guest.look().unwrap(), Bytes(0));
+        test.world().touch(20..30);
+        let status = test.round();
+        assert_eq!((status.interval_ms, status.watched_us), (500, 8000));
+        assert_eq!(status.accessed_bytes, 10 * PAGE_BYTES);
+    }
+    let windows: Vec<_> = test.world().requests.iter().rev().take(4).map(|request| request.flush).collect();
+    assert_eq!(windows, [true, false, true, false], "a window begins with a flush, a look needs none");
+    let status = test.rounds(1, 20..30);
+    assert_eq!((status.hot_bytes, status.watched_us), (10 * PAGE_BYTES, 500_000));
+    assert_eq!(status.warm_bytes, 0, "what was accessed before the windows is not known");
+}
+
+#[test]
+fn a_window_does_not_go_on_while_the_guest_stands_still() {
+    let mut test = Test::new(orders(Mode::Observe), vec![slot(0, 100)]);
+    test.rounds(2, 0..50);
+    let opens = test.now - Duration::from_millis(8);
+    test.guest.open_window(|| opens).unwrap();
+    test.guest.obey(Orders { suspended: true, ..orders(Mode::Observe) }, test.now);
+    test.now += Duration::from_secs(1000);
+    test.guest.obey(orders(Mode::Observe), test.now);
+    let status = test.round();
+    assert_eq!((status.interval_ms, status.watched_us), (500, 8000));
+}

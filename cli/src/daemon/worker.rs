@@ -38,9 +38,6 @@ const FIRST_SURVEY_DIVISOR: u32 = 2;
 /// The part that later looks may take.
 const SURVEY_DIVISOR: u32 = 64;
 
-/// Shortest time between the starts of two rounds, whatever a policy says.
-const SHORTEST_INTERVAL: Duration = Duration::from_millis(10);
-
 /// How long workers that were told to stop are waited for, all together. One that
 /// hangs in the kernel, or on a disk, must not keep the other domains waiting for
 /// good, nor many of them the watchdog.
@@ -190,7 +187,7 @@ impl Worker {
             round: None,
             moves: Moves::default(),
             pace: pace::Pace::default(),
-            plan_cost: Duration::ZERO,
+            between_cost: Duration::ZERO,
             phase,
             begin: Instant::now() + spread.mul_f64(phase),
             name: name.to_owned(),
@@ -274,8 +271,8 @@ struct Run {
     /// What was planned last and is left.
     moves: Moves,
     pace: pace::Pace,
-    /// CPU time that the last plan took.
-    plan_cost: Duration,
+    /// CPU time that the last plan took, and what was harvested since the last round.
+    between_cost: Duration,
     /// The domain's own part of an interval, so that rounds of many do not coincide.
     phase: f64,
     /// When the first round is.
@@ -368,8 +365,9 @@ impl Run {
         }
         let before = thread_time();
         let round = self.guest.round(self.now())?;
-        let cost = thread_time().saturating_sub(before) + self.plan_cost;
-        let interval = self.interval(&round, cost);
+        let cleared = Instant::now();
+        let cost = thread_time().saturating_sub(before) + mem::take(&mut self.between_cost);
+        let (interval, mut window) = self.next_round(&round, cost);
         self.guest.verify_places()?;
         // Rounds that could not be held in time are left out, not caught up with.
         *next = match round.number {
@@ -382,24 +380,60 @@ impl Run {
         self.guest.claim(self.now());
         let (before, moves) = (thread_time(), mem::take(&mut self.moves));
         self.moves = self.guest.plan_if_due(moves, self.now(), interval);
-        self.plan_cost = thread_time().saturating_sub(before);
+        self.between_cost += thread_time().saturating_sub(before);
         self.publish();
-        self.move_until(*next)?;
+        if self.looks(cleared, *next)? {
+            window = self.pace.window(&self.guest.pace_limits());
+        }
+        match window {
+            Some(window) => self.watch(window, next)?,
+            None => self.move_until(*next)?,
+        }
         self.publish();
         Ok(())
     }
 
-    /// Time to the next round.
-    fn interval(&mut self, round: &RoundStatus, cost: Duration) -> Duration {
-        if let Some(asked) = self.guest.orders().policy.sampling.interval {
-            return asked.max(SHORTEST_INTERVAL);
+    /// Moves, and looks a few times on the way from the last round, which ended at
+    /// `cleared`, to the next, if nothing else tells how soon how much is young. Whether
+    /// it looked.
+    fn looks(&mut self, cleared: Instant, next: Instant) -> Result<bool, End> {
+        let time = next.saturating_duration_since(cleared);
+        let looks: Vec<_> = self.pace.looks(&self.guest.pace_limits(), time).collect();
+        for after in &looks {
+            self.move_until(cleared + *after)?;
+            self.rest_until(cleared + *after)?;
+            let (before, at) = (thread_time(), cleared.elapsed());
+            let young = self.guest.look()?;
+            self.between_cost += thread_time().saturating_sub(before);
+            self.pace.looked(at, young);
         }
+        Ok(!looks.is_empty())
+    }
+
+    /// Moves until the next round's window begins, and begins it. Nothing moves in it: a
+    /// page that does loses what was seen of it. A round whose window began late is late
+    /// as well.
+    fn watch(&mut self, window: Duration, next: &mut Instant) -> Result<(), End> {
+        let opens = next.checked_sub(window).unwrap_or(*next);
+        self.move_until(opens)?;
+        self.rest_until(opens)?;
+        let before = thread_time();
+        self.guest.open_window(monotonic)?;
+        self.between_cost += thread_time().saturating_sub(before);
+        *next = (*next).max(Instant::now() + window);
+        Ok(())
+    }
+
+    /// Time to the next round, and the window of it.
+    fn next_round(&mut self, round: &RoundStatus, cost: Duration) -> (Duration, Option<Duration>) {
         let limits = self.guest.pace_limits();
+        let harvest = Duration::from_micros(round.harvest_us);
         match round.interval_ms {
-            0 => self.pace.first(&limits, cost),
-            ms => {
-                let (interval, young) = (Duration::from_millis(ms), Bytes(round.accessed_bytes));
-                self.pace.next(&pace::Round { interval, young, cost }, &limits)
+            0 => (self.pace.first(&limits, cost, harvest), None),
+            _ => {
+                let (watched, young) = (Duration::from_micros(round.watched_us), Bytes(round.accessed_bytes));
+                let next = self.pace.next(&pace::Round { watched, young, cost, harvest }, &limits);
+                (next.interval, next.window)
             }
         }
     }

@@ -9,6 +9,7 @@ use ept_virt_core::policy::{HostLimits, Policy};
 use ept_virt_core::sampler::{EntryFormat, Harvest, HarvestRequest, MemSlot, ModuleInfo};
 use ept_virt_core::topology::{NodeSet, Tiers};
 
+use super::super::guest::share::SHORTEST_INTERVAL;
 use super::*;
 
 /// A call that does not come back until it is let go.

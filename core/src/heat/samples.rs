@@ -247,7 +247,7 @@ mod tests {
                 *known = weight.max(*known);
             }
             // In parts, as harvests of large slots come.
-            let mut round = heat.begin(ROUND);
+            let mut round = heat.begin(ROUND.into());
             heat.part(&mut round, 0..1, accessed.get(..1).unwrap_or_default());
             heat.part(&mut round, 1..usize::MAX, accessed.get(1..).unwrap_or_default());
             heat.end(round);

@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use crate::budget::Claim;
+use crate::heat::Span;
 use crate::memory::GuestMemory;
 use crate::migrate::{MoveOutcome, TokenBucket, unit_bytes};
 use crate::plan::{MoveUnit, quota_pages};
@@ -52,7 +53,7 @@ impl Engine {
 
     /// Ends a round, when all slots were taken in.
     pub(super) fn end_round(&mut self, elapsed: Option<Duration>) {
-        self.memory.end_round(elapsed);
+        self.memory.end_round(elapsed.map(Span::from));
         if let Some(elapsed) = elapsed {
             self.working_set.observe(self.memory.classes().used(), elapsed, self.policy.half_life);
         }

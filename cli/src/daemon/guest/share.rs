@@ -15,6 +15,9 @@ use super::super::budget::Seat;
 use super::super::state::lock;
 use super::Guest;
 
+/// Shortest time between the starts of two rounds, whatever a policy says.
+pub const SHORTEST_INTERVAL: Duration = Duration::from_millis(10);
+
 /// What a guest has of what all share.
 #[derive(Default)]
 pub(super) struct Share {
@@ -103,6 +106,13 @@ impl Guest {
             half_life: policy.half_life,
             bandwidth: policy.migration.bandwidth,
             cpu: self.share.seat.as_ref().map_or(HostLimits::default().cpu, Seat::cpu),
+            asked: policy.sampling.interval.map(|asked| asked.max(SHORTEST_INTERVAL)),
+            // What is accessed outside of a window keeps no page from being idle, and samples
+            // are of all the time.
+            windows: self.orders.place()
+                && policy.sampling.flush
+                && policy.migration.delay.is_zero()
+                && self.sampling().is_none(),
         }
     }
 

@@ -37,8 +37,7 @@ use super::host::{self, PAYLOAD};
 /// What stands in `<placement>` when the lab gives no file `bench-policy`.
 const POLICY: &str = "<ev:sampling><ev:interval unit='ms'>1000</ev:interval></ev:sampling>\
     <ev:temperature><ev:half-life unit='s'>10</ev:half-life></ev:temperature>\
-    <ev:migration tolerance='10%'><ev:delay unit='s'>1</ev:delay>\
-    <ev:bandwidth unit='MiB/s'>256</ev:bandwidth></ev:migration>";
+    <ev:migration><ev:bandwidth unit='MiB/s'>256</ev:bandwidth></ev:migration>";
 
 const PERIOD: Duration = Duration::from_millis(1000);
 
