@@ -64,3 +64,14 @@ fn no_control_character_of_a_stranger_reaches_the_terminal() {
         assert!(text.chars().all(|letter| letter == '\n' || !letter.is_control()), "{text}");
     }
 }
+
+/// A round that was watched in part says so, and no age that it can not know.
+#[test]
+fn a_window_is_told() {
+    let mut busy: Status = read("busy.json");
+    let round = busy.domains.iter_mut().find_map(|domain| domain.round.as_mut()).unwrap();
+    (round.watched_us, round.warm_age_ms, round.cold_age_ms) = (8000, 0, 0);
+    let text = status::render(&busy, &Style::PLAIN);
+    assert!(text.contains("33.6 MiB (21% of mapped) in the last 8 ms of a round of 502 ms"), "{text}");
+    assert!(text.contains("1 MiB warm (under 1%), 223 MiB cold (87%) of memory"), "{text}");
+}

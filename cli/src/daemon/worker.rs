@@ -46,6 +46,9 @@ const STOP_LIMIT: Duration = Duration::from_secs(8);
 /// Between two looks whether it has stopped.
 const STOP_PAUSE: Duration = Duration::from_millis(5);
 
+/// Looks at what is young so soon after a round come before all that follows a round.
+const LOOK_FIRST: Duration = Duration::from_millis(100);
+
 /// Between two looks whether a suspended guest is still there.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -368,12 +371,17 @@ impl Run {
         let cleared = Instant::now();
         let cost = thread_time().saturating_sub(before) + mem::take(&mut self.between_cost);
         let (interval, mut window) = self.next_round(&round, cost);
-        self.guest.verify_places()?;
         // Rounds that could not be held in time are left out, not caught up with.
         *next = match round.number {
             1 => begun + interval / 4 + interval.mul_f64(self.phase),
             _ => (*next + interval).max(begun),
         };
+        let time = next.saturating_duration_since(cleared);
+        let looks: Vec<_> = self.pace.looks(&self.guest.pace_limits(), time).collect();
+        // What comes next may take longer than the first of them.
+        let (soon, later) = looks.split_at(looks.partition_point(|after| *after <= LOOK_FIRST));
+        self.look(cleared, soon)?;
+        self.guest.verify_places()?;
         self.round = Some(round);
         let divisor = if self.guest.surveyed() { SURVEY_DIVISOR } else { FIRST_SURVEY_DIVISOR };
         self.guest.survey(Instant::now() + interval / divisor)?;
@@ -382,7 +390,8 @@ impl Run {
         self.moves = self.guest.plan_if_due(moves, self.now(), interval);
         self.between_cost += thread_time().saturating_sub(before);
         self.publish();
-        if self.looks(cleared, *next)? {
+        self.look(cleared, later)?;
+        if !looks.is_empty() {
             window = self.pace.window(&self.guest.pace_limits());
         }
         match window {
@@ -393,13 +402,10 @@ impl Run {
         Ok(())
     }
 
-    /// Moves, and looks a few times on the way from the last round, which ended at
-    /// `cleared`, to the next, if nothing else tells how soon how much is young. Whether
-    /// it looked.
-    fn looks(&mut self, cleared: Instant, next: Instant) -> Result<bool, End> {
-        let time = next.saturating_duration_since(cleared);
-        let looks: Vec<_> = self.pace.looks(&self.guest.pace_limits(), time).collect();
-        for after in &looks {
+    /// Looks what is young by these times after the last round, which ended at `cleared`;
+    /// moves meanwhile.
+    fn look(&mut self, cleared: Instant, looks: &[Duration]) -> Result<(), End> {
+        for after in looks {
             self.move_until(cleared + *after)?;
             self.rest_until(cleared + *after)?;
             let (before, at) = (thread_time(), cleared.elapsed());
@@ -407,7 +413,7 @@ impl Run {
             self.between_cost += thread_time().saturating_sub(before);
             self.pace.looked(at, young);
         }
-        Ok(!looks.is_empty())
+        Ok(())
     }
 
     /// Moves until the next round's window begins, and begins it. Nothing moves in it: a
