@@ -9,6 +9,7 @@ mod backoff;
 mod bucket;
 mod kernel;
 mod mappings;
+mod moves;
 mod shared_bucket;
 
 use std::collections::BTreeMap;
@@ -27,6 +28,7 @@ use crate::wire::Refusal;
 
 pub use backoff::Backoff;
 pub use bucket::TokenBucket;
+pub use moves::Moves;
 pub use shared_bucket::SharedBucket;
 
 use kernel::LinuxPages;
@@ -425,6 +427,11 @@ pub fn fitting(units: &[MoveUnit], bytes: u64) -> &[MoveUnit] {
     let fits = |unit: &&MoveUnit| left.checked_sub(unit_bytes(unit)).inspect(|rest| left = *rest).is_some();
     let count = units.iter().take_while(fits).count();
     units.get(..count).unwrap_or_default()
+}
+
+/// Keeps the first units, up to so many bytes.
+pub fn keep_bytes(units: &mut Vec<MoveUnit>, bytes: u64) {
+    units.truncate(fitting(units, bytes).len());
 }
 
 /// How many pages were tried by a call that gave up: the kernel leaves the

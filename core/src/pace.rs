@@ -133,6 +133,12 @@ impl Limits {
         Bytes(most.min(dram.saturating_mul(3) / 2).max(PAGE_BYTES))
     }
 
+    /// Whether a window in which so much was young need not go on. Less is of a guest that
+    /// rested, of which some pages are always in use.
+    pub fn tells_enough(&self, young: Bytes) -> bool {
+        young.0 >= self.target().0 / 4 * 3
+    }
+
     /// The shortest and the longest interval when a round takes `cost` of CPU
     /// time. What rounds may cost comes before all else.
     fn bounds(&self, cost: Duration) -> (Duration, Duration) {
@@ -226,11 +232,15 @@ impl Pace {
     pub fn looks(&self, limits: &Limits, watched: Duration) -> impl Iterator<Item = Duration> {
         let target = (limits.target().0 as f64).ln();
         let unknown = limits.windows && self.seen.iter().all(|seen| seen.1 > target);
-        // A look takes as long as a harvest, and should not take much of its own time.
-        let shortest = SHORTEST_WINDOW.max(self.harvest * LOOK_STEP);
         (0..LOOKS)
             .map(move |look| watched / LOOK_STEP.pow(LOOKS - look))
-            .filter(move |after| unknown && *after >= shortest)
+            .filter(move |after| unknown && self.may_look(*after))
+    }
+
+    /// Whether a look that long after something is not late by much of that time: it takes
+    /// as long as a harvest.
+    pub fn may_look(&self, after: Duration) -> bool {
+        after >= SHORTEST_WINDOW.max(self.harvest * LOOK_STEP)
     }
 
     /// Takes in what was young at a look, so long after a round.

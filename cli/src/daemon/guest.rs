@@ -2,7 +2,6 @@
 //! The rounds of one guest: harvest, judge, move. No thread and no clock of its
 //! own, so that tests drive it with a fake sampler and a fake mover.
 
-mod moves;
 pub(super) mod share;
 
 use std::ops::Range;
@@ -14,7 +13,8 @@ use ept_virt_core::heat::store::SlotRange;
 use ept_virt_core::heat::{self, COLD_BELOW, ClassCounts, HOT_FROM, Span};
 use ept_virt_core::memory::{GuestMemory, Staying};
 use ept_virt_core::migrate::{
-    Backoff, MoveOutcome, Mover, ProcessGone, Refused, RefusedBytes, TokenBucket, unit_bytes,
+    Backoff, MoveOutcome, Mover, Moves, ProcessGone, Refused, RefusedBytes, TokenBucket, keep_bytes,
+    unit_bytes,
 };
 use ept_virt_core::plan::{MoveUnit, quota_pages};
 use ept_virt_core::policy::{Excluded, Mode, Policy};
@@ -29,8 +29,6 @@ use super::slowdown::Watch;
 use super::state::lock;
 use super::tap::Tap;
 
-pub use moves::Moves;
-use moves::keep_bytes;
 use share::Share;
 
 /// How long nothing is moved after the kernel forbade it.
@@ -577,8 +575,10 @@ impl Guest {
             memory.accept(&plan, quota_pages);
         }
         // Without the room that the demotions were to make, nothing comes.
-        let promote = if self.slow_is_full { Vec::new() } else { plan.promote };
-        Moves::new(plan.demote, promote)
+        if self.slow_is_full {
+            plan.promote.clear();
+        }
+        Moves::new(plan)
     }
 
     /// Moves as much as the bandwidth allows at once.

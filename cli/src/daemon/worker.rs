@@ -11,7 +11,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use ept_virt_core::domain::RunningDomain;
-use ept_virt_core::migrate::{KernelMover, Mover, ProcessGone};
+use ept_virt_core::migrate::{KernelMover, Mover, Moves, ProcessGone};
 use ept_virt_core::pace::{self, phase};
 use ept_virt_core::process::Process;
 use ept_virt_core::sampler::{Sampler, SamplerError};
@@ -25,7 +25,7 @@ use crate::attach::{self, Attached, Unattached};
 
 use super::budget::Budget;
 use super::claim::{self, CLAIMS_DIR, Claim};
-use super::guest::{Guest, Moves, Orders, Pace};
+use super::guest::{Guest, Orders, Pace};
 use super::keep::{Keeper, Recalled, Saver};
 use super::logging::about;
 use super::sampling::{self, Sampling};
@@ -45,6 +45,9 @@ const STOP_LIMIT: Duration = Duration::from_secs(8);
 
 /// Between two looks whether it has stopped.
 const STOP_PAUSE: Duration = Duration::from_millis(5);
+
+/// The part of an interval by which a round may be late because the guest rests.
+const WINDOW_LATEST: u32 = 2;
 
 /// Looks at what is young so soon after a round come before all that follows a round.
 const LOOK_FIRST: Duration = Duration::from_millis(100);
@@ -395,7 +398,7 @@ impl Run {
             window = self.pace.window(&self.guest.pace_limits());
         }
         match window {
-            Some(window) => self.watch(window, next)?,
+            Some(window) => self.watch(window, *next, *next + interval / WINDOW_LATEST)?,
             None => self.move_until(*next)?,
         }
         self.publish();
@@ -416,18 +419,35 @@ impl Run {
         Ok(())
     }
 
-    /// Moves until the next round's window begins, and begins it. Nothing moves in it: a
-    /// page that does loses what was seen of it. A round whose window began late is late
-    /// as well.
-    fn watch(&mut self, window: Duration, next: &mut Instant) -> Result<(), End> {
-        let opens = next.checked_sub(window).unwrap_or(*next);
+    /// Moves until the window of the round at `next` begins, begins it, and waits for its
+    /// end. Nothing moves in it: a page that does loses what was seen of it. A window that
+    /// began late ends late; and while the guest rests in it, it goes on until `latest`.
+    fn watch(&mut self, window: Duration, next: Instant, latest: Instant) -> Result<(), End> {
+        let opens = next.checked_sub(window).unwrap_or(next);
         self.move_until(opens)?;
         self.rest_until(opens)?;
         let before = thread_time();
         self.guest.open_window(monotonic)?;
         self.between_cost += thread_time().saturating_sub(before);
-        *next = (*next).max(Instant::now() + window);
+        let mut ends = next.max(Instant::now() + window);
+        self.rest_until(ends)?;
+        while ends + window < latest && !self.tells_enough(window)? {
+            ends += window;
+            self.rest_until(ends)?;
+        }
         Ok(())
+    }
+
+    /// Whether enough is young by now; if that can be found out in time.
+    fn tells_enough(&mut self, window: Duration) -> Result<bool, End> {
+        let limits = self.guest.pace_limits();
+        if !self.pace.may_look(window) {
+            return Ok(true);
+        }
+        let before = thread_time();
+        let young = self.guest.look()?;
+        self.between_cost += thread_time().saturating_sub(before);
+        Ok(limits.tells_enough(young))
     }
 
     /// Time to the next round, and the window of it.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::budget::Claim;
 use crate::heat::Span;
 use crate::memory::GuestMemory;
-use crate::migrate::{MoveOutcome, TokenBucket, unit_bytes};
+use crate::migrate::{MoveOutcome, Moves, TokenBucket, unit_bytes};
 use crate::plan::{MoveUnit, quota_pages};
 use crate::policy::Policy;
 use crate::sampler::{Harvest, MemSlot};
@@ -21,9 +21,8 @@ pub(super) struct Engine {
     policy: Policy,
     bucket: TokenBucket,
     working_set: WorkingSet,
-    /// Of the plan that holds: to the slow tier, then to the fast one.
-    demote: Vec<MoveUnit>,
-    promote: Vec<MoveUnit>,
+    /// Of the plan that holds.
+    moves: Moves,
 }
 
 impl Engine {
@@ -33,16 +32,14 @@ impl Engine {
             bucket: TokenBucket::new(policy.migration.bandwidth.0, now),
             policy,
             working_set: WorkingSet::default(),
-            demote: Vec::new(),
-            promote: Vec::new(),
+            moves: Moves::default(),
         }
     }
 
     /// Takes in the guest's slots; a plan for others is void.
     pub(super) fn adopt(&mut self, generation: u64, slots: Vec<MemSlot>) {
         self.memory.adopt(generation, slots);
-        self.demote.clear();
-        self.promote.clear();
+        self.moves = Moves::default();
     }
 
     /// Takes in a harvest of the slot `index`; without `elapsed` it tells only
@@ -76,7 +73,7 @@ impl Engine {
         let quota_pages = quota_pages(self.policy.migration.bandwidth, interval);
         let plan = self.memory.plan(Some(target), self.policy.migration.tolerance, quota_pages);
         self.memory.accept(&plan, quota_pages);
-        (self.demote, self.promote) = (plan.demote, plan.promote);
+        self.moves = Moves::new(plan);
     }
 
     /// The units that move from `now` until `end`, as the bandwidth allows, and as DRAM
@@ -88,34 +85,27 @@ impl Engine {
         end: Duration,
         mut room_pages: u64,
     ) -> Vec<(MoveUnit, Place)> {
-        let demote = std::mem::take(&mut self.demote).into_iter().map(|unit| (unit, Place::Slow));
-        let promote = std::mem::take(&mut self.promote).into_iter().map(|unit| (unit, Place::Fast));
-        let mut moved = Vec::new();
-        for (unit, target) in demote.chain(promote) {
-            let pages = u64::from(unit.pages);
+        let (mut moves, mut moved) = (std::mem::take(&mut self.moves), Vec::new());
+        loop {
+            let (target, units) = moves.slice(self.bucket.burst_bytes());
+            let bytes = units.iter().map(unit_bytes).sum();
             let room = match target {
-                Place::Fast => room_pages.checked_sub(pages),
-                _ => Some(room_pages.saturating_add(pages)),
+                Place::Fast => room_pages.checked_sub(Bytes(bytes).pages()),
+                _ => Some(room_pages.saturating_add(Bytes(bytes).pages())),
             };
             // The kernel would find no room: others took it meanwhile.
-            let Some(room) = room else { break };
-            match self.bucket.take(unit_bytes(&unit), now) {
-                Ok(()) => {}
-                Err(None) => break,
-                Err(Some(wait)) => {
-                    now = now.saturating_add(wait);
-                    if now >= end || self.bucket.take(unit_bytes(&unit), now).is_err() {
-                        break;
-                    }
+            let Some(room) = room.filter(|_| !units.is_empty()) else { return moved };
+            if let Err(wait) = self.bucket.take(bytes, now) {
+                now = now.saturating_add(wait.unwrap_or(Duration::MAX));
+                if now >= end || self.bucket.take(bytes, now).is_err() {
+                    return moved;
                 }
             }
             room_pages = room;
-            moved.push((unit, target));
+            moved.extend(units.iter().map(|unit| (*unit, target)));
+            let outcome = MoveOutcome { units: units.iter().map(|unit| (*unit, Ok(()))).collect() };
+            self.memory.record_moves(&outcome, target, now);
+            moves.done(target, outcome.units.len(), bytes);
         }
-        for target in [Place::Slow, Place::Fast] {
-            let units = moved.iter().filter(|(_, place)| *place == target).map(|(unit, _)| (*unit, Ok(())));
-            self.memory.record_moves(&MoveOutcome { units: units.collect() }, target, now);
-        }
-        moved
     }
 }

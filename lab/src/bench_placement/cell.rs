@@ -85,4 +85,10 @@ pub struct Period {
     pub block_found: Option<f64>,
     /// ept-virt's rounds so far.
     pub round: Option<u64>,
+    /// For how long its last round was watched.
+    #[serde(default)]
+    pub watched_us: Option<u64>,
+    /// What was accessed meanwhile.
+    #[serde(default)]
+    pub young_bytes: Option<u64>,
 }

@@ -230,7 +230,7 @@ impl Setup {
             let end = PERIOD * (number + 1);
             thread::sleep(end.saturating_sub(begun.elapsed()));
             let (round, _) = running.progress(guest.name)?;
-            record.take(memory, round)?;
+            record.take(memory, round.as_ref())?;
         }
         Ok(())
     }

@@ -4,6 +4,7 @@
 use std::fs;
 
 use anyhow::{Context, Result, bail};
+use ept_virt_core::wire::RoundStatus;
 
 use super::damon::Damon;
 use super::guest_memory::read;
@@ -118,8 +119,8 @@ impl Running {
         }
     }
 
-    /// Rounds that it has made, and bytes that it says it moved.
-    pub fn progress(&self, domain: &str) -> Result<(Option<u64>, Option<u64>)> {
+    /// Its last round, and bytes that it says it moved.
+    pub fn progress(&self, domain: &str) -> Result<(Option<RoundStatus>, Option<u64>)> {
         if !matches!(self.work, Work::EptVirt(_)) {
             return Ok((None, None));
         }
@@ -128,7 +129,7 @@ impl Running {
             return Ok((None, None));
         };
         let moves = domain.moves;
-        Ok((domain.round.map(|round| round.number), Some(moves.demoted_bytes + moves.promoted_bytes)))
+        Ok((domain.round, Some(moves.demoted_bytes + moves.promoted_bytes)))
     }
 
     /// Ends it, and fails if it can not have worked.

@@ -5,6 +5,7 @@
 use std::time::Instant;
 
 use anyhow::Result;
+use ept_virt_core::wire::RoundStatus;
 
 use super::cell::{Cell, Period};
 use super::guest_memory::{Counts, GuestMemory};
@@ -42,7 +43,7 @@ impl Record {
     }
 
     /// Takes in a period that ends now; `round` is ept-virt's, if it is at work.
-    pub fn take(&mut self, memory: &GuestMemory, round: Option<u64>) -> Result<()> {
+    pub fn take(&mut self, memory: &GuestMemory, round: Option<&RoundStatus>) -> Result<()> {
         let counts = memory.counts()?;
         let nodes = memory.nodes()?;
         let migrated = meters::migrated_pages()?;
@@ -64,7 +65,9 @@ impl Record {
             changed_pages: nodes.iter().zip(&self.nodes).filter(|(now, then)| now != then).count() as u64,
             migrated_pages: migrated - self.migrated,
             block_found: Some(found),
-            round,
+            round: round.map(|round| round.number),
+            watched_us: round.map(|round| round.watched_us),
+            young_bytes: round.map(|round| round.accessed_bytes),
             ..Period::default()
         });
         self.accesses.push(accesses);

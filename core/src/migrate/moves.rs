@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The moves of a round: in which order, and how many at once.
 
-use ept_virt_core::migrate::{batch, fitting, unit_bytes};
-use ept_virt_core::plan::MoveUnit;
-use ept_virt_core::wire::Place;
+use crate::plan::{MoveUnit, Plan};
+use crate::wire::Place;
+
+use super::{batch, fitting, unit_bytes};
 
 /// What is left to move in a round.
 ///
@@ -11,8 +12,8 @@ use ept_virt_core::wire::Place;
 /// however long the bandwidth makes a round's moves last, and whatever is refused.
 #[derive(Debug, Default)]
 pub struct Moves {
-    pub(super) demote: Vec<MoveUnit>,
-    pub(super) promote: Vec<MoveUnit>,
+    demote: Vec<MoveUnit>,
+    promote: Vec<MoveUnit>,
     /// Units tried of each.
     demoted: usize,
     promoted: usize,
@@ -23,14 +24,19 @@ pub struct Moves {
 
 impl Moves {
     /// Moves after which DRAM holds what it is to hold.
-    pub(super) fn new(demote: Vec<MoveUnit>, promote: Vec<MoveUnit>) -> Self {
+    pub fn new(Plan { demote, promote, .. }: Plan) -> Self {
         let bytes = |units: &[MoveUnit]| i64::try_from(units.iter().map(unit_bytes).sum::<u64>());
         let room = bytes(&promote).unwrap_or(i64::MAX) - bytes(&demote).unwrap_or(i64::MAX);
         Moves { demote, promote, demoted: 0, promoted: 0, room }
     }
 
+    /// Whether nothing is left.
+    pub fn is_empty(&self) -> bool {
+        self.slice(u64::MAX).1.is_empty()
+    }
+
     /// Units that move in one direction at once: at most `bytes`, but one at least.
-    pub(super) fn slice(&self, bytes: u64) -> (Place, &[MoveUnit]) {
+    pub fn slice(&self, bytes: u64) -> (Place, &[MoveUnit]) {
         let next = |units, done| first(from(units, done), bytes);
         let (go, come) = (next(&self.demote, self.demoted), next(&self.promote, self.promoted));
         let fits = fitting(come, u64::try_from(self.room).unwrap_or(0));
@@ -41,7 +47,7 @@ impl Moves {
     }
 
     /// Takes note that so many units were tried, and so many bytes moved.
-    pub(super) fn done(&mut self, target: Place, tried: usize, moved_bytes: u64) {
+    pub fn done(&mut self, target: Place, tried: usize, moved_bytes: u64) {
         let moved = i64::try_from(moved_bytes).unwrap_or(i64::MAX);
         if target == Place::Slow {
             self.demoted += tried;
@@ -63,21 +69,19 @@ fn first(units: &[MoveUnit], bytes: u64) -> &[MoveUnit] {
     units.get(..count).unwrap_or(units)
 }
 
-/// Keeps the first units, up to so many bytes.
-pub(super) fn keep_bytes(units: &mut Vec<MoveUnit>, bytes: u64) {
-    units.truncate(fitting(units, bytes).len());
-}
-
 #[cfg(test)]
 mod tests {
     use std::ops::Range;
 
-    use ept_virt_core::units::PAGE_BYTES;
-
     use super::*;
+    use crate::units::PAGE_BYTES;
 
     fn units(gfns: Range<u64>) -> Vec<MoveUnit> {
         gfns.map(|gfn| MoveUnit { gfn, hva: gfn * PAGE_BYTES, pages: 1 }).collect()
+    }
+
+    fn moves(demote: Range<u64>, promote: Range<u64>) -> Moves {
+        Moves::new(Plan { demote: units(demote), promote: units(promote), ..Plan::default() })
     }
 
     /// Carries out what is planned, two pages at a time, of which `moves` says how many of
@@ -104,21 +108,18 @@ mod tests {
     fn both_directions_take_turns() {
         use Place::{Fast, Slow};
         // Three too many, and five to exchange.
-        let (turns, balance) = carry_out(Moves::new(units(0..8), units(100..105)), |_| 2);
+        let (turns, balance) = carry_out(moves(0..8, 100..105), |_| 2);
         let expected = [(Slow, 2), (Slow, 2), (Slow, 2), (Fast, 2), (Slow, 2), (Fast, 2), (Fast, 1)];
         assert_eq!((turns.as_slice(), balance.last()), (expected.as_slice(), Some(&-3)));
         assert!(balance.iter().all(|pages| *pages >= -6));
         // Room for three, before two have to go.
-        let (turns, balance) = carry_out(Moves::new(units(0..2), units(100..105)), |_| 2);
+        let (turns, balance) = carry_out(moves(0..2, 100..105), |_| 2);
         assert_eq!(turns, [(Fast, 2), (Slow, 2), (Fast, 2), (Fast, 1)]);
         assert_eq!(balance, [2, 0, 2, 3]);
         // What does not go makes no room.
         let refusing = |place| if place == Slow { 1 } else { 2 };
-        let (_, balance) = carry_out(Moves::new(units(0..6), units(100..106)), refusing);
+        let (_, balance) = carry_out(moves(0..6, 100..106), refusing);
         assert!(balance.iter().all(|pages| *pages <= 0), "{balance:?}");
-        assert_eq!(
-            carry_out(Moves::new(units(0..4), units(100..104)), |place| u64::from(place != Slow)).1,
-            [0, 0]
-        );
+        assert_eq!(carry_out(moves(0..4, 100..104), |place| u64::from(place != Slow)).1, [0, 0]);
     }
 }
