@@ -256,7 +256,7 @@ fn memory_that_comes_and_goes_is_followed() {
 
 fn pattern() -> impl Strategy<Value = Pattern> {
     let period = (1u64..100).prop_map(|deciseconds| Duration::from_millis(100 * deciseconds));
-    (0u8..8, 0.001f64..1.0, 0.0f64..1.0, 0.0f64..2.0, period).prop_map(
+    (0u8..9, 0.001f64..1.0, 0.0f64..1.0, 0.0f64..2.0, period).prop_map(
         |(kind, hot, to_hot, theta, period)| match kind {
             0 => Pattern::Uniform,
             1 => Pattern::Zipf { theta },
@@ -265,6 +265,7 @@ fn pattern() -> impl Strategy<Value = Pattern> {
             4 => Pattern::Phase { hot, to_hot, period },
             5 => Pattern::Scan { hot, to_hot, period },
             6 => Pattern::Diurnal { hot, to_hot, period },
+            7 => Pattern::LateBlock { hot, to_hot, after: period },
             _ => Pattern::Idle,
         },
     )

@@ -58,7 +58,7 @@ pub struct GuestArgs {
     #[arg(long, value_name = "HZ", default_value_t = 1.0, value_parser = zero_or_more)]
     rate: f64,
     /// Share of pages that are hot, for static, phase, scan and diurnal; default 20%.
-    /// For hot-block: 0.1%.
+    /// For hot-block and late-block: 0.1%.
     #[arg(long, value_name = "SHARE", value_parser = super::share)]
     hot: Option<Share>,
     /// Share of accesses that go to hot pages.
@@ -67,7 +67,7 @@ pub struct GuestArgs {
     /// Steepness of zipf.
     #[arg(long, value_name = "NUMBER", default_value_t = 0.99, value_parser = zero_or_more)]
     theta: f64,
-    /// How long a phase lasts, a scan takes, or a day is.
+    /// How long a phase lasts, a scan takes, or a day is; when a late block turns hot.
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = time)]
     period: Duration,
     /// Pages of 4 KiB that lie together and are alike, a power of two. Without it 1; in
@@ -110,6 +110,8 @@ enum Kind {
     Static,
     /// A small part is hot, in one piece.
     HotBlock,
+    /// The same, but all pages are alike until it turns hot.
+    LateBlock,
     /// Other pages are hot after each period.
     Phase,
     /// All pages are gone over in each period, beside a hot part.
@@ -217,6 +219,9 @@ impl GuestArgs {
             Kind::Zipf => Pattern::Zipf { theta: self.theta },
             Kind::Static => Pattern::Static { hot, to_hot },
             Kind::HotBlock => Pattern::HotBlock { hot: self.hot.map_or(0.001, part), to_hot },
+            Kind::LateBlock => {
+                Pattern::LateBlock { hot: self.hot.map_or(0.001, part), to_hot, after: period }
+            }
             Kind::Phase => Pattern::Phase { hot, to_hot, period },
             Kind::Scan => Pattern::Scan { hot, to_hot, period },
             Kind::Diurnal => Pattern::Diurnal { hot, to_hot, period },

@@ -4,7 +4,7 @@
 //!
 //! Memory is cut into *granules* of a few pages that are accessed equally often.
 //! Each granule has a *rank*: 0 is the one most accessed. Ranks are scattered over
-//! the memory at random, but for the hot block, which is one piece. A page is
+//! the memory at random, but for a hot block, which is one piece. A page is
 //! accessed at random times at its rate (Poisson): an interval draws a count, and
 //! the accessed bit says whether that is above 0. Guests of more than
 //! [`MOST_COUNTED_PAGES`] draw the bits alone.
@@ -43,6 +43,15 @@ pub enum Pattern {
         hot: f64,
         /// Accesses that go to them.
         to_hot: f64,
+    },
+    /// As `Uniform` at first, then as `HotBlock`.
+    LateBlock {
+        /// Hot pages.
+        hot: f64,
+        /// Accesses that go to them.
+        to_hot: f64,
+        /// When they turn hot.
+        after: Duration,
     },
     /// As `Static`, and after each period other pages are hot.
     Phase {
@@ -130,7 +139,7 @@ impl Workload {
         let granules = params.pages.div_ceil(granule_pages) as u32;
         let mut draws = Draws::new(seed, index);
         let ranks = match params.pattern {
-            Pattern::HotBlock { .. } => {
+            Pattern::HotBlock { .. } | Pattern::LateBlock { .. } => {
                 // At high addresses, where a guest that touches its memory in order finds
                 // no DRAM left.
                 let first = granules / 8 * 7 + draws.below(u64::from(granules / 16).max(1)) as u32;
@@ -215,9 +224,11 @@ impl Workload {
         };
         match pattern {
             Pattern::Uniform => two(1.0, 1.0, 0, 1.0),
+            Pattern::LateBlock { after, .. } if self.now < after => two(1.0, 1.0, 0, 1.0),
             Pattern::Zipf { .. } => Rates::Each(&self.rates_hz),
             Pattern::Static { hot, to_hot }
             | Pattern::HotBlock { hot, to_hot }
+            | Pattern::LateBlock { hot, to_hot, .. }
             | Pattern::Scan { hot, to_hot, .. } => two(hot, to_hot, 0, 1.0),
             Pattern::Phase { hot, to_hot, period } => {
                 let step = (hot * f64::from(granules)).round() as u64;

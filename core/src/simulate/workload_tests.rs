@@ -5,11 +5,12 @@ use super::*;
 const SECOND: Duration = Duration::from_secs(1);
 const HOUR: Duration = Duration::from_secs(3600);
 
-const PATTERNS: [Pattern; 8] = [
+const PATTERNS: [Pattern; 9] = [
     Pattern::Uniform,
     Pattern::Zipf { theta: 0.99 },
     Pattern::Static { hot: 0.2, to_hot: 0.9 },
     Pattern::HotBlock { hot: 0.001, to_hot: 0.9 },
+    Pattern::LateBlock { hot: 0.001, to_hot: 0.9, after: SECOND },
     Pattern::Phase { hot: 0.2, to_hot: 0.9, period: SECOND },
     Pattern::Scan { hot: 0.2, to_hot: 0.9, period: HOUR },
     Pattern::Diurnal { hot: 0.2, to_hot: 0.9, period: HOUR },
@@ -118,4 +119,14 @@ fn a_hot_block_is_one_piece() {
     let means = workload.means();
     let edges = (0..means.len()).filter(|page| means[*page] != means[(page + 1) % means.len()]).count();
     assert_eq!((edges, means.iter().filter(|mean| **mean > 0.0).count()), (2, 100));
+}
+
+#[test]
+fn a_late_block_is_as_all_else_before() {
+    let pattern = Pattern::LateBlock { hot: 0.01, to_hot: 1.0, after: SECOND };
+    let (mut workload, mut accessed) = run(params(pattern, 10_000));
+    assert!(workload.means().iter().all(|mean| *mean == 2.0));
+    workload.run(SECOND, &mut accessed);
+    let hot: Vec<usize> = (0..10_000).filter(|page| workload.means()[*page] > 0.0).collect();
+    assert!(hot.len() == 100 && hot[99] == hot[0] + 99 && workload.means()[hot[0]] == 200.0);
 }
