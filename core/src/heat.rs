@@ -37,6 +37,7 @@
 //! their bits are gathered in a bitmap (one more bit a page, allocated when
 //! first needed) and the temperature is stepped when a 256th is to be decayed.
 
+mod blocks;
 mod histogram;
 mod samples;
 mod step;
@@ -51,6 +52,8 @@ use crate::bitmap::{self, WORD_BITS};
 use crate::units::Bytes;
 use crate::wire::Class;
 
+pub(crate) use blocks::BLOCK_PAGES;
+use blocks::Blocks;
 pub use histogram::Histogram;
 pub(crate) use summary::Summaries;
 pub use surprise::Surprise;
@@ -136,6 +139,12 @@ pub struct HeatMap {
     unweighed: u64,
     /// See [`HeatMap::mean_step`].
     mean_step_s: f64,
+    blocks: Blocks,
+    /// The part of each temperature that is left of what it was before the last round,
+    /// and before the one before.
+    kept: [f64; 2],
+    /// Pages accessed in the last round.
+    seen: u64,
 }
 
 /// Number of pages of each class.
@@ -175,6 +184,9 @@ impl HeatMap {
             raised: samples::Sampled::default(),
             unweighed: 0,
             mean_step_s: 0.0,
+            blocks: Blocks::new(pages),
+            kept: [1.0; 2],
+            seen: 0,
         }
     }
 
@@ -188,7 +200,7 @@ impl HeatMap {
         // All of the past was seen, in steps of unknown length: the next one knows more.
         let variance = 1.0 / (2.0 * FINEST_STEP);
         let known = HeatMap { past_s: f64::INFINITY, variance, ..HeatMap::new(0, params) };
-        HeatMap { pages, cells, ..known }
+        HeatMap { pages, cells, blocks: Blocks::new(pages), ..known }
     }
 
     /// Number of pages.
@@ -254,6 +266,8 @@ impl HeatMap {
 
     /// Begins to take in a round, part by part: what [`HeatMap::step`] does at once.
     pub fn begin(&mut self, span: Span) -> Round {
+        self.kept = [1.0, self.kept[0]];
+        self.seen = 0;
         if self.is_too_short(span.elapsed) {
             self.pending.resize(self.cells.len() / WORD_BITS, 0);
             let (sums, surprise) = (Sums::default(), Surprise::default());
@@ -268,13 +282,19 @@ impl HeatMap {
     /// its first word on. Each word must come once in a round.
     pub fn part(&mut self, round: &mut Round, words: Range<usize>, accessed: &[u64]) {
         let all = self.cells.len() / WORD_BITS;
-        let (start, end) = (words.start.min(all), words.end.min(all));
-        let tail = if end == all { bitmap::tail_mask(self.pages) } else { !0 };
-        let accessed = self.sampled.heating(accessed, start..end);
-        let Some(cells) = self.cells.as_chunks_mut().0.get_mut(start..end) else { return };
+        let words = words.start.min(all)..words.end.min(all);
+        let accessed = self.sampled.heating(accessed, words.clone());
+        self.seen += self.blocks.take(words.clone(), &accessed);
+        self.warm(round, words, &accessed);
+    }
+
+    /// Warms the accessed pages of some words that there are, now or later.
+    fn warm(&mut self, round: &mut Round, words: Range<usize>, accessed: &[u64]) {
+        let tail = if words.end * WORD_BITS == self.cells.len() { bitmap::tail_mask(self.pages) } else { !0 };
+        let Some(cells) = self.cells.as_chunks_mut().0.get_mut(words.clone()) else { return };
         match round.step {
-            Some(step) => round.sums += step.apply(cells, &accessed, tail),
-            None => put_off(cells, &mut self.pending[start..end], &accessed, tail),
+            Some(step) => round.sums += step.apply(cells, accessed, tail),
+            None => put_off(cells, &mut self.pending[words], accessed, tail),
         }
     }
 
@@ -373,10 +393,7 @@ impl HeatMap {
         let mut pending = std::mem::take(&mut self.pending);
         let span = std::mem::take(&mut self.pending_span);
         let mut round = self.start(span);
-        // What was sampled since is of the round that comes.
-        let sampled = std::mem::take(&mut self.sampled);
-        self.part(&mut round, 0..usize::MAX, &pending);
-        self.sampled = sampled;
+        self.warm(&mut round, 0..self.cells.len() / WORD_BITS, &pending);
         pending.fill(0);
         self.pending = pending;
         self.finish(&round)
@@ -397,6 +414,7 @@ impl HeatMap {
         let surprise = round.sums.surprise(self.variance);
         self.past_s += round.span.elapsed.as_secs_f64();
         self.last_step_s = round.span.elapsed.as_secs_f64();
+        self.kept[0] *= round.keep;
         let gain = 1.0 - round.keep;
         self.last_watched_s = round.span.watched.as_secs_f64();
         // Nothing is known of the steps of a heat that came from elsewhere.
@@ -441,6 +459,14 @@ fn put_off(cells: &mut [[u16; WORD_BITS]], pending: &mut [u64], accessed: &[u64]
         *pending |= word;
         bitmap::ones(word).for_each(|bit| block[bit] |= IDLE_COUNT);
     }
+}
+
+/// The chance of an access in a round that a page has, of which a share was seen by
+/// temperatures of a `variance` above zero. One access more and one less are thought to
+/// have been seen, lest 0 and 1 look certain.
+pub(crate) fn likely(share: f64, variance: f64) -> f64 {
+    let rounds = 1.0 / variance;
+    (share * rounds + 1.0) / (rounds + 2.0)
 }
 
 /// The map with most pages, which stands for all where one must.

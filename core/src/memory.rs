@@ -5,6 +5,7 @@ mod excluded;
 mod holds;
 mod samples;
 mod staying;
+mod turned;
 mod verify;
 
 use std::ops::Range;
@@ -14,7 +15,7 @@ use crate::bitmap::{self, PageSet};
 use crate::heat::store::SlotRange;
 use crate::heat::{self, ClassCounts, HeatMap, HeatParams, Round, Span, Surprise};
 use crate::migrate::{MoveOutcome, Refused};
-use crate::plan::{self, MoveUnit, PlaceCounts, PlaceMap, Plan, PlanInput, Recent, SlotView};
+use crate::plan::{self, MoveUnit, PlaceCounts, PlaceMap, Plan, PlanInput, Recent, SlotView, Times};
 use crate::policy::Excluded;
 use crate::sampler::{Harvest, MemSlot};
 use crate::units::{Bytes, PAGE_BYTES, PAGES_PER_2M, Share};
@@ -23,6 +24,7 @@ use crate::wire::Place;
 use holds::Holds;
 pub use holds::SHORTEST_HOLD;
 pub use staying::Staying;
+use turned::Turned;
 use verify::Random;
 
 /// Rounds after the start, or after the guest turned to other pages, in which it
@@ -51,6 +53,8 @@ struct Slot {
     /// Pages that are not planned.
     holds: Holds,
     recent: Recent,
+    /// What turned hot a few rounds ago.
+    turned: Recent,
     /// The round that is being taken in.
     round: Option<Round>,
     /// All its heat, in pages of the highest temperature, as last known.
@@ -69,6 +73,7 @@ impl Slot {
             mapped: PageSet::new(pages),
             holds: Holds::new(pages),
             recent: Recent::default(),
+            turned: Recent::default(),
             round: None,
             warmth: 0.0,
             observed: false,
@@ -78,8 +83,13 @@ impl Slot {
     }
 
     fn view(&self) -> SlotView<'_> {
-        let Self { info, heat, place, holds, recent, .. } = self;
-        SlotView { hva: info.hva, heat, place, held: holds.held(), recent }
+        let Self { info, heat, place, holds, recent, turned, .. } = self;
+        SlotView { hva: info.hva, heat, place, held: holds.held(), recent, turned }
+    }
+
+    /// The pages of a word of a bitmap that are not to be moved now.
+    fn stays(&self, word: usize) -> u64 {
+        bitmap::word(self.holds.held(), word) | self.recent.moved(word, Times::Once)
     }
 
     fn covers(&self, other: &MemSlot) -> bool {
@@ -118,6 +128,7 @@ pub struct GuestMemory {
     trickle: f64,
     /// The variance of temperatures by which all was put right last.
     passed_at: f64,
+    turned: Turned,
 }
 
 impl GuestMemory {
@@ -136,6 +147,7 @@ impl GuestMemory {
             settled_for: 0,
             trickle: 0.0,
             passed_at: f64::INFINITY,
+            turned: Turned::default(),
         }
     }
 
@@ -278,10 +290,16 @@ impl GuestMemory {
         // Of all slots, also of those whose temperatures are stepped later.
         let heat = self.heat();
         let surprise = Surprise { heat, ..std::mem::take(&mut self.surprise) };
-        self.slots.iter_mut().for_each(|slot| slot.recent.next_round());
+        for slot in &mut self.slots {
+            slot.recent.next_round();
+            slot.turned.next_round();
+        }
         let Some(span) = span else { return };
         let pages = self.bytes().pages() as f64;
-        let gained = pages * TRICKLE_PER_MINUTE * span.elapsed.as_secs_f64() / 60.0;
+        let minutes = span.elapsed.as_secs_f64() / 60.0;
+        let seen: u64 = self.slots.iter().map(|slot| slot.heat.seen()).sum();
+        self.turned.take(pages, seen as f64, heat, minutes);
+        let gained = pages * TRICKLE_PER_MINUTE * minutes;
         // Enough for a huge page to come and one to go, in the end.
         let most = (pages * TRICKLE_PER_MINUTE * TRICKLE_MINUTES).max(2.0 * PAGES_PER_2M as f64);
         self.trickle = (self.trickle + gained).min(most);
@@ -289,6 +307,12 @@ impl GuestMemory {
         if surprise.is_shift() || self.is_much_closer(span) {
             self.slots.iter_mut().for_each(|slot| slot.heat.restart());
             self.settled_for = 0;
+        } else if !self.is_settling() {
+            for run in self.turned.find(&self.slots) {
+                let slot = &mut self.slots[run.slot];
+                slot.heat.turn_hot(run.pages.clone());
+                slot.turned.record(run.pages);
+            }
         }
     }
 

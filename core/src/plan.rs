@@ -13,7 +13,8 @@
 //! 3. No room: exchange. A unit comes only when enough colder idle units go, and
 //!    each of them is colder by [`PlanInput::gap`] at least, and by more than chance
 //!    explains; both directions are charged to the quota. When all exchanges together
-//!    would win little, only the clearest are done at once, and of the others a few.
+//!    would win little, only the clearest are done at once, as those of what has just
+//!    turned hot, and of the others a few.
 //!
 //! Each list ends at the first unit that does not fit the quota, so a hotter
 //! page never goes while a colder one that may go stays. A unit that has just moved
@@ -171,14 +172,14 @@ struct Exchange {
 }
 
 impl Exchange {
-    /// Whether what comes is hotter by far than what goes.
+    /// Whether what comes is hotter by far than what goes, or has just turned hot.
     fn is_certain(&self) -> bool {
         let certain = |victim: &Candidate| {
             let difference =
                 f64::from(self.unit.estimate.temperature) - f64::from(victim.estimate.temperature);
             difference >= CERTAIN * f64::from(MAX_TEMPERATURE)
         };
-        self.victims.iter().all(certain)
+        self.unit.turned || self.victims.iter().all(certain)
     }
 
     /// Pages that move.

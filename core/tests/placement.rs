@@ -156,3 +156,78 @@ fn a_hot_block_of_a_thousandth_comes_back_within_seconds() {
     }
     assert_eq!(guest.hit_ratio(hot), 1.0);
 }
+
+/// What is hot lies in DRAM, and is known.
+fn settled_guest(level: Level, hot: impl Fn(usize) -> bool) -> Guest {
+    let mut guest = Guest::new(level, PAGES as u64 * 3 / 10, 30);
+    (0..60).for_each(|_| _ = guest.round(&hot));
+    assert_eq!(guest.hit_ratio(&hot), 1.0);
+    guest
+}
+
+fn hot_fifth(page: usize) -> bool {
+    page < PAGES / 5
+}
+
+#[test]
+fn a_block_that_turns_hot_late_comes_after_two_rounds() {
+    let mut guest = settled_guest(Level::Page4K, hot_fifth);
+    let block = |page: usize| (15_001..15_017).contains(&page);
+    assert!(guest.hit_ratio(block) < 0.5);
+    guest.round(|page| hot_fifth(page) || block(page));
+    assert!(guest.hit_ratio(block) < 0.5, "one round proves nothing");
+    let moved = guest.round(|page| hot_fifth(page) || block(page));
+    assert_eq!(guest.hit_ratio(block), 1.0);
+    assert!(moved <= 2 * (16 + 6) + 2, "{moved} pages moved for 16");
+    // Nor does it leave again, also when it is known by its temperature alone.
+    for _ in 0..30 {
+        guest.round(|page| hot_fifth(page) || block(page));
+        assert_eq!(guest.hit_ratio(block), 1.0);
+    }
+}
+
+/// Over all of memory once; where it stands at the end of a round, pages count for two.
+#[test]
+fn a_scan_brings_nothing_to_dram() {
+    let pages = [(512, 0), (1024, 8), (4096, 11)];
+    for (length, overlap) in pages {
+        let mut guest = settled_guest(Level::Page4K, hot_fifth);
+        let moved: u64 = (0..PAGES / length)
+            .map(|round| {
+                let scanned = (round * length).saturating_sub(overlap)..(round + 1) * length;
+                guest.round(|page| hot_fifth(page) || scanned.contains(&page))
+            })
+            .sum();
+        assert!(moved * 1000 <= PAGES as u64, "{moved} pages moved for a scan of {length} pages a round");
+    }
+}
+
+/// Buffers that are used for two rounds each, one after the other without end, look like
+/// blocks that turn hot: how much moves for them is bounded.
+#[test]
+fn short_bursts_without_end_move_little() {
+    let mut guest = settled_guest(Level::Page4K, hot_fifth);
+    let mut rounds = |count: usize| -> u64 {
+        let burst = |round: usize| {
+            let start = 4096 + round / 2 % 90 * 128;
+            guest.round(|page| hot_fifth(page) || (start..start + 64).contains(&page))
+        };
+        (0..count).map(burst).sum()
+    };
+    let first = rounds(240);
+    let later = rounds(120);
+    // 512 pages at first, as of any small guest; then a 2000th of memory in a minute,
+    // with as many that go, beside what moves for little gain.
+    assert!(first >= 100 && first <= 2 * 512 + PAGES as u64 / 50, "{first}");
+    assert!(later * 250 <= PAGES as u64, "{later} pages moved in two minutes");
+}
+
+#[test]
+fn a_huge_page_that_is_used_for_two_rounds_is_one_sign() {
+    let hot = |page: usize| page < 4 * 512;
+    let mut guest = settled_guest(Level::Huge2M, hot);
+    let other = |page: usize| (20 * 512..21 * 512).contains(&page);
+    for _ in 0..2 {
+        assert_eq!(guest.round(|page| hot(page) || other(page)), 0);
+    }
+}

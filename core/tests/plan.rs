@@ -28,12 +28,13 @@ struct Slot {
     levels: Vec<Level>,
     held: Vec<u64>,
     recent: Recent,
+    turned: Recent,
 }
 
 impl Slot {
     fn view(&self) -> SlotView<'_> {
-        let Slot { hva, heat, place, held, recent, .. } = self;
-        SlotView { hva: *hva, heat, place, held, recent }
+        let Slot { hva, heat, place, held, recent, turned, .. } = self;
+        SlotView { hva: *hva, heat, place, held, recent, turned }
     }
 
     /// Pages of the slot that lie in its `index`th 2 MiB of guest-physical space.
@@ -128,6 +129,7 @@ fn slot() -> impl Strategy<Value = Slot> {
                 levels: only,
                 held,
                 recent: Recent::default(),
+                turned: Recent::default(),
             }
         })
 }
@@ -348,7 +350,15 @@ fn simple(pages: usize, hot: Range<usize>, slow: Range<usize>) -> Slot {
     let mut place = PlaceMap::new(0, pages);
     place.observe(&vec![!0; pages.div_ceil(64)], &[], &levels);
     place.record(slow, Place::Slow);
-    Slot { hva: 1 << 40, heat, place, levels, held: Vec::new(), recent: Recent::default() }
+    Slot {
+        hva: 1 << 40,
+        heat,
+        place,
+        levels,
+        held: Vec::new(),
+        recent: Recent::default(),
+        turned: Recent::default(),
+    }
 }
 
 fn percent_of_heat(gap: u16, target_pages: u64, quota: u64) -> Limits {
@@ -427,6 +437,34 @@ fn exchanges_that_win_little_are_done_a_few_at_a_time() {
     assert_eq!(moved(&slot, false, heat * 51.0, 21), (10, 20));
     // There is no time to lose.
     assert_eq!(moved(&slot, true, heat * 51.0, 0), (100, 0));
+}
+
+#[test]
+fn what_turned_hot_comes_first_whatever_it_wins() {
+    // All pages are hot, the upper half lies on the slow tier: no page wins much.
+    let mut slot = simple(1024, 0..1024, 512..1024);
+    let mut accessed = vec![!0; 16];
+    bitmap::fill(&mut accessed, 0..100, false);
+    (0..4).for_each(|_| _ = slot.heat.step(&accessed, ROUND));
+    let promoted = |slot: &Slot, quota_pages| {
+        let plan = plan(&PlanInput {
+            slots: &[slot.view()],
+            dram_target: Some(Bytes::of_pages(512)),
+            gap: Share::from_percent(10),
+            quota_pages,
+            settling: false,
+            heat: 1e9,
+            trickle_pages: 0,
+        });
+        plan.promote.iter().map(|unit| unit.gfn).collect::<Vec<u64>>()
+    };
+    assert_eq!(promoted(&slot, 1000), Vec::<u64>::new());
+    slot.turned.record(900..910);
+    assert_eq!(promoted(&slot, 1000), (900..910).collect::<Vec<u64>>());
+    assert_eq!(promoted(&slot, 6), (900..903).collect::<Vec<u64>>());
+    // Not when there is none that it may drive out.
+    slot.recent.record(0..100);
+    assert_eq!(promoted(&slot, 1000), Vec::<u64>::new());
 }
 
 #[test]

@@ -109,6 +109,45 @@ fn a_hot_block_of_a_thousandth_is_found() {
     check_settled(&rounds, 0.98, BEFORE_FIRST_MOVE + 2);
 }
 
+/// Rounds in which a block was hot before it is found, and the one in which it is moved.
+const TO_FIND: usize = 2;
+
+/// A block of a thousandth that turns hot `after` rounds, in a guest that is known by then.
+fn late_block(params: GuestParams, workload: WorkloadParams, after: usize) -> Vec<Round> {
+    let turns = after as u32 * Duration::from_secs(1);
+    let pattern = Pattern::LateBlock { hot: 0.001, to_hot: 0.8, after: turns };
+    run(params, WorkloadParams { pattern, ..workload }, after + 10)
+}
+
+/// From where pages are seldom accessed to where nearly all are in each round, and half of
+/// them still when the block takes most accesses; wherever victims may be idle.
+#[test]
+fn a_block_that_turns_hot_late_is_found_in_two_rounds() {
+    const PAGES: u64 = 1 << 15;
+    for (rate_hz, half_life, delay) in
+        [(0.1, "30s", "0s"), (1.0, "30s", "2s"), (1.0, "120s", "0s"), (3.0, "30s", "0s"), (3.0, "10s", "1s")]
+    {
+        let params = params(&[("temperature.half-life", half_life), ("migration.delay", delay)]);
+        let workload = WorkloadParams { pages: PAGES, rate_hz, ..workload(Pattern::Uniform) };
+        let rounds = late_block(params, workload, 40);
+        check_settled(&rounds, 0.98, 40 + TO_FIND + 2);
+        assert!(of_oracle(&rounds)[40] < 0.6, "it was in DRAM before");
+        // The block, a few pages beside it, and what else a guest that goes on moves.
+        let moved: u64 = rounds[40..].iter().map(Round::moved_pages).sum();
+        let block = PAGES.div_ceil(1000);
+        assert!(moved <= 2 * (block + 6) + PAGES / 1200, "{moved} pages moved for {block}");
+    }
+}
+
+/// Eight of 8192 huge pages.
+#[test]
+fn a_block_of_huge_pages_that_turns_hot_late_is_found_in_two_rounds() {
+    let workload =
+        WorkloadParams { huge: true, pages: 1 << 22, rate_hz: 0.3 / 512.0, ..workload(Pattern::Uniform) };
+    let rounds = late_block(params(&[]), workload, 20);
+    check_settled(&rounds, 0.98, 20 + TO_FIND + 2);
+}
+
 /// Once all is known that can be: see `GuestMemory::plan`.
 #[test]
 fn a_steady_guest_is_left_alone() {

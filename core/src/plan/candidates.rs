@@ -22,6 +22,8 @@ use super::{MoveUnit, SlotView, Times};
 pub(super) struct Candidate {
     pub(super) unit: MoveUnit,
     pub(super) estimate: Estimate,
+    /// It turned hot a few rounds ago.
+    pub(super) turned: bool,
 }
 
 impl Candidate {
@@ -49,11 +51,13 @@ impl Candidates {
             banned,
             potential: Potential::new(pages),
             summaries: Summaries::new(),
+            any_turned: false,
             fast: Selection::new(wanted, u32::from(MAX_TEMPERATURE) + 1),
             slow: Selection::new(wanted, u32::from(distance_from_top(COLD_BELOW)) + 1),
         };
         for slot in slots {
             survey.summaries = Summaries::new();
+            survey.any_turned = !slot.turned.is_empty();
             for (pages, level) in slot.place.regions() {
                 survey.region(slot, pages, level);
             }
@@ -74,14 +78,19 @@ fn page_at(index: usize, bit: usize) -> Range<usize> {
 
 /// The key of hot pages: the lowest is the hottest.
 fn distance_from_top(temperature: u16) -> u16 {
-    MAX_TEMPERATURE - temperature
+    (MAX_TEMPERATURE - temperature).max(TURNED + 4)
 }
+
+/// The key of pages that turned hot, before all others. Others differ by four.
+const TURNED: u16 = 0;
 
 struct Survey {
     banned: Times,
     potential: Potential,
     /// Of the slot that is being searched.
     summaries: Summaries,
+    /// Whether anything of it turned hot.
+    any_turned: bool,
     fast: Selection,
     slow: Selection,
 }
@@ -143,16 +152,28 @@ impl Survey {
             let may = fast & mask & !self.stays(slot, index);
             bitmap::ones(may).for_each(|bit| self.unit(slot, Place::Fast, page_at(index, bit)));
         }
-        if slow & mask != 0 && self.slow.wants(distance_from_top(self.summaries.hottest(slot.heat, index))) {
+        if slow & mask == 0 {
+            return;
+        }
+        let turned = self.turned(slot, index) & mask != 0;
+        let key = if turned { TURNED } else { distance_from_top(self.summaries.hottest(slot.heat, index)) };
+        if self.slow.wants(key) {
             let may = slow & mask & !self.stays(slot, index);
             bitmap::ones(may).for_each(|bit| self.unit(slot, Place::Slow, page_at(index, bit)));
         }
     }
 
+    /// The pages of a block of 64 that turned hot.
+    fn turned(&self, slot: &SlotView<'_>, index: usize) -> u64 {
+        if self.any_turned { slot.turned.moved(index, Times::Once) } else { 0 }
+    }
+
     fn unit(&mut self, slot: &SlotView<'_>, place: Place, pages: Range<usize>) {
         let (temperature, idle) = slot.heat.unit(pages.clone());
+        let turned = bitmap::masks(pages.clone()).any(|(index, mask)| self.turned(slot, index) & mask != 0);
         let (selection, key) = match place {
             Place::Fast if idle => (&mut self.fast, temperature),
+            Place::Slow if turned => (&mut self.slow, TURNED),
             Place::Slow => (&mut self.slow, distance_from_top(temperature)),
             _ => return,
         };
@@ -163,7 +184,7 @@ impl Survey {
                 pages: pages.len() as u32,
             };
             let estimate = Estimate { temperature, variance: slot.heat.variance() };
-            selection.take(key, Candidate { unit, estimate });
+            selection.take(key, Candidate { unit, estimate, turned });
         }
     }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! How much hotter a page must be than one that it drives out.
 
-use crate::heat::MAX_TEMPERATURE;
+use crate::heat::{MAX_TEMPERATURE, likely};
 use crate::units::Share;
 
 /// Standard deviations between two pages that change places, in a domain that goes on
@@ -25,15 +25,13 @@ pub(super) struct Estimate {
 }
 
 impl Estimate {
-    /// Variance of the temperature as a share of the scale. One access more and one
-    /// less are thought to have been seen, lest 0 and 1 look certain.
+    /// Variance of the temperature as a share of the scale.
     fn uncertainty(self) -> f64 {
         if self.variance <= 0.0 {
             return 0.0;
         }
-        let rounds = 1.0 / self.variance;
         let share = f64::from(self.temperature) / f64::from(MAX_TEMPERATURE);
-        let likely = (share * rounds + 1.0) / (rounds + 2.0);
+        let likely = likely(share, self.variance);
         likely * (1.0 - likely) * self.variance
     }
 }

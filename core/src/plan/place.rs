@@ -113,6 +113,20 @@ impl PlaceMap {
         (resident & !slow, slow)
     }
 
+    /// Whether any of `pages` lies on the slow tier.
+    pub(crate) fn any_slow(&self, pages: Range<usize>) -> bool {
+        self.slow.any(pages)
+    }
+
+    /// How the 2 MiB of guest-physical space around `page` are mapped, and the end of that
+    /// part of the slot.
+    pub(crate) fn level(&self, page: usize) -> (Level, usize) {
+        let unit = PAGES_PER_2M as usize;
+        let index = (page + (self.gfn_start % PAGES_PER_2M) as usize) / unit;
+        let end = (index + 1) * unit - (self.gfn_start % PAGES_PER_2M) as usize;
+        (self.levels.get(index).copied().unwrap_or(Level::None), end.min(self.pages))
+    }
+
     /// The parts of the slot that lie in one 2 MiB of guest-physical space each,
     /// with how that is mapped. The first and the last may be shorter.
     pub(crate) fn regions(&self) -> impl Iterator<Item = (Range<usize>, Level)> + '_ {

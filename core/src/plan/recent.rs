@@ -9,8 +9,8 @@ use crate::bitmap;
 /// How many rounds are looked back.
 pub const LOOKBACK_ROUNDS: usize = 5;
 
-/// Pages that moved in each of the last rounds. It takes as much memory as there
-/// were moves, and next to nothing without.
+/// Pages that moved in each of the last rounds, or turned hot. It takes as much memory as
+/// there were such, and next to nothing without.
 #[derive(Clone, Debug)]
 pub struct Recent {
     /// Newest first; words of a bitmap by their index.
@@ -30,7 +30,7 @@ impl Recent {
         self.rounds.push_front(BTreeMap::new());
     }
 
-    /// Notes that `pages` moved in this round.
+    /// Notes that `pages` moved in this round, or turned hot.
     pub fn record(&mut self, pages: Range<usize>) {
         if let Some(round) = self.rounds.front_mut() {
             for (index, mask) in bitmap::masks(pages) {
@@ -39,12 +39,12 @@ impl Recent {
         }
     }
 
-    /// Whether nothing moved.
+    /// Whether nothing did.
     pub fn is_empty(&self) -> bool {
         self.rounds.iter().all(BTreeMap::is_empty)
     }
 
-    /// The pages of word `index` that moved in `times` rounds at least: 1 or 2.
+    /// The pages of word `index` that did in `times` rounds at least: 1 or 2.
     pub fn moved(&self, index: usize, times: Times) -> u64 {
         let words = self.rounds.iter().map(|round| round.get(&index).copied().unwrap_or(0));
         let (once, twice) = words.fold((0, 0), |(once, twice), word| (once | word, twice | once & word));

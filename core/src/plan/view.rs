@@ -24,6 +24,8 @@ pub struct SlotView<'a> {
     pub held: &'a [u64],
     /// What moved in the last rounds.
     pub recent: &'a Recent,
+    /// What turned hot in the last rounds: it comes first, whatever it wins.
+    pub turned: &'a Recent,
 }
 
 impl SlotView<'_> {
