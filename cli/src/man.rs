@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! `ept-virt man DIR`, for packages: manual pages from what `--help` is made of.
+//! `ept-virt man DIR`, for packages: manual pages from what `--help` is made of, and
+//! those of policy and configuration from the table of settings.
+
+mod policy;
 
 use std::fs;
 use std::path::Path;
@@ -13,10 +16,16 @@ use crate::{Cli, EXIT_CODES, output};
 /// A page: the name of its file, and its text.
 type Page = (String, Vec<u8>);
 
-/// What else there is to read.
-const SEE_ALSO: &str = ".SH SEE ALSO\n\\fBept\\-virt\\fR(1), \\fBkvm_ept_sample\\fR(4), \\fBvirsh\\fR(1)\n";
+/// When what the pages tell was last changed. Not when they were made, by which two of
+/// one version would differ.
+const DATE: &str = "2026-11-26";
 
-/// Writes a page for each command that people use into `dir`.
+/// What else there is to read.
+const SEE_ALSO: &str = ".SH SEE ALSO\n\\fBept\\-virt\\fR(1), \\fBkvm_ept_sample\\fR(4), \
+                        \\fBept\\-virt.toml\\fR(5), \\fBept\\-virt\\-placement\\fR(7), \\fBvirsh\\fR(1)\n";
+
+/// Writes a page for each command that people use, and those of policy and
+/// configuration, into `dir`.
 pub fn write(dir: &Path) -> Result<(), Failure> {
     let cannot = |what: &str, error: std::io::Error| {
         Failure::unreachable(format!("cannot {what} {}: {error}", dir.display()))
@@ -29,12 +38,15 @@ pub fn write(dir: &Path) -> Result<(), Failure> {
     output::write_text(&format!("{} pages written to {}\n", pages.len(), dir.display()))
 }
 
-/// ept-virt(1), ept-virt-status(1), ept-virt-policy-set(1)...
+/// ept-virt(1), ept-virt-status(1), ept-virt-policy-set(1)... ept-virt.toml(5),
+/// ept-virt-placement(7).
 fn pages() -> Result<Vec<Page>, std::io::Error> {
     let mut root = Cli::command().disable_help_subcommand(true);
     root.build();
     let mut pages = Vec::new();
     add(&root, "ept-virt", &mut pages)?;
+    pages.push(("ept-virt.toml.5".into(), policy::configuration().into_bytes()));
+    pages.push(("ept-virt-placement.7".into(), policy::placement().into_bytes()));
     Ok(pages)
 }
 
@@ -42,6 +54,7 @@ fn add(command: &Command, name: &str, pages: &mut Vec<Page>) -> Result<(), std::
     let mut text = Vec::new();
     let page = Man::new(command.clone())
         .title(name.to_uppercase())
+        .date(DATE)
         .source(format!("ept-virt {}", env!("CARGO_PKG_VERSION")))
         .manual("ept-virt");
     page.render_title(&mut text)?;
@@ -113,6 +126,34 @@ mod tests {
         assert!(pages.iter().all(|(page, _)| page != "ept-virt-man.1"));
         let (_, main) = &pages[0];
         assert!(main.contains(".SH EXIT STATUS\n.TP\n0\ndone\n.TP\n1\n"), "{main}");
+    }
+
+    /// What mandoc finds wrong with them; pages are also those that are not made here.
+    #[test]
+    fn pages_are_well_formed() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let mut pages = pages().unwrap();
+        pages.push(("kvm_ept_sample.4".into(), fs::read(root.join("docs/kvm_ept_sample.4")).unwrap()));
+        let dir = std::env::temp_dir().join(format!("ept-virt-man-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        for (name, text) in &pages {
+            fs::write(dir.join(name), text).unwrap();
+        }
+        let lint = std::process::Command::new("mandoc")
+            .args(["-T", "lint", "-W", "warning"])
+            .args(pages.iter().map(|(name, _)| dir.join(name)))
+            .output();
+        fs::remove_dir_all(&dir).unwrap();
+        match lint {
+            Err(_) => println!("SKIP pages_are_well_formed: no mandoc; install it"),
+            Ok(lint) => {
+                let found = String::from_utf8_lossy(&lint.stdout);
+                // clap_mangen breaks lines at ends of paragraphs, which does no harm.
+                let bad: Vec<_> =
+                    found.lines().filter(|line| !line.contains("skipping paragraph macro: br")).collect();
+                assert!(bad.is_empty(), "{bad:#?}");
+            }
+        }
     }
 
     #[test]

@@ -24,7 +24,7 @@ use crate::units::{Bytes, BytesPerSecond, Share, format_duration};
 pub use crate::xml::LONGEST_XML;
 pub use config::{Config, ConfigError, DEFAULT_CONFIG};
 pub use exclude::Excluded;
-pub use host::HostLimits;
+pub use host::{HOST_SETTINGS, HostLimits};
 pub use layer::{Exclusion, Layer};
 pub use parse::{NAMESPACE, PolicyError};
 pub use serve::{Host, refusal};

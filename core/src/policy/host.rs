@@ -14,7 +14,7 @@ const LEAST_BANDWIDTH: u64 = 40 << 20;
 
 /// All settings of `[host]`.
 #[rustfmt::skip]
-const HOST_SETTINGS: [Setting; 3] = [
+pub const HOST_SETTINGS: [Setting; 3] = [
     setting("host", "dram-reserve", false, Kind::Percent, "3%",
         "part of each node of the fast tier that guests leave free"),
     setting("host", "bandwidth", false, Kind::Rate(LEAST_BANDWIDTH), "",

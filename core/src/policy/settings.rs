@@ -129,6 +129,31 @@ impl Kind {
     }
 }
 
+/// What it may say, in words, with its range and the unit that is meant when none is
+/// given.
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let time = |ms: &u64| units::format_duration(Duration::from_millis(*ms));
+        let text = match self {
+            Kind::Choice(words) => words.join(", "),
+            Kind::Name => "a name".into(),
+            Kind::YesNo => "yes, no".into(),
+            Kind::Time(range) => format!("time from {} to {}", time(range.start()), time(range.end())),
+            Kind::Percent => "part from 0% to 100%".into(),
+            Kind::Size => "size".into(),
+            Kind::Rate(least) => format!("rate of {} or more", BytesPerSecond(*least)),
+            Kind::Hertz(range) => format!("rate from {} to {} Hz", range.start(), range.end()),
+            Kind::Number(range) => format!("number from {} to {}", range.start(), range.end()),
+            Kind::Nodes => "NUMA nodes, as 0,2-3".into(),
+            Kind::Access => "some of the letters r, w, x".into(),
+        };
+        match self.default_unit() {
+            "" => f.pad(&text),
+            unit => f.pad(&format!("{text}, in {unit} where no unit is given")),
+        }
+    }
+}
+
 /// A setting of the policy.
 #[derive(Debug)]
 pub struct Setting {
