@@ -7,6 +7,8 @@ mod bounded;
 mod client;
 mod complete;
 mod daemon;
+#[cfg(test)]
+mod docs_tests;
 mod doctor;
 mod failure;
 #[cfg(test)]

@@ -150,6 +150,17 @@ pub fn run(args: &PolicyArgs, uri: &str, style: &Style) -> Result<(), Failure> {
     }
 }
 
+#[cfg(test)]
+impl PolicyArgs {
+    /// What `policy set` says to a domain that said nothing.
+    pub fn said(&self) -> Option<Layer> {
+        match &self.command {
+            Command::Set(set) => set.apply(Layer::default()).ok(),
+            _ => None,
+        }
+    }
+}
+
 impl SetArgs {
     fn apply(&self, before: Layer) -> Result<Layer, Failure> {
         let mut layer = match &self.file {

@@ -308,3 +308,34 @@ fn cells_of_one_file_are_of_one_time() {
     assert!(error.to_string().contains("half of the policy's delay"), "{error}");
     assert!(test.file().encode(&header, &memory, None).is_ok());
 }
+
+/// On a file system of its own that holds less than the file takes.
+#[test]
+fn a_full_disk_costs_the_kept_heat_alone() {
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    const NONE: Option<&str> = None;
+    let mut test = Test::new();
+    test.keeper = None;
+    // A mount that this thread alone sees.
+    let is_mounted = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)
+        .and_then(|()| mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE))
+        .and_then(|()| {
+            mount(Some("tmpfs"), &test.dir, Some("tmpfs"), MsFlags::empty(), Some("size=16k,mode=0700"))
+        });
+    if let Err(errno) = is_mounted {
+        println!("SKIP a_full_disk_costs_the_kept_heat_alone: cannot mount a small file system: {errno}");
+        return;
+    }
+    let keeper = Arc::new(Keeper::open(&test.dir).unwrap());
+    let (file, memory) = (keeper.file(UUID, process(4711)), memory());
+    let error = file.save(HARVESTED_AT, &memory, Haste::Last).unwrap_err();
+    assert_eq!(error.kind(), Io::StorageFull);
+    assert_eq!(test.names(), [""; 0], "nothing half written is left");
+    let mut saver = Saver::new(file, Duration::ZERO);
+    // The last write fails as well, and says so; who observes the guest gets no error.
+    saver.take_note(Err(error));
+    assert!(saver.failed);
+    saver.finish(Some(HARVESTED_AT), &memory);
+    drop(keeper);
+    umount2(&test.dir, MntFlags::MNT_DETACH).unwrap();
+}

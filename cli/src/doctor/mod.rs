@@ -21,6 +21,8 @@ pub mod root;
 #[cfg(test)]
 mod tests;
 mod tiers;
+#[cfg(test)]
+mod warnings_tests;
 
 use std::path::Path;
 use std::process::ExitCode;
