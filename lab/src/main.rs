@@ -12,6 +12,7 @@ mod cpio;
 mod debian;
 mod debug_kernel;
 mod demo;
+mod dependencies;
 mod flavour;
 mod intel_bochs;
 mod intel_kernel;

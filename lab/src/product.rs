@@ -14,13 +14,15 @@ use crate::cpio::Cpio;
 use crate::{modules, proc};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
-/// What building the product takes.
+/// What building and testing the product takes.
 pub const NEEDS: &[Need] = &[
     need("libvirt-dev", "the CLI links libvirt"),
     need("gcc", "links Rust programs"),
     need("binutils", "tells whether they are static"),
     need("libc6-dev", "links Rust programs"),
     need("pkg-config", "finds libvirt"),
+    need("libxml2-utils", "holds the policy's grammar against its parser"),
+    need("mandoc", "reads the manual pages"),
 ];
 
 /// What guests load when they are told to.

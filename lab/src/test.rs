@@ -17,6 +17,7 @@ use crate::Lab;
 use crate::amd::{AmdHost, Wire};
 use crate::boots::{self, Boot, Host, Wishes};
 use crate::debian::Suite;
+use crate::dependencies;
 use crate::flavour::Flavour;
 use crate::kernel::Line;
 use crate::micro::{MicroHosts, Target};
@@ -109,6 +110,10 @@ pub struct Options {
     /// Words for their kernel command lines, as ept.fuzz_seed=7 or ept.slow=5.
     #[arg(long, value_name = "WORD", num_args = 1.., requires = "boot")]
     word: Vec<String>,
+    /// Only what the project is built from: licences, sources, advisories, what is not
+    /// used, and the oldest Rust.
+    #[arg(long, conflicts_with_all = ["amd", "intel", "boot"])]
+    dependencies: bool,
     /// Give each of these boots so many minutes.
     #[arg(long, requires = "boot")]
     minutes: Option<u64>,
@@ -163,6 +168,11 @@ impl Options {
 /// Runs the tests; whether none failed.
 pub fn run(lab: &Lab, options: &Options) -> Result<bool> {
     let tally = Tally::new(&lab.progress);
+    if options.dependencies {
+        dependencies::check(lab, &tally);
+        println!("{}", tally.closing());
+        return Ok(tally.count(Verdict::Fail) == 0);
+    }
     let plan = options.plan();
     prepare::packages(lab, &plan)?;
     thread::scope(|scope| {
@@ -202,6 +212,7 @@ fn sources(lab: &Lab, tally: &Tally) {
         let text = fs::read_to_string(&log).with_context(|| format!("reading {}", log.display()))?;
         Ok(text.trim().to_owned())
     });
+    dependencies::check(lab, tally);
 }
 
 /// Something to run that needs the machine for itself no more than others do.

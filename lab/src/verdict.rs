@@ -99,9 +99,16 @@ impl<'a> Tally<'a> {
 
     /// Runs a test on this machine: an error is a failure.
     pub fn check(&self, name: &str, test: impl FnOnce() -> Result<String>) {
+        self.try_check(name, || test().map(Ok));
+    }
+
+    /// Runs a test on this machine that may find that it can not run here: the inner
+    /// error says why.
+    pub fn try_check(&self, name: &str, test: impl FnOnce() -> Result<Result<String, String>>) {
         let started = Instant::now();
         let (verdict, detail) = match test() {
-            Ok(detail) => (Verdict::Pass, detail),
+            Ok(Ok(detail)) => (Verdict::Pass, detail),
+            Ok(Err(why)) => (Verdict::Skip, why),
             Err(error) => (Verdict::Fail, format!("{error:#}")),
         };
         let result =
