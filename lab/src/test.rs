@@ -212,11 +212,12 @@ fn sources(lab: &Lab, tally: &Tally) {
         let text = fs::read_to_string(&log).with_context(|| format!("reading {}", log.display()))?;
         Ok(text.trim().to_owned())
     });
-    dependencies::check(lab, tally);
 }
 
 /// Something to run that needs the machine for itself no more than others do.
 enum Job<'a> {
+    /// Check what the project is built from.
+    Dependencies,
     /// Build the module for a kernel.
     Module(Line),
     /// Scenarios of an AMD host with libvirt.
@@ -228,6 +229,7 @@ enum Job<'a> {
 impl Job<'_> {
     fn name(&self) -> String {
         match self {
+            Self::Dependencies => "dependencies".into(),
             Self::Module(line) => format!("kmod-build-{line}"),
             Self::Scenarios(run) => run.name.to_owned(),
             Self::Boot(boot) => boot.name.to_owned(),
@@ -243,6 +245,10 @@ fn hosts(lab: &Lab, options: &Options, plan: &Plan, tally: &Tally) -> Result<()>
         plan.flavours.iter().map(|flavour| (*flavour, Once::new())).collect();
     let jobs = Mutex::new(jobs(options, plan));
     let work = |job: &Job| match job {
+        Job::Dependencies => {
+            dependencies::check(lab, tally);
+            Ok(())
+        }
         Job::Module(line) => {
             tally.check(&job.name(), || Ok(format!("W=1, {}", hosts.target(*line)?.kernel.release)));
             Ok(())
@@ -279,6 +285,7 @@ fn jobs<'a>(options: &'a Options, plan: &Plan<'a>) -> VecDeque<Job<'a>> {
         jobs.extend(scenarios.pop_front());
         jobs.extend(plan.boots.iter().filter(|boot| boot.kernel == line).map(|boot| Job::Boot(boot)));
     }
+    jobs.extend(options.all().then_some(Job::Dependencies));
     jobs.extend(scenarios);
     jobs
 }
