@@ -116,7 +116,7 @@ fn make(kernel: &Kernel, folder: &str) -> Command {
 }
 
 /// Not what a build in the checkout left behind.
-fn is_source(path: &Path) -> bool {
+pub fn is_source(path: &Path) -> bool {
     let is_c = matches!(path.extension().and_then(|e| e.to_str()), Some("c" | "h" | "S"));
     let is_generated = path.to_string_lossy().ends_with(".mod.c");
     let is_make = matches!(path.file_name().and_then(|n| n.to_str()), Some("Makefile" | "Kbuild"));

@@ -9,6 +9,7 @@ mod bench_placement;
 mod boots;
 mod cache;
 mod cpio;
+mod deb;
 mod debian;
 mod debug_kernel;
 mod demo;
@@ -66,6 +67,8 @@ enum Command {
     Test(test::Options),
     /// Compare what things cost with their alternatives, in the same run.
     Bench(bench::Options),
+    /// Build Debian packages of the product into target/deb, and have lintian judge them.
+    Deb,
     /// Open a shell on an emulated AMD host, with the product installed.
     Lab {
         #[command(subcommand)]
@@ -155,6 +158,7 @@ fn run(cli: Cli) -> Result<bool> {
     match cli.command {
         Command::Demo => demo::run(&lab, "demo", DEMO_TIMEOUT),
         Command::Bench(options) => bench::run(&lab, &options),
+        Command::Deb => deb::run(&lab),
         Command::Test(options) => test::run(&lab, &options),
         Command::Lab { what: None } => shell::run(&lab).map(|()| true),
         Command::Lab { what: Some(LabCommand::BuildDebugKernel) } => {

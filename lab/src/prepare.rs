@@ -11,11 +11,11 @@ use crate::Lab;
 use crate::amd::{self, AmdHost};
 use crate::apt::{self, Need};
 use crate::boots::{Boot, Host};
-use crate::flavour::Flavour;
+use crate::flavour::{Flavour, Init};
 use crate::kernel::Line;
 use crate::micro::Target;
 use crate::product::{self, Installation};
-use crate::{debian, intel_bochs, micro_amd, micro_intel, virtqemud};
+use crate::{deb, debian, intel_bochs, micro_amd, micro_intel, virtqemud};
 
 /// What will run.
 #[derive(Default)]
@@ -29,6 +29,11 @@ pub struct Plan<'a> {
 impl Plan<'_> {
     fn intel(&self) -> bool {
         self.boots.iter().any(|boot| boot.host != Host::Amd)
+    }
+
+    /// Whether there are hosts that packages are installed on.
+    fn systemd(&self) -> bool {
+        self.flavours.iter().any(|flavour| flavour.init == Init::Systemd)
     }
 
     /// The kernels that it needs: what takes longest to run after first.
@@ -49,6 +54,9 @@ pub fn packages(lab: &Lab, plan: &Plan) -> Result<()> {
     let mut needs: Vec<Need> = [product::NEEDS, debian::NEEDS, micro_amd::NEEDS].concat();
     if !plan.flavours.is_empty() {
         needs.extend(amd::NEEDS);
+    }
+    if plan.systemd() {
+        needs.extend(deb::NEEDS);
     }
     if plan.intel() {
         needs.extend([micro_intel::NEEDS, intel_bochs::NEEDS].concat());

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The project's own binaries, built on the build machine.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -130,7 +131,7 @@ fn build_static(lab: &Lab, package: &str) -> Result<PathBuf> {
 }
 
 /// Fails for a program that loads a library or an interpreter.
-fn check_static(program: &Path) -> Result<()> {
+pub fn check_static(program: &Path) -> Result<()> {
     let output =
         Command::new("readelf").args(["--wide", "--program-headers", "--dynamic"]).arg(program).output();
     let output = output.context("running readelf, of Debian's binutils")?;
@@ -142,11 +143,21 @@ fn check_static(program: &Path) -> Result<()> {
     }
 }
 
-/// Cargo in the project's root. The variables that our own `cargo run` set for
-/// this program would only make crates rebuild.
+/// Cargo in the project's root.
 pub fn cargo(lab: &Lab) -> Command {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(cargo);
+    let mut command = Command::new(cargo_program());
+    in_project(lab, &mut command);
+    command
+}
+
+/// Which cargo it is.
+pub fn cargo_program() -> OsString {
+    std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
+}
+
+/// Has a command run in the project's root, without the variables that our own `cargo
+/// run` set for this program: they would only make crates rebuild.
+pub fn in_project(lab: &Lab, command: &mut Command) {
     command.current_dir(&lab.root);
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("CARGO_PKG_")
@@ -155,7 +166,6 @@ pub fn cargo(lab: &Lab) -> Command {
             command.env_remove(name);
         }
     }
-    command
 }
 
 /// Where cargo puts what it builds.

@@ -25,7 +25,7 @@ use crate::once::Once;
 use crate::prepare::{self, Plan};
 use crate::product::{self, Installation};
 use crate::verdict::{self, Tally, Verdict};
-use crate::{native, proc, virtqemud};
+use crate::{deb, native, proc, virtqemud};
 
 const CARGO_TIMEOUT: Duration = Duration::from_secs(20 * 60);
 
@@ -205,6 +205,12 @@ fn sources(lab: &Lab, tally: &Tally) {
             Ok(String::new())
         });
     }
+    tally.check("packages", || {
+        let packages = deb::tested(lab)?;
+        let kib = |package: &Path| fs::metadata(package).map(|file| file.len() >> 10);
+        let (program, dkms) = (kib(&packages.program)?, kib(&packages.dkms)?);
+        Ok(format!("lintian accepts ept-virt, {program} KiB, and ept-virt-dkms, {dkms} KiB"))
+    });
     tally.check("rate-controller", || {
         let log = lab.log("rate-controller");
         let program = native::build(lab, "rate-controller", &["rate.c", "../rate.c"])?;
