@@ -31,6 +31,7 @@ mod prepare;
 mod proc;
 mod product;
 mod progress;
+mod rpm;
 mod shell;
 mod test;
 mod verdict;

@@ -15,7 +15,7 @@ use crate::flavour::{Flavour, Init};
 use crate::kernel::Line;
 use crate::micro::Target;
 use crate::product::{self, Installation};
-use crate::{deb, debian, intel_bochs, micro_amd, micro_intel, virtqemud};
+use crate::{deb, debian, intel_bochs, micro_amd, micro_intel, rpm, virtqemud};
 
 /// What will run.
 #[derive(Default)]
@@ -56,7 +56,7 @@ pub fn packages(lab: &Lab, plan: &Plan) -> Result<()> {
         needs.extend(amd::NEEDS);
     }
     if plan.systemd() {
-        needs.extend(deb::NEEDS);
+        needs.extend([deb::NEEDS, rpm::NEEDS].concat());
     }
     if plan.intel() {
         needs.extend([micro_intel::NEEDS, intel_bochs::NEEDS].concat());

@@ -25,7 +25,7 @@ use crate::once::Once;
 use crate::prepare::{self, Plan};
 use crate::product::{self, Installation};
 use crate::verdict::{self, Tally, Verdict};
-use crate::{deb, native, proc, virtqemud};
+use crate::{deb, native, proc, rpm, virtqemud};
 
 const CARGO_TIMEOUT: Duration = Duration::from_secs(20 * 60);
 
@@ -211,6 +211,7 @@ fn sources(lab: &Lab, tally: &Tally) {
         let (program, dkms) = (kib(&packages.program)?, kib(&packages.dkms)?);
         Ok(format!("lintian accepts ept-virt, {program} KiB, and ept-virt-dkms, {dkms} KiB"))
     });
+    tally.check("rpm-recipe", || rpm::judge(lab).map(|()| "rpmlint accepts it".to_owned()));
     tally.check("rate-controller", || {
         let log = lab.log("rate-controller");
         let program = native::build(lab, "rate-controller", &["rate.c", "../rate.c"])?;
