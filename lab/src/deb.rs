@@ -93,7 +93,11 @@ fn build(lab: &Lab, profile: &str, folder: &Path) -> Result<Packages> {
     let mut build = rules(lab)?;
     build.args(["clean", "binary"]).env("PROFILE", profile).env("DEB_DIR", folder);
     proc::run(&mut build, &lab.log(&format!("deb-{profile}")), BUILD_TIMEOUT)?;
+    // As editors and patch leave it: none of debhelper's to clean away.
+    let foreign = folder.join("foreign.orig");
+    fs::write(&foreign, "").with_context(|| format!("writing {}", foreign.display()))?;
     proc::run(rules(lab)?.arg("clean"), &lab.log("deb-clean"), TOOL_TIMEOUT)?;
+    fs::remove_file(&foreign).context("cleaning after a build took a file that is not the build's")?;
     product::check_static(&product::target_dir(lab).join(profile).join("ept-virt-hook"))?;
     step.done("");
     find(folder)
