@@ -39,12 +39,23 @@ const STAGING: [&str; 4] =
 const STAGED: [&str; 5] =
     [".debhelper", ".debhelper.log", ".substvars", "/debian/files", "/debhelper-build-stamp"];
 
+/// Added to a version, it makes the next one.
+const NEXT: &str = "+next";
+
 /// Both packages, as files.
 pub struct Packages {
     /// Command line, daemon and hook.
     pub program: PathBuf,
     /// The module's source for DKMS.
     pub dkms: PathBuf,
+}
+
+/// The packages that tests install.
+pub struct Tested {
+    /// As they are built.
+    pub first: Packages,
+    /// The same as a later version, whose configuration file differs.
+    pub next: Packages,
 }
 
 /// Builds the packages for people to install, and has them judged.
@@ -59,7 +70,7 @@ pub fn run(lab: &Lab) -> Result<bool> {
 
 /// The packages in the cache: of the profile that the lab's programs have, which
 /// builds in a quarter of the time.
-pub fn tested(lab: &Lab) -> Result<Packages> {
+pub fn tested(lab: &Lab) -> Result<Tested> {
     let mut key = Key::new("packages 1");
     for folder in SOURCE_FOLDERS {
         key = key.tree(&lab.root.join(folder), &is_packaged)?;
@@ -68,10 +79,11 @@ pub fn tested(lab: &Lab) -> Result<Packages> {
         key = key.file(&lab.root.join(file))?;
     }
     let folder = lab.cache.get_or_build("packages", &key, |folder| {
-        let packages = build(lab, "lab", folder)?;
-        judge(lab, &packages)
+        let first = build(lab, "lab", &folder.join("first"))?;
+        judge(lab, &first)?;
+        make_next(lab, &first, &folder.join("next"))
     })?;
-    find(&folder)
+    Ok(Tested { first: find(&folder.join("first"))?, next: find(&folder.join("next"))? })
 }
 
 /// Whether a file is part of what is packaged, and not left by a build.
@@ -134,6 +146,43 @@ fn judge(lab: &Lab, packages: &Packages) -> Result<()> {
     Ok(())
 }
 
+/// Makes a later version of both packages in `folder`, with another line in the
+/// configuration file.
+fn make_next(lab: &Lab, first: &Packages, folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
+    for package in [&first.program, &first.dkms] {
+        let tree = folder.join("tree");
+        let deb = |args: &[&Path]| {
+            let mut command = Command::new("dpkg-deb");
+            command.arg("--root-owner-group").args(args);
+            proc::run(&mut command, &lab.log("dpkg-deb"), TOOL_TIMEOUT)
+        };
+        deb(&[Path::new("--raw-extract"), package, &tree])?;
+        edit(&tree.join("DEBIAN/control"), next_control)?;
+        let config = tree.join("etc/ept-virt/ept-virt.toml");
+        if config.exists() {
+            edit(&config, |text| text + "# Of the next version.\n")?;
+        }
+        deb(&[Path::new("--build"), &tree, folder])?;
+        fs::remove_dir_all(&tree).with_context(|| format!("removing {}", tree.display()))?;
+    }
+    Ok(())
+}
+
+/// The control file of the next version.
+fn next_control(text: String) -> String {
+    let line = |line: &str| match line.starts_with("Version: ") {
+        true => format!("{line}{NEXT}\n"),
+        false => format!("{line}\n"),
+    };
+    text.lines().map(line).collect()
+}
+
+fn edit(path: &Path, change: impl FnOnce(String) -> String) -> Result<()> {
+    let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    fs::write(path, change(text)).with_context(|| format!("writing {}", path.display()))
+}
+
 /// The packages in a folder, one of each.
 fn find(folder: &Path) -> Result<Packages> {
     let entries = fs::read_dir(folder).with_context(|| format!("reading {}", folder.display()))?;
@@ -166,6 +215,13 @@ mod tests {
         ] {
             assert!(read(file).contains(&wanted), "{file} does not say {wanted}");
         }
+    }
+
+    #[test]
+    fn the_next_version_differs_in_nothing_else() {
+        let control = "Package: ept-virt\nVersion: 0.1.0\nDepends: libc6 (>= 2.34)\n".to_owned();
+        let next = "Package: ept-virt\nVersion: 0.1.0+next\nDepends: libc6 (>= 2.34)\n";
+        assert_eq!(next_control(control), next);
     }
 
     #[test]

@@ -66,6 +66,17 @@ const BOOKWORM_USERS: &str = "groupadd --system libvirt && groupadd --system --f
 /// What makes bookworm a host with systemd.
 const BOOKWORM_SYSTEMD: [&str; 2] = ["libvirt-daemon-system", "systemd-sysv"];
 
+/// What hosts with systemd have for packages to be installed on: a kernel of their own,
+/// its headers, and DKMS, which brings a compiler. perl as for [`BUILD_PACKAGES`].
+const DKMS_PACKAGES: [&str; 4] = ["dkms", "linux-headers-amd64", "linux-image-amd64", "perl"];
+
+/// Modules for devices that the lab does not emulate: reading them takes depmod longest.
+const MODULES_LEFT_OUT: [&str; 3] = [
+    "/*lib/modules/*/kernel/drivers/[!bcv]*",
+    "/*lib/modules/*/kernel/net/*",
+    "/*lib/modules/*/kernel/sound/*",
+];
+
 /// What unpacking a tree takes.
 pub const NEEDS: &[Need] = &[
     need("mmdebstrap", "unpacks Debian trees for the emulated hosts"),
@@ -113,7 +124,13 @@ fn suites(line: Line) -> &'static [&'static str] {
 /// A stock kernel with headers and compiler; its tree is unpacked when it is not
 /// in the cache (about 75 s).
 pub fn kernel(lab: &Lab, line: Line) -> Result<Kernel> {
-    let root = tree(lab, &format!("build-tree-{line}"), suites(line), &BUILD_PACKAGES, None)?;
+    let recipe = Recipe { suites: suites(line), packages: &BUILD_PACKAGES, ..Recipe::default() };
+    let root = tree(lab, &format!("build-tree-{line}"), &recipe)?;
+    kernel_in(root, line)
+}
+
+/// The kernel of a tree.
+fn kernel_in(root: PathBuf, line: Line) -> Result<Kernel> {
     let folder = root.join("lib/modules");
     let release = std::fs::read_dir(&folder)
         .with_context(|| format!("reading {}", folder.display()))?
@@ -130,37 +147,53 @@ pub fn kernel(lab: &Lab, line: Line) -> Result<Kernel> {
     Ok(Kernel { line, root, release, image, modules, build, build_reads_proc: line == Line::V7_3 })
 }
 
-/// The tree of an AMD host with libvirt (about 80 s).
-pub fn host_tree(lab: &Lab, flavour: Flavour) -> Result<PathBuf> {
-    let (more, setup): (&[&str], _) = match (flavour.suite, flavour.init) {
-        (Suite::Trixie, _) => (&[], None),
-        (Suite::Bookworm, Init::Script) => (&[], Some(BOOKWORM_USERS)),
-        (Suite::Bookworm, Init::Systemd) => (&BOOKWORM_SYSTEMD, None),
-    };
-    let name = tree_owner(flavour).item("host-tree");
-    tree(lab, &name, &[flavour.suite.name()], &[&HOST_PACKAGES, more].concat(), setup)
-}
-
-/// The flavour that the tree of a host is named after: trixie's libvirt brings systemd
-/// and its units by itself, so that one tree serves both inits.
-pub fn tree_owner(flavour: Flavour) -> Flavour {
-    match flavour.suite {
-        Suite::Trixie => Flavour::script(Suite::Trixie),
-        Suite::Bookworm => flavour,
+/// The kernel that a host with libvirt boots: with systemd that of its own tree, for
+/// which DKMS finds headers there.
+pub fn host_kernel(lab: &Lab, flavour: Flavour) -> Result<Kernel> {
+    match (flavour.init, flavour.suite) {
+        (Init::Script, _) => Line::MAIN.get(lab),
+        (Init::Systemd, Suite::Trixie) => kernel_in(host_tree(lab, flavour)?, Line::V6_12),
+        (Init::Systemd, Suite::Bookworm) => kernel_in(host_tree(lab, flavour)?, Line::V6_1),
     }
 }
 
-/// A tree of `packages`, unpacked when it is not in the cache; `setup` is a shell's
-/// command that is then run in it.
-pub fn tree(
-    lab: &Lab,
-    name: &str,
-    suites: &[&str],
-    packages: &[&str],
-    setup: Option<&str>,
-) -> Result<PathBuf> {
+/// The tree of an AMD host with libvirt (about 80 s; with systemd twice that).
+pub fn host_tree(lab: &Lab, flavour: Flavour) -> Result<PathBuf> {
+    let mut packages = HOST_PACKAGES.to_vec();
+    let mut recipe = Recipe { suites: &[flavour.suite.name()], ..Recipe::default() };
+    match flavour.init {
+        // trixie's libvirt brings users, and systemd's units, by itself.
+        Init::Script if flavour.suite == Suite::Bookworm => recipe.setup = Some(BOOKWORM_USERS),
+        Init::Script => {}
+        Init::Systemd => {
+            packages.extend(DKMS_PACKAGES);
+            recipe.left_out = &MODULES_LEFT_OUT;
+        }
+    }
+    if flavour == Flavour::systemd(Suite::Bookworm) {
+        packages.extend(BOOKWORM_SYSTEMD);
+    }
+    tree(lab, &flavour.item("host-tree"), &Recipe { packages: &packages, ..recipe })
+}
+
+/// What a tree is made of.
+#[derive(Default)]
+pub struct Recipe<'a> {
+    /// Suites of Debian; what the last has is taken from there.
+    pub suites: &'a [&'a str],
+    /// Packages, whose recommends are left out.
+    pub packages: &'a [&'a str],
+    /// A shell's command that is run in it at the end.
+    pub setup: Option<&'a str>,
+    /// Patterns of paths that are not unpacked, besides documentation.
+    pub left_out: &'a [&'a str],
+}
+
+/// A tree, unpacked when it is not in the cache.
+pub fn tree(lab: &Lab, name: &str, recipe: &Recipe) -> Result<PathBuf> {
+    let Recipe { suites, packages, setup, left_out } = recipe;
     let key = Key::new("debian tree 2").texts(suites).texts(&LEFT_OUT).texts(packages);
-    let key = setup.into_iter().fold(key, Key::text);
+    let key = setup.iter().fold(key, |key, setup| key.text(setup)).texts(left_out);
     lab.cache.get_or_build(name, &key, |root| {
         if !nix::unistd::geteuid().is_root() {
             bail!(
@@ -176,15 +209,18 @@ pub fn tree(
         // The lab's hosts have an initramfs of their own.
         command.env("INITRD", "No");
         command.args(["--variant=minbase", "--mode=root", "--format=directory"]);
-        for pattern in LEFT_OUT {
+        for pattern in LEFT_OUT.iter().chain(*left_out) {
             command.arg(format!("--dpkgopt=path-exclude={pattern}"));
         }
         if let Some(setup) = setup {
             command.arg(format!("--customize-hook=chroot \"$1\" sh -c '{setup}'"));
         }
+        if first != last {
+            // Without the lists of its packages, apt would refuse to install anything later.
+            command.arg(format!("--aptopt=APT::Default-Release \"{last}\""));
+        }
         command
             .arg("--aptopt=APT::Install-Recommends \"false\"")
-            .arg(format!("--aptopt=APT::Default-Release \"{last}\""))
             .arg(format!("--include={}", packages.join(",")))
             .arg(first)
             .arg(root)

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::Lab;
 use crate::cache::Key;
-use crate::debian;
+use crate::debian::{self, Recipe};
 use crate::kernel::{Kernel, Line};
 use crate::proc;
 
@@ -66,7 +66,11 @@ rm -f vmlinux /usr/src/linux-source-6.12.tar.xz
 
 /// The kernel; built when it is not in the cache.
 pub fn kernel(lab: &Lab) -> Result<Kernel> {
-    let tree = debian::tree(lab, "debug-kernel-tree", &["trixie"], PACKAGES, None)?;
+    let tree = debian::tree(
+        lab,
+        "debug-kernel-tree",
+        &Recipe { suites: &["trixie"], packages: PACKAGES, ..Recipe::default() },
+    )?;
     let key = Key::new("1").text(CONFIG).item(&tree).text(CONFIGURE).text(BUILD);
     let root = lab.cache.get_or_build("debug-kernel", &key, |root| build(lab, &tree, root))?;
     let folder = root.join(INSTALLED.trim_start_matches('/')).join("lib/modules");

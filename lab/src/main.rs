@@ -27,6 +27,7 @@ mod modinfo;
 mod modules;
 mod native;
 mod once;
+mod package_life;
 mod prepare;
 mod proc;
 mod product;

@@ -39,7 +39,9 @@ impl Plan<'_> {
     /// The kernels that it needs: what takes longest to run after first.
     pub fn lines(&self) -> Vec<Line> {
         let wanted = |line| {
-            let main = !self.flavours.is_empty() && line == Line::MAIN;
+            // Hosts with systemd have a kernel of their own.
+            let script = self.flavours.iter().any(|flavour| flavour.init == Init::Script);
+            let main = script && line == Line::MAIN;
             main || self.boots.iter().any(|boot| boot.kernel == line)
         };
         let (mut first, rest): (Vec<Line>, Vec<Line>) =
@@ -72,9 +74,9 @@ pub fn in_background<'scope>(scope: &'scope Scope<'scope, '_>, lab: &'scope Lab,
         let (main, others): (Vec<Flavour>, Vec<Flavour>) =
             plan.flavours.iter().partition(|flavour| flavour.suite == Flavour::MAIN.suite);
         let hosts = |flavours: &[Flavour]| {
-            flavours
-                .iter()
-                .try_for_each(|flavour| AmdHost::prepare(lab, &Line::MAIN.get(lab)?, *flavour).map(drop))
+            flavours.iter().try_for_each(|flavour| {
+                AmdHost::prepare(lab, &debian::host_kernel(lab, *flavour)?, *flavour).map(drop)
+            })
         };
         for line in plan.lines() {
             let kernel = line.get(lab);
@@ -83,6 +85,7 @@ pub fn in_background<'scope>(scope: &'scope Scope<'scope, '_>, lab: &'scope Lab,
                 hosts(&main)?;
             }
         }
+        hosts(&main)?;
         // Last, as their jobs come last.
         hosts(&others)
     });

@@ -20,12 +20,12 @@ use crate::debian::Suite;
 use crate::dependencies;
 use crate::flavour::Flavour;
 use crate::kernel::Line;
-use crate::micro::{MicroHosts, Target};
+use crate::micro::MicroHosts;
 use crate::once::Once;
 use crate::prepare::{self, Plan};
 use crate::product::{self, Installation};
 use crate::verdict::{self, Tally, Verdict};
-use crate::{deb, native, proc, rpm, virtqemud};
+use crate::{deb, debian, kmod, native, package_life, proc, rpm, virtqemud};
 
 const CARGO_TIMEOUT: Duration = Duration::from_secs(20 * 60);
 
@@ -206,11 +206,17 @@ fn sources(lab: &Lab, tally: &Tally) {
         });
     }
     tally.check("packages", || {
-        let packages = deb::tested(lab)?;
+        let packages = deb::tested(lab)?.first;
         let kib = |package: &Path| fs::metadata(package).map(|file| file.len() >> 10);
         let (program, dkms) = (kib(&packages.program)?, kib(&packages.dkms)?);
         Ok(format!("lintian accepts ept-virt, {program} KiB, and ept-virt-dkms, {dkms} KiB"))
     });
+    for suite in [Suite::Trixie, Suite::Bookworm] {
+        tally.check(&format!("packages-{suite}"), || {
+            package_life::native(lab, Flavour::systemd(suite))?;
+            Ok("installed, built by DKMS, upgraded, removed, purged without a trace".to_owned())
+        });
+    }
     tally.check("rpm-recipe", || rpm::judge(lab).map(|()| "rpmlint accepts it".to_owned()));
     tally.check("rate-controller", || {
         let log = lab.log("rate-controller");
@@ -264,7 +270,7 @@ fn hosts(lab: &Lab, options: &Options, plan: &Plan, tally: &Tally) -> Result<()>
         Job::Scenarios(run) => libvirt
             .get(&run.flavour)
             .context("a flavour that is not in the plan")?
-            .get(|| Amd::prepare(lab, hosts.target(Line::MAIN)?, &agent, run.flavour))?
+            .get(|| Amd::prepare(lab, &agent, run.flavour))?
             .scenarios(run, tally),
     };
     thread::scope(|scope| {
@@ -305,16 +311,17 @@ struct Amd<'a> {
 }
 
 impl<'a> Amd<'a> {
-    fn prepare(lab: &'a Lab, target: &Target, agent: &Path, flavour: Flavour) -> Result<Self> {
+    fn prepare(lab: &'a Lab, agent: &Path, flavour: Flavour) -> Result<Self> {
+        let kernel = debian::host_kernel(lab, flavour)?;
         let files = Installation {
             product: product::build(lab)?,
-            module: target.module.clone(),
+            module: kmod::build(lab, &kernel)?,
             agent: agent.into(),
-            kernel: target.kernel.image.clone(),
-            modules: target.kernel.modules.clone(),
+            kernel: kernel.image.clone(),
+            modules: kernel.modules.clone(),
             virtqemud: virtqemud::built(lab, flavour)?,
         };
-        Ok(Self { lab, host: AmdHost::prepare(lab, &target.kernel, flavour)?, files })
+        Ok(Self { lab, host: AmdHost::prepare(lab, &kernel, flavour)?, files })
     }
 
     fn scenarios(&self, run: &Run, tally: &Tally) -> Result<()> {

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, ensure};
 use crate::Lab;
 use crate::apt;
 use crate::cache::Key;
-use crate::debian::{self, Suite};
+use crate::debian::{self, Recipe, Suite};
 use crate::flavour::Flavour;
 use crate::proc;
 
@@ -109,7 +109,11 @@ fn version(lab: &Lab) -> Result<String> {
 }
 
 fn build(lab: &Lab, version: &str, out: &Path) -> Result<()> {
-    let tree = debian::tree(lab, "virtqemud-tree", &[SUITE.name()], PACKAGES, None)?;
+    let tree = debian::tree(
+        lab,
+        "virtqemud-tree",
+        &Recipe { suites: &[SUITE.name()], packages: PACKAGES, ..Recipe::default() },
+    )?;
     let log = lab.log("virtqemud");
     let step = lab.progress.step(format!("building virtqemud {version}, some minutes on two cores"));
     let root = lab.run_folder("virtqemud")?.join("root");

@@ -31,8 +31,6 @@ const TOOL_TIMEOUT: Duration = Duration::from_secs(120);
 pub fn root(lab: &Lab, flavour: Flavour) -> Result<PathBuf> {
     let tree = debian::host_tree(lab, flavour)?;
     let key = Key::new("erofs 1").item(&tree);
-    // Flavours of one tree have one image as well.
-    let flavour = debian::tree_owner(flavour);
     lab.cache.get_or_build(&flavour.item("amd-root"), &key, |image| {
         let step = lab.progress.step(format!("making the AMD host's root image ({flavour})"));
         proc::run(

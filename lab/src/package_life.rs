@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The life of the Debian packages in a host's tree, on the build machine's own CPU.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::Lab;
+use crate::cache::Key;
+use crate::deb::{self, Tested};
+use crate::flavour::Flavour;
+use crate::{debian, proc};
+
+/// What is run in the tree.
+const SCRIPT: &str = include_str!("../amd/package-life");
+
+/// The tree with the packages' changes in memory, which end with the namespace.
+const MOUNT: &str = "mount -t tmpfs tmpfs \"$1\" && mkdir \"$1/upper\" \"$1/work\" \"$1/root\" \
+    && mount -t overlay -o \"lowerdir=$2,upperdir=$1/upper,workdir=$1/work\" overlay \"$1/root\" \
+    && mount -t proc proc \"$1/root/proc\" && mkdir \"$1/root/packages\" \
+    && mount --bind \"$3\" \"$1/root/packages\" && exec chroot \"$1/root\" sh /packages/life";
+
+/// The module is compiled twice.
+const TIMEOUT: Duration = Duration::from_secs(15 * 60);
+
+/// The packages with the names that the script knows them by.
+fn debs(tested: &Tested) -> [(&'static str, &Path); 4] {
+    let Tested { first, next } = tested;
+    [
+        ("first.deb", &first.program),
+        ("first-dkms.deb", &first.dkms),
+        ("next.deb", &next.program),
+        ("next-dkms.deb", &next.dkms),
+    ]
+}
+
+/// Has the packages installed, upgraded, removed and purged in the tree of such a host,
+/// unless that was done before; an error if anything is not as it should be.
+pub fn native(lab: &Lab, flavour: Flavour) -> Result<()> {
+    let tree = debian::host_tree(lab, flavour)?;
+    let tested = deb::tested(lab)?;
+    let key = debs(&tested)
+        .iter()
+        .try_fold(Key::new("package life 1").item(&tree).text(SCRIPT).text(MOUNT), |key, (_, path)| {
+            key.file(path)
+        })?;
+    let name = flavour.item("package-life");
+    lab.cache.get_or_build(&name, &key, |archive| {
+        if !nix::unistd::geteuid().is_root() {
+            bail!("packages are installed in a tree by root alone: run this command as root once");
+        }
+        let step = lab.progress.step(format!("packages: install, upgrade, remove, purge ({flavour})"));
+        let work = lab.run_folder(&name)?;
+        let packages = work.join("packages");
+        for folder in [&packages, &work.join("mount")] {
+            fs::create_dir(folder).with_context(|| format!("creating {}", folder.display()))?;
+        }
+        fs::write(packages.join("life"), SCRIPT).context("writing what is run in the tree")?;
+        for (name, path) in debs(&tested) {
+            fs::copy(path, packages.join(name)).with_context(|| format!("copying {}", path.display()))?;
+        }
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--pid", "--fork", "--kill-child", "sh", "-c", MOUNT, "sh"]);
+        command.arg(work.join("mount")).arg(&tree).arg(&packages);
+        proc::run(&mut command, &lab.log(&name), TIMEOUT)?;
+        fs::copy(packages.join("prebuilt.tar.gz"), archive).context("fetching what DKMS built")?;
+        fs::remove_dir_all(&work).with_context(|| format!("removing {}", work.display()))?;
+        step.done("");
+        Ok(())
+    })?;
+    Ok(())
+}
