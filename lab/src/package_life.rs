@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The life of the Debian packages in a host's tree, on the build machine's own CPU.
+//! The life of the Debian packages in a host's tree, on the build machine's own CPU: a
+//! compiler takes minutes where it is emulated. What DKMS built goes on to the host,
+//! as an archive that DKMS takes in place of compiling.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
 use crate::Lab;
+use crate::amd::Payload;
 use crate::cache::Key;
 use crate::deb::{self, Tested};
 use crate::flavour::Flavour;
@@ -26,7 +29,26 @@ const MOUNT: &str = "mount -t tmpfs tmpfs \"$1\" && mkdir \"$1/upper\" \"$1/work
 /// The module is compiled twice.
 const TIMEOUT: Duration = Duration::from_secs(15 * 60);
 
-/// The packages with the names that the script knows them by.
+/// What an emulated host is given to install.
+pub struct Packages {
+    tested: Tested,
+    /// The module as DKMS built it for the host's kernel.
+    prebuilt: PathBuf,
+}
+
+impl Packages {
+    /// Adds them to what a host is given.
+    pub fn add_to(&self, payload: Payload) -> Result<Payload> {
+        self.files().iter().try_fold(payload, |payload, (name, path)| payload.file(name, path))
+    }
+
+    fn files(&self) -> [(&'static str, &Path); 5] {
+        let [first, first_dkms, next, next_dkms] = debs(&self.tested);
+        [first, first_dkms, next, next_dkms, ("prebuilt.tar.gz", &self.prebuilt)]
+    }
+}
+
+/// The packages with the names that the host knows them by.
 fn debs(tested: &Tested) -> [(&'static str, &Path); 4] {
     let Tested { first, next } = tested;
     [
@@ -39,7 +61,7 @@ fn debs(tested: &Tested) -> [(&'static str, &Path); 4] {
 
 /// Has the packages installed, upgraded, removed and purged in the tree of such a host,
 /// unless that was done before; an error if anything is not as it should be.
-pub fn native(lab: &Lab, flavour: Flavour) -> Result<()> {
+pub fn native(lab: &Lab, flavour: Flavour) -> Result<Packages> {
     let tree = debian::host_tree(lab, flavour)?;
     let tested = deb::tested(lab)?;
     let key = debs(&tested)
@@ -48,7 +70,7 @@ pub fn native(lab: &Lab, flavour: Flavour) -> Result<()> {
             key.file(path)
         })?;
     let name = flavour.item("package-life");
-    lab.cache.get_or_build(&name, &key, |archive| {
+    let prebuilt = lab.cache.get_or_build(&name, &key, |archive| {
         if !nix::unistd::geteuid().is_root() {
             bail!("packages are installed in a tree by root alone: run this command as root once");
         }
@@ -71,5 +93,5 @@ pub fn native(lab: &Lab, flavour: Flavour) -> Result<()> {
         step.done("");
         Ok(())
     })?;
-    Ok(())
+    Ok(Packages { tested, prebuilt })
 }

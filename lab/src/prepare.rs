@@ -106,6 +106,6 @@ pub fn amd(lab: &Lab) -> Result<(AmdHost, Installation)> {
         let host = AmdHost::prepare(lab, &kernel, Flavour::MAIN)?;
         let (kernel, modules) = (kernel.image, kernel.modules);
         let virtqemud = virtqemud::built(lab, Flavour::MAIN)?;
-        Ok((host, Installation { product, module, agent, kernel, modules, virtqemud }))
+        Ok((host, Installation { product, module, agent, kernel, modules, virtqemud, packages: None }))
     })
 }

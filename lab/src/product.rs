@@ -12,7 +12,7 @@ use crate::Lab;
 use crate::amd::Payload;
 use crate::apt::{Need, need};
 use crate::cpio::Cpio;
-use crate::{modules, proc};
+use crate::{modules, package_life, proc};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// What building and testing the product takes.
@@ -62,6 +62,8 @@ pub struct Installation {
     pub modules: PathBuf,
     /// libvirt's daemon for QEMU alone, where it was built.
     pub virtqemud: Option<PathBuf>,
+    /// Debian packages, for hosts on which they are installed.
+    pub packages: Option<package_life::Packages>,
 }
 
 impl Installation {
@@ -75,6 +77,10 @@ impl Installation {
         let payload = Payload::new(run)?;
         let payload = match &self.virtqemud {
             Some(program) => payload.file("virtqemud", program)?,
+            None => payload,
+        };
+        let payload = match &self.packages {
+            Some(packages) => packages.add_to(payload)?,
             None => payload,
         };
         payload

@@ -17,15 +17,14 @@ use crate::Lab;
 use crate::amd::{AmdHost, Wire};
 use crate::boots::{self, Boot, Host, Wishes};
 use crate::debian::Suite;
-use crate::dependencies;
-use crate::flavour::Flavour;
+use crate::flavour::{Flavour, Init};
 use crate::kernel::Line;
 use crate::micro::MicroHosts;
 use crate::once::Once;
 use crate::prepare::{self, Plan};
 use crate::product::{self, Installation};
 use crate::verdict::{self, Tally, Verdict};
-use crate::{deb, debian, kmod, native, package_life, proc, rpm, virtqemud};
+use crate::{deb, debian, dependencies, kmod, native, package_life, proc, rpm, virtqemud};
 
 const CARGO_TIMEOUT: Duration = Duration::from_secs(20 * 60);
 
@@ -78,9 +77,13 @@ const AMD_RUNS: &[(&str, Flavour, &[&str])] = &[
     ("amd-policy", Flavour::MAIN, &["policy-live", "policy-required", "recording"]),
     ("amd-bookworm", BOOKWORM, &["boot", "hook-table", "policy-live", "policy-required"]),
     ("amd-systemd", Flavour::systemd(Suite::Trixie), &["unit", "unit-restarts"]),
+    ("amd-packages", Flavour::systemd(Suite::Trixie), &["packages"]),
     ("amd-libvirt-fire", Flavour::MAIN, &["fire-memory", "fire-life", "fire-migrate", "fire-hugetlbfs"]),
 ];
 const SCENARIO_TIMEOUT: Duration = Duration::from_secs(240);
+
+/// Four runs of apt and DKMS, which start hundreds of programs, besides.
+const PACKAGES_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// Hosts that run at a time. Each has one CPU's worth of work, and 3 GiB at most.
 const WORKERS: usize = 2;
@@ -205,6 +208,17 @@ fn sources(lab: &Lab, tally: &Tally) {
             Ok(String::new())
         });
     }
+    tally.check("rate-controller", || {
+        let log = lab.log("rate-controller");
+        let program = native::build(lab, "rate-controller", &["rate.c", "../rate.c"])?;
+        proc::run(&mut Command::new(program), &log, CARGO_TIMEOUT)?;
+        let text = fs::read_to_string(&log).with_context(|| format!("reading {}", log.display()))?;
+        Ok(text.trim().to_owned())
+    });
+}
+
+/// What the packages are, and what becomes of a tree that they are installed in.
+fn packages(lab: &Lab, tally: &Tally) {
     tally.check("packages", || {
         let packages = deb::tested(lab)?.first;
         let kib = |package: &Path| fs::metadata(package).map(|file| file.len() >> 10);
@@ -218,19 +232,12 @@ fn sources(lab: &Lab, tally: &Tally) {
         });
     }
     tally.check("rpm-recipe", || rpm::judge(lab).map(|()| "rpmlint accepts it".to_owned()));
-    tally.check("rate-controller", || {
-        let log = lab.log("rate-controller");
-        let program = native::build(lab, "rate-controller", &["rate.c", "../rate.c"])?;
-        proc::run(&mut Command::new(program), &log, CARGO_TIMEOUT)?;
-        let text = fs::read_to_string(&log).with_context(|| format!("reading {}", log.display()))?;
-        Ok(text.trim().to_owned())
-    });
 }
 
 /// Something to run that needs the machine for itself no more than others do.
 enum Job<'a> {
-    /// Check what the project is built from.
-    Dependencies,
+    /// Checks on this machine, which print their own verdicts.
+    Here(&'static str, fn(&Lab, &Tally)),
     /// Build the module for a kernel.
     Module(Line),
     /// Scenarios of an AMD host with libvirt.
@@ -242,7 +249,7 @@ enum Job<'a> {
 impl Job<'_> {
     fn name(&self) -> String {
         match self {
-            Self::Dependencies => "dependencies".into(),
+            Self::Here(name, _) => (*name).to_owned(),
             Self::Module(line) => format!("kmod-build-{line}"),
             Self::Scenarios(run) => run.name.to_owned(),
             Self::Boot(boot) => boot.name.to_owned(),
@@ -258,8 +265,8 @@ fn hosts(lab: &Lab, options: &Options, plan: &Plan, tally: &Tally) -> Result<()>
         plan.flavours.iter().map(|flavour| (*flavour, Once::new())).collect();
     let jobs = Mutex::new(jobs(options, plan));
     let work = |job: &Job| match job {
-        Job::Dependencies => {
-            dependencies::check(lab, tally);
+        Job::Here(_, check) => {
+            check(lab, tally);
             Ok(())
         }
         Job::Module(line) => {
@@ -298,7 +305,10 @@ fn jobs<'a>(options: &'a Options, plan: &Plan<'a>) -> VecDeque<Job<'a>> {
         jobs.extend(scenarios.pop_front());
         jobs.extend(plan.boots.iter().filter(|boot| boot.kernel == line).map(|boot| Job::Boot(boot)));
     }
-    jobs.extend(options.all().then_some(Job::Dependencies));
+    if options.all() {
+        jobs.push_back(Job::Here("packages", packages));
+        jobs.push_back(Job::Here("dependencies", dependencies::check));
+    }
     jobs.extend(scenarios);
     jobs
 }
@@ -313,6 +323,10 @@ struct Amd<'a> {
 impl<'a> Amd<'a> {
     fn prepare(lab: &'a Lab, agent: &Path, flavour: Flavour) -> Result<Self> {
         let kernel = debian::host_kernel(lab, flavour)?;
+        let packages = match flavour.init {
+            Init::Script => None,
+            Init::Systemd => Some(package_life::native(lab, flavour)?),
+        };
         let files = Installation {
             product: product::build(lab)?,
             module: kmod::build(lab, &kernel)?,
@@ -320,6 +334,7 @@ impl<'a> Amd<'a> {
             kernel: kernel.image.clone(),
             modules: kernel.modules.clone(),
             virtqemud: virtqemud::built(lab, flavour)?,
+            packages,
         };
         Ok(Self { lab, host: AmdHost::prepare(lab, &kernel, flavour)?, files })
     }
@@ -331,8 +346,11 @@ impl<'a> Amd<'a> {
             other => format!("scenario-on {other}"),
         };
         let script = format!("exec ./lab-agent {program} {}", run.scenarios.join(" "));
-        let timeout = SCENARIO_TIMEOUT * u32::try_from(run.scenarios.len())?;
-        self.run(run.name, &script, timeout, tally)
+        let timeout = run.scenarios.iter().map(|scenario| match *scenario {
+            "packages" => PACKAGES_TIMEOUT,
+            _ => SCENARIO_TIMEOUT,
+        });
+        self.run(run.name, &script, timeout.sum(), tally)
     }
 
     fn run(&self, name: &str, script: &str, timeout: Duration, tally: &Tally) -> Result<()> {

@@ -24,6 +24,7 @@ mod host;
 mod hotplug;
 mod kill;
 mod many_domains;
+mod packages;
 mod placement;
 mod policies;
 mod qemu;
@@ -86,6 +87,7 @@ const SCENARIOS: &[(&str, Test)] = &[
     ("virtqemud", virtqemud::run),
     ("unit", unit::places),
     ("unit-restarts", unit::restarts),
+    ("packages", packages::run),
     ("shared-dram", shared_dram::run),
     ("fire-life", fire_life::run),
     ("fire-hugetlbfs", fire_huge::run),

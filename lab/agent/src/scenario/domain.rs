@@ -38,7 +38,7 @@ pub struct DomainSpec {
     pub kvm: bool,
     /// What backs its memory.
     pub memory: Memory,
-    /// The policy element, or none.
+    /// What stands in its metadata: the policy element, what others write, or nothing.
     pub policy: Option<String>,
     /// `<numatune mode='strict'>` on this node.
     pub strict_node: Option<u32>,
@@ -125,11 +125,25 @@ impl DomainSpec {
         self.start_with(&["--paused"])
     }
 
-    fn start_with(&self, options: &[&str]) -> Result<Domain> {
+    /// Defines the domain.
+    pub fn define(&self) -> Result<()> {
         let path = format!("/run/{}.xml", self.name);
         fs::write(&path, self.xml()).with_context(|| format!("writing {path}"))?;
         Console::clear(self.name)?;
-        virsh(&["define", &path])?;
+        virsh(&["define", &path]).map(drop)
+    }
+
+    /// Starts it after [`DomainSpec::define`].
+    pub fn start_defined(&self) -> Result<Domain> {
+        self.start_defined_with(&[])
+    }
+
+    fn start_with(&self, options: &[&str]) -> Result<Domain> {
+        self.define()?;
+        self.start_defined_with(options)
+    }
+
+    fn start_defined_with(&self, options: &[&str]) -> Result<Domain> {
         virsh(&[&["start", self.name], options].concat())?;
         Ok(Domain { name: self.name, console: Console::connect(self.name)? })
     }

@@ -96,7 +96,12 @@ pub fn release_module() -> Result<()> {
 
 /// Runs a command to its end; its standard output, or an error with all it said.
 pub fn succeed(command: &mut Command) -> Result<String> {
-    let out = run(command)?;
+    succeed_within(command, COMMAND_TIMEOUT)
+}
+
+/// As [`succeed`], within another time.
+pub fn succeed_within(command: &mut Command, timeout: Duration) -> Result<String> {
+    let out = run_within(command, timeout)?;
     if !out.status.success() {
         bail!("{}: {}: {}", name(command), out.status, String::from_utf8_lossy(&out.stderr).trim());
     }
@@ -105,6 +110,10 @@ pub fn succeed(command: &mut Command) -> Result<String> {
 
 /// Runs a command to its end, whatever that is, within [`COMMAND_TIMEOUT`].
 pub fn run(command: &mut Command) -> Result<Output> {
+    run_within(command, COMMAND_TIMEOUT)
+}
+
+fn run_within(command: &mut Command, timeout: Duration) -> Result<Output> {
     let name = name(command);
     eprintln!("running {name}");
     let child = command
@@ -115,11 +124,11 @@ pub fn run(command: &mut Command) -> Result<Output> {
         .with_context(|| format!("starting {name}"))?;
     let pid = Pid::from_raw(i32::try_from(child.id())?);
     let waiter = thread::spawn(move || child.wait_with_output());
-    let deadline = Instant::now() + COMMAND_TIMEOUT;
+    let deadline = Instant::now() + timeout;
     while !waiter.is_finished() {
         if Instant::now() > deadline {
             kill(pid, Signal::SIGKILL)?;
-            bail!("{name} took more than {} s", COMMAND_TIMEOUT.as_secs());
+            bail!("{name} took more than {} s", timeout.as_secs());
         }
         thread::sleep(Duration::from_millis(10));
     }
@@ -153,6 +162,12 @@ fn install_hook() -> Result<()> {
     }
     fs::copy(format!("{PAYLOAD}/ept-virt-hook"), hook).context("installing the hook")?;
     // libvirt looks for hooks when it starts and when it is told to reload.
+    kill(libvirtd()?, Signal::SIGHUP).context("reloading libvirtd")
+}
+
+/// Takes away the hook, and has libvirt forget that there was one.
+pub fn uninstall_hook() -> Result<()> {
+    fs::remove_file(HOOK).with_context(|| format!("removing {HOOK}"))?;
     kill(libvirtd()?, Signal::SIGHUP).context("reloading libvirtd")
 }
 

@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The Debian packages on a host with systemd, from `apt install` to purge, under a
+//! guest that was there before.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use ept_virt_core::wire::{DEFAULT_SOCKET, DomainState, DomainStatus};
+use nix::unistd::Group;
+
+use super::daemon;
+use super::domain::{Domain, DomainSpec};
+use super::host::{self, PAYLOAD, virsh};
+use super::systemd::{self, journal, systemctl};
+use super::truth::{self, Truth};
+use crate::report::Outcome;
+
+const CONFIG: &str = "/etc/ept-virt/ept-virt.toml";
+const STATE: &str = "/var/lib/ept-virt";
+const HOOK: &str = "/etc/libvirt/hooks/qemu.d/ept-virt";
+const PROGRAM: &str = "/usr/bin/ept-virt";
+
+/// What nova and virt-install write into the domains that they define.
+const FOREIGN_METADATA: &str = "\
+    <nova:instance xmlns:nova='http://openstack.org/xmlns/libvirt/nova/1.1'>\
+    <nova:package version='27.1.0'/><nova:name>web-1</nova:name>\
+    <nova:flavor name='m1.tiny'><nova:memory>192</nova:memory><nova:vcpus>1</nova:vcpus></nova:flavor>\
+    </nova:instance>\
+    <libosinfo:libosinfo xmlns:libosinfo='http://libosinfo.org/xmlns/libvirt/domain/1.0'>\
+    <libosinfo:os id='http://debian.org/debian/13'/></libosinfo:libosinfo>";
+
+/// Where DKMS looks for a module that is built already: /usr/share/ and the name of its
+/// package. The lab had this one built by the package itself, in this host's tree.
+const PREBUILT: &str = "/usr/share/kvm-ept-sample-dkms/kvm-ept-sample-0.1.0.dkms.tar.gz";
+
+/// What must not be there when the packages are purged.
+const TRACES: [&str; 8] = [
+    HOOK,
+    PROGRAM,
+    "/etc/ept-virt",
+    STATE,
+    "/run/ept-virt",
+    "/usr/lib/systemd/system/ept-virt.service",
+    "/usr/src/kvm-ept-sample-0.1.0",
+    "/var/lib/dkms/kvm-ept-sample",
+];
+
+/// apt and DKMS start hundreds of programs, at 50 ms each here.
+const APT_TIMEOUT: Duration = Duration::from_secs(240);
+
+/// Half-life and delay are those that all guests have: half a minute and more.
+const PLACE_TIMEOUT: Duration = Duration::from_secs(180);
+const TIMEOUT: Duration = Duration::from_secs(90);
+
+/// Of the idle block's 64 MiB; what leaves at least.
+const MOVED_MIB: u64 = 16;
+
+/// The slower node of the emulated host.
+const SLOW: i32 = 1;
+
+/// Install, start, observe, place, upgrade, remove, purge.
+pub fn run() -> Result<Outcome> {
+    if !systemd::runs()? {
+        return Ok(Outcome::Skip("process 1 of this host is not systemd: use --systemd".into()));
+    }
+    make_bare()?;
+    let spec = DomainSpec { policy: Some(FOREIGN_METADATA.into()), ..DomainSpec::default() };
+    spec.define()?;
+    let installed = install(&["first.deb", "first-dkms.deb"])?;
+    check_installed()?;
+    let mut guest = spec.start_defined()?;
+    let truth = guest.wait_ready()?;
+    check_observed(&guest)?;
+    let placed = place(&mut guest, &truth)?;
+    let qemu = guest.pid()?;
+    let upgraded = upgrade(&guest)?;
+    guest.console.wait_passes()?;
+    guest.check_data()?;
+    let purged = remove(&guest)?;
+    guest.console.wait_passes()?;
+    guest.check_data()?;
+    ensure!(guest.pid()? == qemu && guest.state()? == "running", "the guest is {}", guest.state()?);
+    virsh(&["destroy", guest.name])?;
+    virsh(&["start", guest.name]).context("starting a guest after the purge")?;
+    Ok(Outcome::Pass(format!(
+        "installed in {} s, {placed}, upgraded in {} s, {purged}",
+        installed.as_secs(),
+        upgraded.as_secs()
+    )))
+}
+
+/// A guest without a policy is observed, and nothing of it is moved.
+fn check_observed(guest: &Domain) -> Result<()> {
+    let seen = observed(guest.name, "rounds", |d| d.round.as_ref().is_some_and(|r| r.number > 2))?;
+    let moved = seen.moves.demoted_bytes + seen.moves.promoted_bytes;
+    ensure!(moved == 0, "{moved} bytes moved without a policy");
+    let text = host::succeed(Command::new(PROGRAM).args(["status", guest.name]))?;
+    ensure!(text.contains(guest.name), "ept-virt status says {text:?}");
+    let nudges = daemon::status()?.daemon.nudges;
+    ensure!(nudges > 0, "libvirt does not call the hook that the package brought");
+    Ok(())
+}
+
+/// A policy moves idle memory. 40 % of 192 MiB hold the hot block and the guest's
+/// kernel, and not all of the idle block.
+fn place(guest: &mut Domain, truth: &Truth) -> Result<String> {
+    let began = Instant::now();
+    let words = ["policy", "set", guest.name, "--mode", "place", "--dram", "40%"];
+    host::succeed(Command::new(PROGRAM).args(words))?;
+    let xml = virsh(&["dumpxml", guest.name])?;
+    for theirs in ["<nova:name>web-1</nova:name>", "http://debian.org/debian/13"] {
+        ensure!(xml.contains(theirs), "setting a policy took {theirs} away: {xml}");
+    }
+    let mut slow_mib = 0;
+    host::wait_until("idle memory leaves DRAM", PLACE_TIMEOUT, || {
+        let nodes = truth::pages_by_node(guest.pid()?, &daemon::map(guest.name)?, &truth.idle)?;
+        slow_mib = (nodes.get(&SLOW).copied().unwrap_or(0) * 4096) >> 20;
+        Ok(slow_mib >= MOVED_MIB)
+    })
+    .with_context(|| format!("{slow_mib} MiB of the idle block are on the slow node; {}", journal()))?;
+    guest.check_data()?;
+    Ok(format!("{slow_mib} MiB of idle memory moved {} s after the policy", began.elapsed().as_secs()))
+}
+
+/// An upgrade keeps an edited configuration and heat, and restarts the daemon alone.
+fn upgrade(guest: &Domain) -> Result<Duration> {
+    let daemon = unit_pid()?;
+    let config = read(CONFIG)? + "# ours\n";
+    fs::write(CONFIG, &config).with_context(|| format!("writing {CONFIG}"))?;
+    let took = install(&["next.deb", "next-dkms.deb"])?;
+    ensure!(read(CONFIG)? == config, "the upgrade changed an edited {CONFIG}");
+    ensure!(unit_pid()? != daemon, "the upgrade did not restart the daemon");
+    observed(guest.name, "heat of before the upgrade", |d| d.restored_s.is_some())?;
+    Ok(took)
+}
+
+/// Removal takes programs, hook and module, and a purge all the rest.
+fn remove(guest: &Domain) -> Result<String> {
+    let removed = apt(&["remove", "ept-virt", "ept-virt-dkms"])?;
+    let there = |path: &str| Path::new(path).exists();
+    ensure!(!there(PROGRAM) && !there(HOOK) && !there(DEFAULT_SOCKET), "program, hook or socket are there");
+    ensure!(there(CONFIG) && there(STATE), "removal took configuration or heat");
+    ensure!(guest.state()? == "running", "the guest is {}", guest.state()?);
+    let purged = apt(&["purge", "ept-virt", "ept-virt-dkms"])?;
+    for trace in TRACES {
+        ensure!(!there(trace), "{trace} is left");
+    }
+    ensure!(!host::module_loaded(), "the module is still loaded");
+    ensure!(Group::from_name("ept-virt").context("looking for a group")?.is_none(), "the group is left");
+    Ok(format!("removed in {} s, purged in {} s", removed.as_secs(), purged.as_secs()))
+}
+
+/// Takes away what scenarios start with: here the packages bring it.
+fn make_bare() -> Result<()> {
+    host::release_module()?;
+    host::uninstall_hook()?;
+    for trace in TRACES {
+        ensure!(!Path::new(trace).exists(), "{trace} is there before the package");
+    }
+    let folder = Path::new(PREBUILT).parent().context("no folder")?;
+    fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
+    fs::copy(format!("{PAYLOAD}/prebuilt.tar.gz"), PREBUILT).context("copying what DKMS built").map(drop)
+}
+
+fn install(packages: &[&str]) -> Result<Duration> {
+    let files: Vec<String> = packages.iter().map(|name| format!("{PAYLOAD}/{name}")).collect();
+    let mut words = vec!["-o", "Dpkg::Options::=--force-confold", "install"];
+    words.extend(files.iter().map(String::as_str));
+    apt(&words)
+}
+
+/// Runs apt-get; how long it took.
+fn apt(words: &[&str]) -> Result<Duration> {
+    let began = Instant::now();
+    let mut command = Command::new("apt-get");
+    command.env("DEBIAN_FRONTEND", "noninteractive").args(["--quiet", "--yes"]).args(words);
+    let said = host::succeed_within(&mut command, APT_TIMEOUT)?;
+    eprintln!("{said}");
+    Ok(began.elapsed())
+}
+
+/// The daemon runs, and nothing is in its way.
+fn check_installed() -> Result<()> {
+    host::succeed(Command::new("modprobe").arg("kvm_ept_sample"))?;
+    ensure!(systemctl(&["is-enabled", "ept-virt.service"])?.trim() == "enabled", "the unit is not enabled");
+    unit_pid()?;
+    ensure!(Group::from_name("ept-virt").context("looking for a group")?.is_some(), "no group ept-virt");
+    let doctor = daemon::doctor(TIMEOUT)?;
+    eprintln!("doctor warns of {doctor:?}");
+    Ok(())
+}
+
+fn unit_pid() -> Result<i32> {
+    let text = systemctl(&["show", "ept-virt.service", "--value", "--property", "MainPID"])?;
+    let pid = text.trim().parse().with_context(|| format!("MainPID is {text:?}"))?;
+    ensure!(pid > 0, "the daemon does not run: {}", journal());
+    Ok(pid)
+}
+
+/// Waits until the daemon works on a guest and `good` holds for its status.
+fn observed(name: &str, what: &str, good: impl Fn(&DomainStatus) -> bool) -> Result<DomainStatus> {
+    let works = |d: &DomainStatus| matches!(d.state, DomainState::Observing | DomainState::Placing);
+    daemon::wait_for(name, what, TIMEOUT, |d| works(d) && d.round.is_some() && good(d)).with_context(journal)
+}
+
+fn read(path: &str) -> Result<String> {
+    fs::read_to_string(path).with_context(|| format!("reading {path}"))
+}
