@@ -56,13 +56,12 @@ generated: programs
 install: install-program install-dkms
 
 install-program:
-	$(INSTALL) -d $(DESTDIR)$(bindir) $(DESTDIR)$(mandir)/man1 $(DESTDIR)$(dir $(hook))
+	$(INSTALL) -d $(DESTDIR)$(bindir) $(DESTDIR)$(dir $(hook))
 	$(INSTALL) -m755 $(built)/ept-virt $(built)/ept-virt-hook $(DESTDIR)$(bindir)
 # A link: AppArmor lets libvirt run what is in /usr/bin, and an upgrade replaces it in
 # one step.
 	ln -sf $(bindir)/ept-virt-hook $(DESTDIR)$(hook)
-	$(INSTALL) -m644 $(pages)/*.1 $(DESTDIR)$(mandir)/man1
-	for page in docs/*.[2-9]; do case $$page in \
+	for page in $(pages)/*.[1-9] docs/*.[2-9]; do case $$page in \
 		*/kvm_ept_sample.4) ;; \
 		*) $(INSTALL) -Dm644 -t $(DESTDIR)$(mandir)/man$${page##*.} $$page || exit 1 ;; esac; done
 	$(INSTALL) -Dm644 cli/dist/ept-virt.service $(DESTDIR)$(unitdir)/ept-virt.service
@@ -87,6 +86,7 @@ uninstall:
 	rm -f $(DESTDIR)$(unitdir)/ept-virt.service $(DESTDIR)$(sysusersdir)/ept-virt.conf
 	rm -f $(DESTDIR)$(bashdir)/ept-virt $(DESTDIR)$(fishdir)/ept-virt.fish $(DESTDIR)$(zshdir)/_ept-virt
 	rm -f $(DESTDIR)$(mandir)/man1/ept-virt.1 $(DESTDIR)$(mandir)/man1/ept-virt-*.1
+	rm -f $(DESTDIR)$(mandir)/man5/ept-virt.toml.5 $(DESTDIR)$(mandir)/man7/ept-virt-placement.7
 	for page in docs/*.[2-9]; do rm -f $(DESTDIR)$(mandir)/man$${page##*.}/$${page##*/}; done
 	rm -rf $(DESTDIR)$(datadir)/ept-virt $(DESTDIR)$(dkmsdir)
 
