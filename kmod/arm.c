@@ -40,6 +40,9 @@
  *   (all with accessed bits do, but a hypervisor may hide it), and other
  *   accesses to the copies fault and heal. With NPT the last paragraph applies
  *   until the roots are dropped.
+ *
+ * A KVM that is patched (patched.h) arms and restores entries itself, and sees to
+ * all of this.
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
@@ -52,6 +55,7 @@
 #include "arm.h"
 #include "flush.h"
 #include "hold.h"
+#include "patched.h"
 
 static const struct kes_entry_rights rights_ept = KES_ENTRY_RIGHTS_EPT;
 static const struct kes_entry_rights rights_npt = KES_ENTRY_RIGHTS_NPT;
@@ -168,7 +172,8 @@ static u64 entry_change(const struct kes_arming *arming, u64 value, int level,
 		return value & KES_ENTRY_WRITE;
 	if (!(value & KES_ENTRY_READ))
 		return 0;
-	if (level > PG_LEVEL_4K && !(execute_only && entry_executable(rights, value)))
+	if (level > PG_LEVEL_4K && !kes_patched &&
+	    !(execute_only && entry_executable(rights, value)))
 		return 0;
 	return (value & (KES_ENTRY_READ | KES_ENTRY_WRITE | rights->execute |
 			 rights->mmu_writable)) | (~value & rights->no_execute);
@@ -241,12 +246,17 @@ u64 *kes_arming_find(const struct kes_arming *arming, const struct kes_draw *dra
 }
 
 /* Arms an entry that kes_arming_find() returned, unless it changed since. */
-bool kes_arming_revoke(struct kes_arming *arming, u64 *entry, const struct kes_armed *armed)
+bool kes_arming_revoke(struct kes_arming *arming, u64 *entry, struct kes_armed *armed)
 {
 	u64 old = armed->value ^ armed->changed;
 
-	if (!try_cmpxchg64(entry, &old, armed->value))
+	if (kes_patched) {
+		armed->level = kes_patched->arm(arming->kvm, armed->gfn, arming->write_only);
+		if (!armed->level)
+			return false;
+	} else if (!try_cmpxchg64(entry, &old, armed->value)) {
 		return false;
+	}
 	arming->flush = true;
 	return true;
 }
@@ -270,10 +280,15 @@ static u64 armed_restorable(const struct kes_arming *arming, const struct kes_ar
 void kes_arming_restore(struct kes_arming *arming, const struct kes_armed *armed)
 {
 	u64 hardware = BIT_ULL(arming->format->accessed_nr) | BIT_ULL(arming->format->dirty_nr);
-	u64 restore = armed_restorable(arming, armed), value;
+	u64 restore, value;
 	int i, level;
 	u64 *entry;
 
+	if (kes_patched) {
+		kes_patched->disarm(arming->kvm, armed->gfn);
+		return;
+	}
+	restore = armed_restorable(arming, armed);
 	for (i = 0; i < arming->roots; i++) {
 		if (arming->root[i].guest_mode)
 			continue;

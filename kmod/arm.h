@@ -46,7 +46,7 @@ void kes_arming_end(struct kes_arming *arming);
 bool kes_arming_draw(const struct kes_arming *arming, u64 *random, struct kes_draw *draw);
 u64 *kes_arming_find(const struct kes_arming *arming, const struct kes_draw *draw,
 		     struct kes_armed *armed);
-bool kes_arming_revoke(struct kes_arming *arming, u64 *entry, const struct kes_armed *armed);
+bool kes_arming_revoke(struct kes_arming *arming, u64 *entry, struct kes_armed *armed);
 void kes_arming_restore(struct kes_arming *arming, const struct kes_armed *armed);
 
 #endif /* KES_ARM_H */

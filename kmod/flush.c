@@ -9,13 +9,13 @@
 
 #include "compat.h"
 #include "flush.h"
+#include "patched.h"
 #include "trace.h"
 
 #ifdef KES_COMPAT_FLUSH_EXPORTED
 
-void kes_flush_tlbs(struct kvm *kvm)
+static void flush_tlbs(struct kvm *kvm)
 {
-	trace_kes_flush(kvm);
 	kvm_flush_remote_tlbs(kvm);
 }
 
@@ -30,7 +30,7 @@ static void leave_guest(void *unused)
  * What KVM does for a request with KVM_REQUEST_WAIT: leave the request with
  * each vCPU, then interrupt those that may be in the guest, and wait for them.
  */
-void kes_flush_tlbs(struct kvm *kvm)
+static void flush_tlbs(struct kvm *kvm)
 {
 	struct kvm_vcpu *vcpu;
 	cpumask_var_t running;
@@ -38,7 +38,6 @@ void kes_flush_tlbs(struct kvm *kvm)
 	bool some;
 	int me;
 
-	trace_kes_flush(kvm);
 	some = zalloc_cpumask_var(&running, GFP_NOWAIT | __GFP_NOWARN);
 	me = get_cpu();
 	kvm_for_each_vcpu(i, vcpu, kvm) {
@@ -59,3 +58,12 @@ void kes_flush_tlbs(struct kvm *kvm)
 }
 
 #endif
+
+void kes_flush_tlbs(struct kvm *kvm)
+{
+	trace_kes_flush(kvm);
+	if (kes_patched)
+		kes_patched->flush(kvm);
+	else
+		flush_tlbs(kvm);
+}

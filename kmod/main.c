@@ -11,6 +11,7 @@
 #include <asm/cpufeature.h>
 
 #include "arm.h"
+#include "patched.h"
 #include "session.h"
 #include "stats.h"
 #include "version.h"
@@ -31,14 +32,21 @@ static int __init kes_init(void)
 		return -ENODEV;
 	}
 	kes_arming_init(&kes_format);
+	kes_patched_init();
 	ret = kes_stats_init();
 	if (ret)
-		return ret;
+		goto exit_patched;
 	if (!proc_create(KES_PROC_NAME, 0600, NULL, &kes_session_ops)) {
-		kes_stats_exit();
-		return -ENOMEM;
+		ret = -ENOMEM;
+		goto exit_stats;
 	}
 	return 0;
+
+exit_stats:
+	kes_stats_exit();
+exit_patched:
+	kes_patched_exit();
+	return ret;
 }
 
 /* Not reached while a session's file is open: it holds a module reference. */
@@ -46,6 +54,7 @@ static void __exit kes_exit(void)
 {
 	remove_proc_entry(KES_PROC_NAME, NULL);
 	kes_stats_exit();
+	kes_patched_exit();
 }
 
 module_init(kes_init);

@@ -37,6 +37,7 @@ bool kes_ring_push(struct kes_ring *ring, const struct kes_sample *sample)
 	if (ring->head - smp_load_acquire(&ring->tail) == ring->size)
 		return false;
 	ring->record[ring->head & (ring->size - 1)] = *sample;
+	/* Release: the reader sees whole records. */
 	smp_store_release(&ring->head, ring->head + 1);
 	return true;
 }
@@ -47,6 +48,7 @@ bool kes_ring_push(struct kes_ring *ring, const struct kes_sample *sample)
  */
 u32 kes_ring_unread(const struct kes_ring *ring)
 {
+	/* Acquire: pairs with kes_ring_push(). */
 	return smp_load_acquire(&ring->head) - READ_ONCE(ring->tail);
 }
 
@@ -65,6 +67,7 @@ u32 kes_ring_peek(const struct kes_ring *ring, u32 count, const struct kes_sampl
 /* Reader: gives the room of the @count oldest records back to the writers. */
 void kes_ring_drop(struct kes_ring *ring, u32 count)
 {
+	/* Release: pairs with kes_ring_push(). */
 	smp_store_release(&ring->tail, ring->tail + count);
 }
 

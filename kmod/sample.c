@@ -24,6 +24,7 @@
 
 #include "compat.h"
 #include "leaves.h"
+#include "patched.h"
 #include "sample.h"
 #include "stats.h"
 #include "trace.h"
@@ -135,6 +136,8 @@ static int samplers_add(struct kes_sampler *sampler)
 						page_fault_probe, NULL);
 	if (!ret)
 		list_add_rcu(&sampler->link, &samplers);
+	if (!ret && kes_patched)
+		kes_patched->begin();
 	mutex_unlock(&samplers_lock);
 	return ret;
 }
@@ -144,6 +147,8 @@ static void samplers_remove(struct kes_sampler *sampler)
 {
 	mutex_lock(&samplers_lock);
 	list_del_rcu(&sampler->link);
+	if (kes_patched)
+		kes_patched->end();
 	if (list_empty(&samplers)) {
 		tracepoint_probe_unregister(&__tracepoint_kvm_page_fault,
 					    page_fault_probe, NULL);

@@ -14,6 +14,7 @@
 #include "compat.h"
 #include "harvest.h"
 #include "legacy.h"
+#include "patched.h"
 #include "process.h"
 #include "sample.h"
 #include "selfcheck.h"
@@ -130,7 +131,8 @@ static long session_info(struct kes_info __user *user)
 		.features = KES_FEATURE_HARVEST | KES_FEATURE_CLEAR_DIRTY |
 			    (KES_COMPAT_PROBE_MAY_LOCK ? KES_FEATURE_SAMPLE : 0) |
 			    KES_FEATURE_NOTIFIER |
-			    (KES_COMPAT_KEEP_YOUNG ? KES_FEATURE_KEEP_YOUNG : 0),
+			    (KES_COMPAT_KEEP_YOUNG ? KES_FEATURE_KEEP_YOUNG : 0) |
+			    (kes_patched ? KES_FEATURE_PATCHED_KVM : 0),
 		.chunk_pages = KES_CHUNK_PAGES,
 		.sessions = kes_stats_attached(),
 	};

@@ -13,6 +13,7 @@
 #include <linux/string.h>
 
 #include "hold.h"
+#include "patched.h"
 #include "selfcheck.h"
 #include "session.h"
 #include "stats.h"
@@ -190,6 +191,7 @@ static void show_module(struct seq_file *file)
 	seq_printf(file, "version %s\n", KES_VERSION);
 	seq_printf(file, "abi %u.%u\n", KES_ABI_VERSION >> 16, KES_ABI_VERSION & 0xffff);
 	seq_printf(file, "format %s\n", kes_format.id == KES_FORMAT_EPT ? "ept" : "npt");
+	seq_printf(file, "kvm %s\n", kes_patched ? "patched" : "stock");
 	seq_printf(file, "self_check %s\n", kes_selfcheck_state());
 }
 

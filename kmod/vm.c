@@ -18,6 +18,7 @@
 
 #include "compat.h"
 #include "entry.h"
+#include "patched.h"
 #include "vm.h"
 
 /*
@@ -120,6 +121,29 @@ static bool root_is_sane(const struct kes_mmu_page *page)
 	       page_private(virt_to_page(table)) == (unsigned long)page;
 }
 
+static int too_many_roots(void)
+{
+	pr_err_once("a VM has more than %d roots: refused\n", KES_MAX_ROOTS);
+	return -EUCLEAN;
+}
+
+/* As KVM tells them, if it is patched. */
+static int patched_roots(struct kvm *kvm, struct kes_root roots[KES_MAX_ROOTS])
+{
+	struct kvm_ept_sample_root root[KES_MAX_ROOTS];
+	int n = kes_patched->roots(kvm, root, KES_MAX_ROOTS), i;
+
+	if (n > KES_MAX_ROOTS)
+		return too_many_roots();
+	for (i = 0; i < n; i++) {
+		roots[i].table = root[i].table;
+		roots[i].level = root[i].level;
+		roots[i].guest_mode = root[i].guest_mode;
+		roots[i].tracked = root[i].ad_disabled;
+	}
+	return n;
+}
+
 /*
  * Fills in the roots that vCPUs can be running on, and returns their number:
  * none of a VM without tables. The caller holds rcu_read_lock(): roots and all
@@ -132,6 +156,8 @@ int kes_vm_roots(struct kvm *kvm, struct kes_root roots[KES_MAX_ROOTS])
 	struct kes_mmu_page *page;
 	int n = 0;
 
+	if (kes_patched)
+		return patched_roots(kvm, roots);
 	if (!kes_vm_has_tables(kvm))
 		return 0;
 	list_for_each_entry_rcu(page, &kvm->arch.tdp_mmu_roots, link) {
@@ -145,10 +171,8 @@ int kes_vm_roots(struct kvm *kvm, struct kes_root roots[KES_MAX_ROOTS])
 		/* Invalid: on its way out. SMM: another address space. */
 		if (role.invalid || role.smm || kes_compat_is_mirror(role))
 			continue;
-		if (n == KES_MAX_ROOTS) {
-			pr_err_once("a VM has more than %d roots: refused\n", KES_MAX_ROOTS);
-			return -EUCLEAN;
-		}
+		if (n == KES_MAX_ROOTS)
+			return too_many_roots();
 		roots[n].table = page->spt;
 		roots[n].level = role.level;
 		roots[n].guest_mode = role.guest_mode;

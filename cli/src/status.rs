@@ -104,7 +104,8 @@ fn daemon(page: &mut Page, daemon: &DaemonStatus) {
     match (&daemon.module, &daemon.module_error) {
         (Some(module), _) => {
             let (abi, format, teller) = (&module.abi, &module.format, &module.back_end);
-            page.field("module", &format!("ABI {abi}, for {format}; tells accesses by {teller}"));
+            let kvm = if module.patched_kvm { "; KVM is patched for samples" } else { "" };
+            page.field("module", &format!("ABI {abi}, for {format}; tells accesses by {teller}{kvm}"));
         }
         (None, Some(error)) => page.alert("module", error),
         (None, None) => page.alert("module", "no answer yet"),

@@ -92,6 +92,8 @@ pub struct ModuleInfo {
     pub clear_dirty: bool,
     /// Whether the host's page reclaim can be told of accesses.
     pub keep_young: bool,
+    /// Whether KVM has the patch of `kernel_patch`, which makes samples cheap.
+    pub patched_kvm: bool,
 }
 
 /// Format of the second-level tables.
@@ -377,6 +379,7 @@ impl KernelSampler {
             format,
             clear_dirty: can(uapi::FEATURE_CLEAR_DIRTY),
             keep_young: can(uapi::FEATURE_KEEP_YOUNG),
+            patched_kvm: can(uapi::FEATURE_PATCHED_KVM),
         };
         Ok(KernelSampler { file, info, dirty_untold: false })
     }

@@ -15,7 +15,7 @@ use nix::libc;
 pub const PROC_PATH: &str = "/proc/kvm_ept_sample";
 
 /// Version of the ABI that this file mirrors: major in the upper 16 bits.
-pub const ABI_VERSION: u32 = 0x0001_0003;
+pub const ABI_VERSION: u32 = 0x0001_0004;
 
 /// [`KesInfo::entry_format`]: Intel's extended page tables.
 pub const FORMAT_EPT: u32 = 1;
@@ -32,6 +32,9 @@ pub const FEATURE_SAMPLE: u64 = 1 << 2;
 pub const FEATURE_NOTIFIER: u64 = 1 << 3;
 /// [`KesInfo::features`]: [`HARVEST_KEEP_YOUNG`].
 pub const FEATURE_KEEP_YOUNG: u64 = 1 << 4;
+/// [`KesInfo::features`]: KVM itself arms and restores entries, by the patch in
+/// `kernel_patch`.
+pub const FEATURE_PATCHED_KVM: u64 = 1 << 5;
 
 /// [`KesMemslot::flags`]: a ROM.
 pub const SLOT_READONLY: u32 = 1 << 0;

@@ -240,6 +240,9 @@ pub struct ModuleStatus {
     /// Who tells what guests access that run no guests themselves, by KVM's
     /// switches: words as in [`RoundStatus::back_end`], which says who told.
     pub back_end: String,
+    /// KVM has the patch that makes samples cheap (`kernel_patch`).
+    #[serde(default)]
+    pub patched_kvm: bool,
 }
 
 /// What the daemon does with a domain.

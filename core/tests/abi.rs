@@ -55,6 +55,7 @@ fn expectations() -> Vec<(String, u64)> {
         ("KES_FEATURE_SAMPLE", uapi::FEATURE_SAMPLE),
         ("KES_FEATURE_NOTIFIER", uapi::FEATURE_NOTIFIER),
         ("KES_FEATURE_KEEP_YOUNG", uapi::FEATURE_KEEP_YOUNG),
+        ("KES_FEATURE_PATCHED_KVM", uapi::FEATURE_PATCHED_KVM),
         ("KES_SOURCE_TABLES", u64::from(uapi::SOURCE_TABLES)),
         ("KES_SOURCE_NOTIFIER", u64::from(uapi::SOURCE_NOTIFIER)),
         ("KES_FORMAT_EPT", u64::from(uapi::FORMAT_EPT)),

@@ -38,6 +38,7 @@
  * their meaning; new ones may come. All are counts unless said otherwise.
  *
  *   version, abi, format    of the module (format: ept or npt)
+ *   kvm                     stock or patched, as KES_FEATURE_PATCHED_KVM
  *   self_check              pending, passed or failed. Each load compares some
  *                           entries of the first VM that has pages mapped with
  *                           the VMM's page tables; failed refuses all VMs. A
@@ -95,7 +96,7 @@
  * The ABI's version: major in the upper, minor in the lower 16 bits. A new
  * minor only adds; programs check that the major is theirs.
  */
-#define KES_ABI_VERSION		0x00010003U
+#define KES_ABI_VERSION		0x00010004U
 
 #define KES_IOC_MAGIC		0xE7
 
@@ -114,6 +115,9 @@
 #define KES_FEATURE_SAMPLE	(1ULL << 2)	/* KES_SAMPLE_SET; since 1.1 */
 #define KES_FEATURE_NOTIFIER	(1ULL << 3)	/* KES_SOURCE_NOTIFIER; since 1.2 */
 #define KES_FEATURE_KEEP_YOUNG	(1ULL << 4)	/* KES_HARVEST_KEEP_YOUNG; since 1.3 */
+#define KES_FEATURE_PATCHED_KVM	(1ULL << 5)	/* KVM has the patch that makes samples
+						 * cheap; nothing else differs;
+						 * since 1.4 */
 
 #define KES_FORMAT_EPT		1
 #define KES_FORMAT_NPT		2

@@ -61,7 +61,13 @@ struct FakeSampler(Shared);
 
 impl Sampler for FakeSampler {
     fn info(&self) -> ModuleInfo {
-        ModuleInfo { abi: (1, 0), format: EntryFormat::Npt, clear_dirty: true, keep_young: true }
+        ModuleInfo {
+            abi: (1, 0),
+            format: EntryFormat::Npt,
+            clear_dirty: true,
+            keep_young: true,
+            patched_kvm: false,
+        }
     }
 
     fn memslots(&mut self) -> Result<(u64, Vec<MemSlot>), SamplerError> {

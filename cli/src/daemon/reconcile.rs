@@ -202,6 +202,7 @@ fn module_status(info: ModuleInfo) -> ModuleStatus {
         abi: format!("{}.{}", info.abi.0, info.abi.1),
         format: info.format.to_string(),
         back_end: Kvm::loaded(&Root::new("/")).sources().words().to_owned(),
+        patched_kvm: info.patched_kvm,
     }
 }
 

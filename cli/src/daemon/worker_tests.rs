@@ -72,7 +72,13 @@ enum Fault {
 
 impl Sampler for NoMemory {
     fn info(&self) -> ModuleInfo {
-        ModuleInfo { abi: (1, 0), format: EntryFormat::Ept, clear_dirty: false, keep_young: false }
+        ModuleInfo {
+            abi: (1, 0),
+            format: EntryFormat::Ept,
+            clear_dirty: false,
+            keep_young: false,
+            patched_kvm: false,
+        }
     }
 
     fn memslots(&mut self) -> Result<(u64, Vec<MemSlot>), SamplerError> {

@@ -47,7 +47,8 @@ impl Module {
         match self {
             Module::Ready(info) => {
                 let (ModuleInfo { format, .. }, (major, minor)) = (info, info.abi);
-                Check::ok(NAME, format!("kvm_ept_sample is loaded, ABI {major}.{minor}, for {format}"))
+                let kvm = if info.patched_kvm { "; KVM is patched for samples" } else { "" };
+                Check::ok(NAME, format!("kvm_ept_sample is loaded, ABI {major}.{minor}, for {format}{kvm}"))
             }
             Module::NotForUs => Check::warn(
                 NAME,
@@ -85,9 +86,16 @@ mod tests {
 
     #[test]
     fn says_how_to_get_the_module() {
-        let info = ModuleInfo { abi: (1, 2), format: EntryFormat::Npt, clear_dirty: true, keep_young: true };
+        let info = ModuleInfo {
+            abi: (1, 2),
+            format: EntryFormat::Npt,
+            clear_dirty: true,
+            keep_young: true,
+            patched_kvm: false,
+        };
         for (module, verdict, words) in [
             (Module::Ready(info), Ok, "ABI 1.2, for NPT"),
+            (Module::Ready(ModuleInfo { patched_kvm: true, ..info }), Ok, "NPT; KVM is patched for samples"),
             (Module::NotForUs, Warn, "only root"),
             (Module::NotLoaded { is_installed: true }, Fail, "not loaded"),
             (Module::NotLoaded { is_installed: false }, Fail, "not built"),
