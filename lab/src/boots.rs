@@ -31,6 +31,8 @@ pub struct Boot {
     pub kvm: &'static str,
     /// Whether the module is there that the benches compare with.
     pub bench_module: bool,
+    /// Whether KVM's modules are those with the patch of kernel_patch.
+    pub patched: bool,
     /// What to run.
     pub tests: Tests,
 }
@@ -116,6 +118,40 @@ const FIRE_AND_FUZZ: &[&str] = &[
 /// All of these but the last, which takes two minutes.
 const FIRE: &[&str] = FIRE_AND_FUZZ.split_at(FIRE_AND_FUZZ.len() - 1).0;
 
+/// What depends on who arms entries and restores them, where KVM is patched.
+const PATCHED: Tests = Tests::Only(&[
+    "back-end",
+    "sample-in-place",
+    "harvest-exact",
+    "levels-2m",
+    "nested-exact",
+    "nested-direct",
+    "sample-types",
+    "sample-dirty-log",
+    "sample-end",
+    "sample-nx",
+    "sample-refusals",
+    "sample-vm-exit",
+    "abi-2019-types",
+    "fire-unloaded",
+]);
+
+/// The same where samples can be counted in time.
+const PATCHED_SAMPLING: Tests = Tests::Only(&[
+    "back-end",
+    "sample-in-place",
+    "harvest-exact",
+    "nested-direct",
+    "sample-types",
+    "sample-dirty-log",
+    "sample-nx",
+    "sample-vm-exit",
+    "sample-chosen",
+    "sample-huge",
+    "sample-harvest",
+    "sample-churn",
+]);
+
 /// All tests, on a kernel line and AMD.
 const fn amd(name: &'static str, kernel: Line) -> Boot {
     Boot {
@@ -132,6 +168,7 @@ const fn amd(name: &'static str, kernel: Line) -> Boot {
         memory_mib: 6144,
         kvm: "",
         bench_module: false,
+        patched: false,
         tests: Tests::AllBut(&[]),
     }
 }
@@ -149,6 +186,7 @@ const fn intel(name: &'static str, kernel: Line, tests: Tests) -> Boot {
         memory_mib: 1024,
         kvm: "",
         bench_module: false,
+        patched: false,
         tests,
     }
 }
@@ -174,6 +212,27 @@ const COST: Boot = Boot {
     ..intel("intel-cost", Line::V6_12, Tests::Only(&["on-nodes", "harvest-cost", "harvest-cost-2m", "holds"]))
 };
 
+/// What a sample costs where KVM is patched.
+const PATCHED_COST: Boot = Boot {
+    cpus: 1,
+    patched: true,
+    ..intel("intel-patched-cost", Line::V6_12, Tests::Only(&["sample-cost"]))
+};
+
+/// What samples, harvests and KVM's own faults cost, to compare KVM with the patch
+/// and without. Without page modification logging, with which no write faults.
+const fn cost_beside(name: &'static str, kernel: Line, patched: bool) -> Boot {
+    let tests = Tests::Only(&["sample-cost", "sample-in-place", "harvest-cost", "fault-cost"]);
+    Boot {
+        cpus: 1,
+        memory_mib: 1536,
+        kvm: "kvm_intel.pml=0",
+        bench_module: true,
+        patched,
+        ..intel(name, kernel, tests)
+    }
+}
+
 /// The boots that the tests need.
 pub const TESTS: &[Boot] = &[
     amd("amd-6.1", Line::V6_1),
@@ -192,6 +251,11 @@ pub const TESTS: &[Boot] = &[
     COST,
     intel("intel-sampling-6.1", Line::V6_1, SAMPLING),
     intel("intel-sampling-7.3", Line::V7_3, SAMPLING),
+    Boot { patched: true, tests: PATCHED, ..amd("amd-patched", Line::V6_12) },
+    Boot { patched: true, tests: PATCHED, ..amd("amd-patched-7.3", Line::V7_3) },
+    Boot { patched: true, ..intel("intel-patched", Line::V6_12, PATCHED_SAMPLING) },
+    Boot { patched: true, ..intel("intel-patched-7.3", Line::V7_3, PATCHED_SAMPLING) },
+    PATCHED_COST,
     stock("intel-stock", Line::V6_12),
     stock("intel-stock-6.1", Line::V6_1),
     stock("intel-stock-7.3", Line::V7_3),
@@ -244,6 +308,11 @@ pub const BENCHES: &[Boot] = &[
     COST,
     intel("intel-bench-sampling", Line::V6_12, Tests::Only(&["sample-rate", "sample-cold", "holds"])),
     Boot { cpus: 1, ..intel("intel-bench-sample", Line::V6_12, Tests::Only(&["sample-cost"])) },
+    // The same on stock KVM and on patched KVM.
+    cost_beside("intel-bench-stock", Line::V6_12, false),
+    cost_beside("intel-bench-patched", Line::V6_12, true),
+    cost_beside("intel-bench-stock-7.3", Line::V7_3, false),
+    cost_beside("intel-bench-patched-7.3", Line::V7_3, true),
     // A CPU for each vCPU, and one for the host.
     intel("intel-bench-flush", Line::V6_12, Tests::Only(&["flush-cost"])),
     Boot { cpus: 5, ..intel("intel-bench-flush-4", Line::V6_12, Tests::Only(&["flush-cost"])) },
@@ -298,6 +367,9 @@ impl Boot {
             Tests::Only(names) => format!("ept.tests={}", names.join(",")),
         });
         words.push(self.kvm.to_owned());
+        if self.patched {
+            words.push("ept.patched=1".to_owned());
+        }
         words.extend(wishes.words.iter().cloned());
         words.push(match self.host {
             Host::Amd => micro_amd::WORDS.to_owned(),
@@ -327,44 +399,4 @@ impl fmt::Display for Host {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_are_unique_and_found() {
-        let names = names();
-        for name in &names {
-            assert_eq!(names.iter().filter(|other| *other == name).count(), 1, "{name}");
-            assert_eq!(named(&[name.to_string()]).len(), 1);
-        }
-        assert!(named(&["no-such-boot".to_owned()]).is_empty());
-    }
-
-    #[test]
-    fn every_line_runs_on_both_makers() {
-        for line in [Line::V6_1, Line::V6_12, Line::V7_3] {
-            for amd in [true, false] {
-                let runs = |boot: &&Boot| boot.kernel == line && (boot.host == Host::Amd) == amd;
-                assert!(TESTS.iter().any(|boot| runs(&boot)), "{line}, amd: {amd}");
-            }
-        }
-    }
-
-    #[test]
-    fn chosen_tests_replace_those_of_the_boot() {
-        let boot = small("x", Cpu::Haswell, Tests::Only(&["a", "b"]));
-        assert!(boot.command_line(&Wishes::default()).contains("ept.tests=a,b "));
-        let wishes = Wishes { only: vec!["c".into()], words: vec!["ept.slow=2".into()], timeout: None };
-        let only = boot.command_line(&wishes);
-        assert!(only.contains(" ept.slow=2 "), "{only}");
-        assert!(only.contains("ept.tests=c ") && !only.contains("a,b"), "{only}");
-        assert!(only.ends_with("-- init-micro"), "{only}");
-    }
-
-    #[test]
-    fn command_lines_fit_the_kernels_buffer() {
-        for boot in all().chain(BENCHES) {
-            assert!(boot.command_line(&Wishes::default()).len() < 2000, "{}", boot.name);
-        }
-    }
-}
+mod tests;

@@ -113,7 +113,7 @@ impl fmt::Display for Suite {
 
 /// The suites that a kernel line's tree is made of. What the last of them has is
 /// taken from there.
-fn suites(line: Line) -> &'static [&'static str] {
+pub fn suites(line: Line) -> &'static [&'static str] {
     match line {
         Line::V6_1 => &["bookworm"],
         Line::V6_12 | Line::V6_12Debug => &["trixie"],

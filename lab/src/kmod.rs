@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::Lab;
 use crate::cache::Key;
 use crate::kernel::Kernel;
-use crate::{modinfo, proc};
+use crate::{kernel_checks, modinfo, proc};
 
 /// The module's file, as its Makefile names it.
 pub const NAME: &str = "kvm_ept_sample.ko";
@@ -97,6 +97,34 @@ pub fn build_bench(lab: &Lab, kernel: &Kernel) -> Result<PathBuf> {
         fs::copy(work.join(BENCH_NAME), ko).context("fetching the built module")?;
         fs::remove_dir_all(&work).with_context(|| format!("removing {}", work.display()))
     })
+}
+
+/// Runs `sparse` on the module's sources. A warning is an error. What was clean is
+/// not checked again.
+pub fn check(lab: &Lab, kernel: &Kernel, sparse: &Path) -> Result<()> {
+    let sources = lab.root.join("kmod");
+    let key =
+        Key::new("kmod sparse 1").item(&kernel.root).text(&kernel.release).tree(&sources, &is_source)?;
+    let name = format!("kmod-sparse-{}", kernel.line);
+    lab.cache.get_or_build(&name, &key, |clean| {
+        let step = lab.progress.step(format!("sparse on the kernel module for {}", kernel.release));
+        let folder = format!("build-{}-{name}", std::process::id());
+        let work = kernel.root.join(&folder);
+        copy_sources(&sources, &work)?;
+        fs::copy(sparse, work.join("sparse")).context("copying sparse")?;
+        let log = lab.log(&name);
+        let mut make = make(kernel, &folder);
+        // Locks that are taken under a condition look wrong to sparse; lockdep, on the
+        // kernel that watches itself, knows better.
+        make.args(["C=2", &format!("CHECK=/{folder}/sparse"), "CF=-Wno-context"]);
+        let told = proc::run(&mut make, &log, BUILD_TIMEOUT).and_then(|()| kernel_checks::warnings(&log));
+        fs::remove_dir_all(&work).with_context(|| format!("removing {}", work.display()))?;
+        let told = told?;
+        ensure!(told.is_empty(), "sparse on the module for {}:\n{}", kernel.release, told.join("\n"));
+        step.done("");
+        fs::write(clean, "").context("noting what was clean")
+    })?;
+    Ok(())
 }
 
 /// The build of the sources in `folder` of the kernel's tree.

@@ -15,7 +15,7 @@ use crate::cache::Key;
 use crate::cpio::Cpio;
 use crate::kernel::Kernel;
 use crate::micro::Target;
-use crate::{intel_kernel, kmod, modules, proc};
+use crate::{intel_kernel, kmod, kvm_patch, modules, proc};
 
 const TOOL_TIMEOUT: Duration = Duration::from_secs(120);
 
@@ -51,10 +51,12 @@ pub fn initramfs(lab: &Lab, boot: &Boot, target: &Target, agent: &Path, work: &P
         Host::Amd => "kvm_amd",
         Host::Intel(_) => "kvm_intel",
     };
+    let patched = if boot.patched { Some(kvm_patch::modules(lab, &target.kernel)?) } else { None };
     for packed in modules::load_order(&target.kernel.modules, &[kvm])? {
         let name = format!("{}.ko", modules::stem(&packed));
         let module = work.join(&name);
-        fs::write(&module, modules::unpack(&packed)?)
+        let file = patched.as_deref().and_then(|folder| kvm_patch::module(folder, &packed));
+        fs::write(&module, modules::unpack(&file.unwrap_or(packed))?)
             .with_context(|| format!("writing {}", module.display()))?;
         if boot.flavour == Flavour::Fast {
             strip_call_sites(lab, boot, &module)?;

@@ -15,7 +15,7 @@ use crate::flavour::{Flavour, Init};
 use crate::kernel::Line;
 use crate::micro::Target;
 use crate::product::{self, Installation};
-use crate::{deb, debian, intel_bochs, micro_amd, micro_intel, rpm, virtqemud};
+use crate::{deb, debian, intel_bochs, kvm_patch, micro_amd, micro_intel, rpm, virtqemud};
 
 /// What will run.
 #[derive(Default)]
@@ -59,6 +59,9 @@ pub fn packages(lab: &Lab, plan: &Plan) -> Result<()> {
     }
     if plan.systemd() {
         needs.extend([deb::NEEDS, rpm::NEEDS].concat());
+    }
+    if plan.boots.iter().any(|boot| boot.patched) {
+        needs.extend(kvm_patch::NEEDS);
     }
     if plan.intel() {
         needs.extend([micro_intel::NEEDS, intel_bochs::NEEDS].concat());

@@ -24,7 +24,7 @@ use crate::once::Once;
 use crate::prepare::{self, Plan};
 use crate::product::{self, Installation};
 use crate::verdict::{self, Tally, Verdict};
-use crate::{deb, debian, dependencies, kmod, native, package_life, proc, rpm, virtqemud};
+use crate::{deb, debian, dependencies, kernel_checks, kmod, native, package_life, proc, rpm, virtqemud};
 
 const CARGO_TIMEOUT: Duration = Duration::from_secs(20 * 60);
 
@@ -208,6 +208,7 @@ fn sources(lab: &Lab, tally: &Tally) {
             Ok(String::new())
         });
     }
+    tally.check("checkpatch", || kernel_checks::checkpatch(lab));
     tally.check("rate-controller", || {
         let log = lab.log("rate-controller");
         let program = native::build(lab, "rate-controller", &["rate.c", "../rate.c"])?;
@@ -240,6 +241,8 @@ enum Job<'a> {
     Here(&'static str, fn(&Lab, &Tally)),
     /// Build the module for a kernel.
     Module(Line),
+    /// Build KVM with the patch for a kernel, and check patch and module by sparse.
+    Patch(Line),
     /// Scenarios of an AMD host with libvirt.
     Scenarios(Run<'a>),
     /// A boot of a micro host.
@@ -251,6 +254,7 @@ impl Job<'_> {
         match self {
             Self::Here(name, _) => (*name).to_owned(),
             Self::Module(line) => format!("kmod-build-{line}"),
+            Self::Patch(line) => format!("kvm-patch-{line}"),
             Self::Scenarios(run) => run.name.to_owned(),
             Self::Boot(boot) => boot.name.to_owned(),
         }
@@ -271,6 +275,10 @@ fn hosts(lab: &Lab, options: &Options, plan: &Plan, tally: &Tally) -> Result<()>
         }
         Job::Module(line) => {
             tally.check(&job.name(), || Ok(format!("W=1, {}", hosts.target(*line)?.kernel.release)));
+            Ok(())
+        }
+        Job::Patch(line) => {
+            tally.check(&job.name(), || kernel_checks::patch(lab, &hosts.target(*line)?.kernel));
             Ok(())
         }
         Job::Boot(boot) => hosts.run(boot, &options.wishes(), tally),
@@ -301,6 +309,9 @@ fn jobs<'a>(options: &'a Options, plan: &Plan<'a>) -> VecDeque<Job<'a>> {
     let mut jobs = VecDeque::new();
     for line in plan.lines() {
         jobs.push_back(Job::Module(line));
+        if plan.boots.iter().any(|boot| boot.patched && boot.kernel == line) {
+            jobs.push_back(Job::Patch(line));
+        }
         // One at a time: the others find micro hosts to go on with.
         jobs.extend(scenarios.pop_front());
         jobs.extend(plan.boots.iter().filter(|boot| boot.kernel == line).map(|boot| Job::Boot(boot)));
@@ -390,6 +401,12 @@ mod tests {
     }
 
     #[test]
+    fn patched_kvm_is_built_before_what_boots_it() {
+        let names = names(&["--boot", "amd-patched", "amd-6.12"]);
+        assert_eq!(names, ["kmod-build-6.12", "kvm-patch-6.12", "amd-6.12", "amd-patched"]);
+    }
+
+    #[test]
     fn scenarios_need_no_micro_host() {
         assert_eq!(names(&["--amd", "boot"]), ["kmod-build-6.12", "amd-some"]);
     }
@@ -422,6 +439,7 @@ mod tests {
     #[test]
     fn chosen_tests_want_chosen_boots() {
         assert!(Line::try_parse_from(["test", "--only", "churn"]).is_err());
-        assert!(names(&["--intel"]).iter().all(|job| job.starts_with("intel") || job.starts_with("kmod")));
+        let builds = |job: &str| job.starts_with("kmod") || job.starts_with("kvm-patch");
+        assert!(names(&["--intel"]).iter().all(|job| job.starts_with("intel") || builds(job)));
     }
 }

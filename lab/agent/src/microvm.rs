@@ -33,6 +33,7 @@ mod machine;
 mod nested;
 mod nested_vmx;
 mod notifier;
+mod patched;
 mod pattern;
 mod place;
 mod places;
@@ -104,6 +105,7 @@ const TESTS: &[Test] = &[
     ("tracepoints", admin::tracepoints),
     ("self-check", admin::self_check),
     ("refuses-unknown-kernel", admin::unknown_kernel),
+    ("back-end", patched::back_end),
 ];
 
 /// Run by name only: measurements, what needs a host of a certain kind, and what
@@ -113,6 +115,8 @@ const BY_NAME: &[Test] = &[
     ("harvest-cost", cost::harvest_cost),
     ("holds", cost::holds),
     ("harvest-cost-2m", cost::harvest_cost_2m),
+    ("fault-cost", patched::of_a_fault),
+    ("sample-in-place", patched::in_place),
     ("sample-overflow", sampling_calls::overflow),
     ("sample-read", sampling_calls::reads),
     ("sample-churn", sampling_writes::churn),

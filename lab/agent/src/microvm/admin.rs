@@ -26,14 +26,14 @@ const MODULE: &str = "kvm_ept_sample";
 const MODULE_OF_UNKNOWN_KERNEL: &str = "/modules/unknown-kernel/kvm_ept_sample.ko";
 
 /// The statistics of the whole host, by name, and the lines of the sessions.
-struct Stats {
+pub struct Stats {
     text: String,
     values: BTreeMap<String, String>,
     sessions: Vec<String>,
 }
 
 impl Stats {
-    fn read() -> Result<Stats> {
+    pub fn read() -> Result<Stats> {
         let text = fs::read_to_string(STATS).with_context(|| format!("cannot read {STATS}"))?;
         let (mut values, mut sessions) = (BTreeMap::new(), Vec::new());
         for line in text.lines() {
@@ -48,7 +48,7 @@ impl Stats {
         Ok(Stats { text, values, sessions })
     }
 
-    fn word(&self, name: &str) -> Result<&str> {
+    pub fn word(&self, name: &str) -> Result<&str> {
         self.values.get(name).map(String::as_str).with_context(|| format!("no {name} in {}", self.text))
     }
 
