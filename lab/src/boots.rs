@@ -257,8 +257,6 @@ pub const TESTS: &[Boot] = &[
     Boot { patched: true, ..intel("intel-patched-7.3", Line::V7_3, PATCHED_SAMPLING) },
     PATCHED_COST,
     stock("intel-stock", Line::V6_12),
-    stock("intel-stock-6.1", Line::V6_1),
-    stock("intel-stock-7.3", Line::V7_3),
     Boot {
         // With the second GiB free as a whole.
         memory_mib: 2304,
@@ -290,8 +288,11 @@ pub const TESTS: &[Boot] = &[
     },
 ];
 
-/// Boots of the debug kernel, by name only: `cargo xtask test --boot`.
-pub const DEBUG: &[Boot] = &[
+/// Boots by name only, `cargo xtask test --boot`: those of the debug kernel, and what
+/// takes longer than it tells beside [`TESTS`].
+pub const BY_NAME: &[Boot] = &[
+    stock("intel-stock-6.1", Line::V6_1),
+    stock("intel-stock-7.3", Line::V7_3),
     // Each GiB costs KASAN an eighth of it.
     Boot { memory_mib: 4096, ..amd("amd-debug", Line::V6_12Debug) },
     Boot {
@@ -333,18 +334,18 @@ pub const BENCHES: &[Boot] = &[
 /// One instruction in a nanosecond.
 const FAST_MIPS: u32 = 1000;
 
-/// Those of [`TESTS`] and [`DEBUG`] with these names.
+/// Those of [`TESTS`] and [`BY_NAME`] with these names.
 pub fn named(names: &[String]) -> Vec<&'static Boot> {
     all().filter(|boot| names.iter().any(|name| name == boot.name)).collect()
 }
 
-/// The names of [`TESTS`] and [`DEBUG`].
+/// The names of [`TESTS`] and [`BY_NAME`].
 pub fn names() -> Vec<&'static str> {
     all().map(|boot| boot.name).collect()
 }
 
 fn all() -> impl Iterator<Item = &'static Boot> {
-    TESTS.iter().chain(DEBUG)
+    TESTS.iter().chain(BY_NAME)
 }
 
 impl Boot {
