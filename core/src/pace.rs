@@ -83,11 +83,15 @@ const SURPRISE: f64 = 1.5;
 /// Least power of the law: less is a guest that has been through all it uses.
 const LEAST_POWER: f64 = 0.25;
 
+/// How far from a time others are near it: by a factor of two, and a little.
+const NEAR: f64 = 0.75;
+
 /// How much the rounds must differ, in squares of the logarithm of their time,
 /// until they tell the power better than the guess of 1, which is always safe.
 const DOUBT: f64 = 0.1;
 
-/// Times whose logarithms differ by less tell the same: the latest is remembered.
+/// Times whose logarithms differ by less tell the same: their mean is remembered, of which
+/// the latest is half.
 const SAME_TIME: f64 = 0.05;
 
 /// Rounds and looks that the law is drawn through.
@@ -286,8 +290,7 @@ impl Pace {
         if round.watched.is_zero() {
             return LONGEST.as_secs_f64();
         }
-        let seen = point(round.watched, round.young);
-        self.learn(seen);
+        let seen = self.learn(point(round.watched, round.young));
         self.near(seen, target)
     }
 
@@ -301,7 +304,10 @@ impl Pace {
         // While all times were too long, the shortest says most.
         let shortest = self.seen.iter().min_by(|a, b| a.0.total_cmp(&b.0)).copied().unwrap_or(seen);
         let from = if seen.1 > target { shortest } else { seen };
-        let extrapolated = || from.0 + (target - from.1) / self.power();
+        // How flat the law is far from here says little of a small step.
+        let near = if (from.1 - target).abs() < SURPRISE.ln() { NEAR } else { f64::INFINITY };
+        let power = self.power(from.0, near);
+        let extrapolated = || from.0 + (target - from.1) / power;
         let wanted = self.between(target).unwrap_or_else(extrapolated).exp().min(LONGEST.as_secs_f64());
         wanted.clamp(from.0.exp().min(watched) / LARGEST_CUT, watched * LARGEST_CHANGE)
     }
@@ -319,24 +325,32 @@ impl Pace {
 
     /// Goes on with this, and with what else may be true of the same guest: what is
     /// young grows with time, and no faster than it.
-    fn learn(&mut self, seen: (f64, f64)) {
+    /// Returns what is known by now of that time.
+    fn learn(&mut self, seen: (f64, f64)) -> (f64, f64) {
+        let mut mean = seen;
         self.seen.retain(|earlier| {
             let (short, long) = if earlier.0 < seen.0 { (*earlier, seen) } else { (seen, *earlier) };
             let (grown, later) = (long.1 - short.1, long.0 - short.0);
-            later > SAME_TIME && (-SURPRISE.ln()..=later + SURPRISE.ln()).contains(&grown)
+            let agrees = (-SURPRISE.ln()..=later + SURPRISE.ln()).contains(&grown);
+            if later <= SAME_TIME && agrees {
+                mean.1 = (earlier.1 + seen.1) / 2.0;
+            }
+            later > SAME_TIME && agrees
         });
-        self.seen.push(seen);
+        self.seen.push(mean);
         if self.seen.len() > ROUNDS {
             self.seen.remove(0);
         }
+        mean
     }
 
-    /// The power of the law, by least squares.
-    fn power(&self) -> f64 {
-        let count = self.seen.len().max(1) as f64;
-        let mean =
-            self.seen.iter().fold((0.0, 0.0), |sum, seen| (sum.0 + seen.0 / count, sum.1 + seen.1 / count));
-        let (squares, products) = self.seen.iter().fold((DOUBT, DOUBT), |(squares, products), seen| {
+    /// The power of the law, by least squares over the times that are no further than
+    /// `near` from the logarithm `at`.
+    fn power(&self, at: f64, near: f64) -> f64 {
+        let seen = || self.seen.iter().filter(|seen| (seen.0 - at).abs() <= near);
+        let count = seen().count().max(1) as f64;
+        let mean = seen().fold((0.0, 0.0), |sum, seen| (sum.0 + seen.0 / count, sum.1 + seen.1 / count));
+        let (squares, products) = seen().fold((DOUBT, DOUBT), |(squares, products), seen| {
             let (time, young) = (seen.0 - mean.0, seen.1 - mean.1);
             (squares + time * time, products + time * young)
         });
