@@ -49,7 +49,7 @@ const TRACES: [&str; 8] = [
 ];
 
 /// apt and DKMS start hundreds of programs, at 50 ms each here.
-const APT_TIMEOUT: Duration = Duration::from_secs(240);
+const APT_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// Half-life and delay are those that all guests have: half a minute and more.
 const PLACE_TIMEOUT: Duration = Duration::from_secs(180);
