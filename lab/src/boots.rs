@@ -115,7 +115,7 @@ const FIRE_AND_FUZZ: &[&str] = &[
     "fuzz",
 ];
 
-/// All of these but the last, which takes two minutes.
+/// All of these but the last, which takes a minute.
 const FIRE: &[&str] = FIRE_AND_FUZZ.split_at(FIRE_AND_FUZZ.len() - 1).0;
 
 /// What depends on who arms entries and restores them, where KVM is patched.

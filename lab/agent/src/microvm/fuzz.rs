@@ -28,7 +28,7 @@ const THREADS: u64 = 3;
 const EPOCH: u64 = 100;
 const SEED: u64 = 1;
 const STEPS: u64 = 1_000_000;
-const SECONDS: u64 = 120;
+const SECONDS: u64 = 60;
 /// A read that nothing ends is interrupted after this long.
 const WAIT: Duration = Duration::from_millis(20);
 
