@@ -18,7 +18,7 @@ const READY_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// For a command that the workload obeys. It verifies its blocks at a few
 /// hundred MiB a second, emulated twice over.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(90);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// For a few passes over the hot block, with all else that goes on.
 const PASS_TIMEOUT: Duration = Duration::from_secs(90);
