@@ -324,8 +324,8 @@ impl Pace {
     }
 
     /// Goes on with this, and with what else may be true of the same guest: what is
-    /// young grows with time, and no faster than it.
-    /// Returns what is known by now of that time.
+    /// young grows with time, and no faster than it. Returns what is known by now of that
+    /// time.
     fn learn(&mut self, seen: (f64, f64)) -> (f64, f64) {
         let mut mean = seen;
         self.seen.retain(|earlier| {

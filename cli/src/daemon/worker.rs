@@ -411,12 +411,19 @@ impl Run {
         for after in looks {
             self.move_until(cleared + *after)?;
             self.rest_until(cleared + *after)?;
-            let (before, at) = (thread_time(), cleared.elapsed());
-            let young = self.guest.look()?;
-            self.between_cost += thread_time().saturating_sub(before);
+            let at = cleared.elapsed();
+            let young = self.young()?;
             self.pace.looked(at, young);
         }
         Ok(())
+    }
+
+    /// What is young by now.
+    fn young(&mut self) -> Result<Bytes, End> {
+        let before = thread_time();
+        let young = self.guest.look()?;
+        self.between_cost += thread_time().saturating_sub(before);
+        Ok(young)
     }
 
     /// Moves until the window of the round at `next` begins, begins it, and waits for its
@@ -440,14 +447,11 @@ impl Run {
 
     /// Whether enough is young by now; if that can be found out in time.
     fn tells_enough(&mut self, window: Duration) -> Result<bool, End> {
-        let limits = self.guest.pace_limits();
         if !self.pace.may_look(window) {
             return Ok(true);
         }
-        let before = thread_time();
-        let young = self.guest.look()?;
-        self.between_cost += thread_time().saturating_sub(before);
-        Ok(limits.tells_enough(young))
+        let young = self.young()?;
+        Ok(self.guest.pace_limits().tells_enough(young))
     }
 
     /// Time to the next round, and the window of it.
