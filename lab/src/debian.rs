@@ -15,7 +15,7 @@ use crate::apt::{self, Need, need};
 use crate::cache::Key;
 use crate::flavour::{Flavour, Init};
 use crate::kernel::{Kernel, Line};
-use crate::proc;
+use crate::{package_life, proc};
 
 /// The Debian that a host with libvirt runs, whatever its kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
@@ -67,8 +67,10 @@ const BOOKWORM_USERS: &str = "groupadd --system libvirt && groupadd --system --f
 const BOOKWORM_SYSTEMD: [&str; 2] = ["libvirt-daemon-system", "systemd-sysv"];
 
 /// What hosts with systemd have for packages to be installed on: a kernel of their own,
-/// its headers, and DKMS, which brings a compiler. perl as for [`BUILD_PACKAGES`].
-const DKMS_PACKAGES: [&str; 4] = ["dkms", "linux-headers-amd64", "linux-image-amd64", "perl"];
+/// its headers, and DKMS, which brings a compiler; perl as for [`BUILD_PACKAGES`], openssl
+/// for DKMS to sign. And virt-install, for a guest that is not the lab's.
+const SYSTEMD_PACKAGES: [&str; 6] =
+    ["dkms", "linux-headers-amd64", "linux-image-amd64", "openssl", "perl", "virtinst"];
 
 /// Modules for devices that the lab does not emulate: reading them takes depmod longest.
 const MODULES_LEFT_OUT: [&str; 3] = [
@@ -148,13 +150,15 @@ fn kernel_in(root: PathBuf, line: Line) -> Result<Kernel> {
 }
 
 /// The kernel that a host with libvirt boots: with systemd that of its own tree, for
-/// which DKMS finds headers there.
+/// which DKMS finds headers there; the one of the suite's backports where it was upgraded.
 pub fn host_kernel(lab: &Lab, flavour: Flavour) -> Result<Kernel> {
-    match (flavour.init, flavour.suite) {
-        (Init::Script, _) => Line::MAIN.get(lab),
-        (Init::Systemd, Suite::Trixie) => kernel_in(host_tree(lab, flavour)?, Line::V6_12),
-        (Init::Systemd, Suite::Bookworm) => kernel_in(host_tree(lab, flavour)?, Line::V6_1),
-    }
+    let line = match (flavour.init, flavour.suite) {
+        (Init::Script, _) => return Line::MAIN.get(lab),
+        (Init::Systemd, Suite::Trixie) | (Init::Upgraded, Suite::Bookworm) => Line::V6_12,
+        (Init::Systemd, Suite::Bookworm) => Line::V6_1,
+        (Init::Upgraded, Suite::Trixie) => Line::V7_3,
+    };
+    kernel_in(host_tree(lab, flavour)?, line)
 }
 
 /// The tree of an AMD host with libvirt (about 80 s; with systemd twice that).
@@ -165,8 +169,9 @@ pub fn host_tree(lab: &Lab, flavour: Flavour) -> Result<PathBuf> {
         // trixie's libvirt brings users, and systemd's units, by itself.
         Init::Script if flavour.suite == Suite::Bookworm => recipe.setup = Some(BOOKWORM_USERS),
         Init::Script => {}
+        Init::Upgraded => return package_life::upgraded(lab, flavour.suite),
         Init::Systemd => {
-            packages.extend(DKMS_PACKAGES);
+            packages.extend(SYSTEMD_PACKAGES);
             recipe.left_out = &MODULES_LEFT_OUT;
         }
     }

@@ -21,6 +21,9 @@ pub enum Init {
     Script,
     /// systemd, with the units that Debian's packages bring.
     Systemd,
+    /// The same in the tree of a host where our packages were installed, and then a
+    /// second kernel, which boots: [`crate::package_life`].
+    Upgraded,
 }
 
 impl Flavour {
@@ -43,6 +46,7 @@ impl Flavour {
         match self.init {
             Init::Script => name,
             Init::Systemd => format!("{name}-systemd"),
+            Init::Upgraded => format!("{name}-upgraded"),
         }
     }
 }
@@ -52,6 +56,7 @@ impl fmt::Display for Flavour {
         match self.init {
             Init::Script => self.suite.fmt(f),
             Init::Systemd => write!(f, "{}-systemd", self.suite),
+            Init::Upgraded => write!(f, "{}-upgraded", self.suite),
         }
     }
 }
@@ -68,6 +73,7 @@ mod tests {
             (Flavour::systemd(trixie), "x-systemd", "trixie-systemd"),
             (Flavour::script(bookworm), "x-bookworm", "bookworm"),
             (Flavour::systemd(bookworm), "x-bookworm-systemd", "bookworm-systemd"),
+            (Flavour { suite: bookworm, init: Init::Upgraded }, "x-bookworm-upgraded", "bookworm-upgraded"),
         ];
         for (flavour, item, shown) in flavours {
             assert_eq!((flavour.item("x").as_str(), flavour.to_string().as_str()), (item, shown));

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The life of the Debian packages in a host's tree, on the build machine's own CPU: a
-//! compiler takes minutes where it is emulated. What DKMS built goes on to the host,
-//! as an archive that DKMS takes in place of compiling.
+//! compiler takes minutes where it is emulated. What DKMS built goes on to a host, as an
+//! archive that DKMS takes in place of compiling; and the tree itself, as it was with a
+//! second kernel in it, is what another host boots.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use crate::Lab;
 use crate::amd::Payload;
 use crate::cache::Key;
 use crate::deb::{self, Tested};
+use crate::debian::Suite;
 use crate::flavour::Flavour;
 use crate::{debian, proc};
 
@@ -23,11 +25,15 @@ const SCRIPT: &str = include_str!("../amd/package-life");
 /// The tree with the packages' changes in memory, which end with the namespace.
 const MOUNT: &str = "mount -t tmpfs tmpfs \"$1\" && mkdir \"$1/upper\" \"$1/work\" \"$1/root\" \
     && mount -t overlay -o \"lowerdir=$2,upperdir=$1/upper,workdir=$1/work\" overlay \"$1/root\" \
-    && mount -t proc proc \"$1/root/proc\" && mkdir \"$1/root/packages\" \
+    && mount -t proc proc \"$1/root/proc\" && cp /etc/resolv.conf \"$1/root/etc\" && mkdir \"$1/root/packages\" \
     && mount --bind \"$3\" \"$1/root/packages\" && exec chroot \"$1/root\" sh /packages/life";
 
-/// The module is compiled twice.
-const TIMEOUT: Duration = Duration::from_secs(15 * 60);
+/// What is kept of it: the module as DKMS built it, and the tree with a second kernel.
+const PREBUILT: &str = "prebuilt.tar.gz";
+const UPGRADED: &str = "upgraded";
+
+/// The module is compiled four times, and a kernel fetched.
+const TIMEOUT: Duration = Duration::from_secs(20 * 60);
 
 /// What an emulated host is given to install.
 pub struct Packages {
@@ -61,37 +67,46 @@ fn debs(tested: &Tested) -> [(&'static str, &Path); 4] {
 
 /// Has the packages installed, upgraded, removed and purged in the tree of such a host,
 /// unless that was done before; an error if anything is not as it should be.
-pub fn native(lab: &Lab, flavour: Flavour) -> Result<Packages> {
-    let tree = debian::host_tree(lab, flavour)?;
+pub fn native(lab: &Lab, suite: Suite) -> Result<Packages> {
     let tested = deb::tested(lab)?;
-    let key = debs(&tested)
+    let prebuilt = live(lab, suite, &tested)?.join(PREBUILT);
+    Ok(Packages { tested, prebuilt })
+}
+
+/// The tree of such a host in which the packages met a second kernel.
+pub fn upgraded(lab: &Lab, suite: Suite) -> Result<PathBuf> {
+    Ok(live(lab, suite, &deb::tested(lab)?)?.join(UPGRADED))
+}
+
+/// The folder with what is kept.
+fn live(lab: &Lab, suite: Suite, tested: &Tested) -> Result<PathBuf> {
+    let flavour = Flavour::systemd(suite);
+    let tree = debian::host_tree(lab, flavour)?;
+    let key = debs(tested)
         .iter()
-        .try_fold(Key::new("package life 1").item(&tree).text(SCRIPT).text(MOUNT), |key, (_, path)| {
+        .try_fold(Key::new("package life 2").item(&tree).text(SCRIPT).text(MOUNT), |key, (_, path)| {
             key.file(path)
         })?;
-    let name = flavour.item("package-life");
-    let prebuilt = lab.cache.get_or_build(&name, &key, |archive| {
+    let name = suite.item("package-life");
+    lab.cache.get_or_build(&name, &key, |kept| {
         if !nix::unistd::geteuid().is_root() {
             bail!("packages are installed in a tree by root alone: run this command as root once");
         }
-        let step = lab.progress.step(format!("packages: install, upgrade, remove, purge ({flavour})"));
-        let work = lab.run_folder(&name)?;
-        let packages = work.join("packages");
-        for folder in [&packages, &work.join("mount")] {
-            fs::create_dir(folder).with_context(|| format!("creating {}", folder.display()))?;
-        }
-        fs::write(packages.join("life"), SCRIPT).context("writing what is run in the tree")?;
-        for (name, path) in debs(&tested) {
-            fs::copy(path, packages.join(name)).with_context(|| format!("copying {}", path.display()))?;
+        let step = lab
+            .progress
+            .step(format!("packages: install, upgrade, remove, purge, a second kernel ({flavour})"));
+        let mount = lab.run_folder(&name)?;
+        fs::create_dir(kept).with_context(|| format!("creating {}", kept.display()))?;
+        fs::write(kept.join("life"), SCRIPT).context("writing what is run in the tree")?;
+        for (name, path) in debs(tested) {
+            fs::copy(path, kept.join(name)).with_context(|| format!("copying {}", path.display()))?;
         }
         let mut command = Command::new("unshare");
         command.args(["--mount", "--pid", "--fork", "--kill-child", "sh", "-c", MOUNT, "sh"]);
-        command.arg(work.join("mount")).arg(&tree).arg(&packages);
+        command.arg(&mount).arg(&tree).arg(kept);
         proc::run(&mut command, &lab.log(&name), TIMEOUT)?;
-        fs::copy(packages.join("prebuilt.tar.gz"), archive).context("fetching what DKMS built")?;
-        fs::remove_dir_all(&work).with_context(|| format!("removing {}", work.display()))?;
+        fs::remove_dir_all(&mount).with_context(|| format!("removing {}", mount.display()))?;
         step.done("");
         Ok(())
-    })?;
-    Ok(Packages { tested, prebuilt })
+    })
 }

@@ -33,7 +33,7 @@ impl Plan<'_> {
 
     /// Whether there are hosts that packages are installed on.
     fn systemd(&self) -> bool {
-        self.flavours.iter().any(|flavour| flavour.init == Init::Systemd)
+        self.flavours.iter().any(|flavour| flavour.init != Init::Script)
     }
 
     /// The kernels that it needs: what takes longest to run after first.
@@ -106,6 +106,7 @@ pub fn amd(lab: &Lab) -> Result<(AmdHost, Installation)> {
         let agent = product::build_agent(lab)?;
         let product = product::build(lab)?;
         let Target { kernel, module, .. } = Target::get(lab, Line::MAIN)?;
+        let module = Some(module);
         let host = AmdHost::prepare(lab, &kernel, Flavour::MAIN)?;
         let (kernel, modules) = (kernel.image, kernel.modules);
         let virtqemud = virtqemud::built(lab, Flavour::MAIN)?;

@@ -32,6 +32,8 @@ const GUEST_MODULES: [&str; 2] = ["virtio_balloon", "virtio_mem"];
 /// What a package of the product has besides programs.
 const UNIT: &[u8] = include_bytes!("../../cli/dist/ept-virt.service");
 const CONFIG: &[u8] = include_bytes!("../../cli/dist/ept-virt.toml");
+/// Its install section is followed on hosts that have the packages.
+const README: &[u8] = include_bytes!("../../README.md");
 
 /// Of the workspace: release without link-time optimisation, which builds in a
 /// quarter of the time.
@@ -52,8 +54,8 @@ pub struct Product {
 pub struct Installation {
     /// CLI, daemon and hook.
     pub product: Product,
-    /// kvm_ept_sample.ko for the host's kernel.
-    pub module: PathBuf,
+    /// kvm_ept_sample.ko for the host's kernel, unless the host has it.
+    pub module: Option<PathBuf>,
     /// The static program inside hosts and guests.
     pub agent: PathBuf,
     /// The guests boot the host's own kernel.
@@ -79,6 +81,10 @@ impl Installation {
             Some(program) => payload.file("virtqemud", program)?,
             None => payload,
         };
+        let payload = match &self.module {
+            Some(module) => payload.file("kvm_ept_sample.ko", module)?,
+            None => payload,
+        };
         let payload = match &self.packages {
             Some(packages) => packages.add_to(payload)?,
             None => payload,
@@ -87,9 +93,9 @@ impl Installation {
             .file("lab-agent", &self.agent)?
             .file("ept-virt", &self.product.cli)?
             .file("ept-virt-hook", &self.product.hook)?
-            .file("kvm_ept_sample.ko", &self.module)?
             .content("ept-virt.service", UNIT)?
             .content("ept-virt.toml", CONFIG)?
+            .content("README.md", README)?
             .file("vmlinuz", &self.kernel)?
             .content("guest.cpio", &initramfs.finish()?)
     }

@@ -100,6 +100,10 @@ pub struct Options {
     /// Run them on a host whose process 1 is systemd, with Debian's units.
     #[arg(long, requires = "amd")]
     systemd: bool,
+    /// Run them on a host where the packages were installed, then a second kernel, which
+    /// it boots.
+    #[arg(long, requires = "amd", conflicts_with = "systemd")]
+    upgraded: bool,
     /// Only the boots of micro hosts whose names begin with intel.
     #[arg(long, conflicts_with = "boot")]
     intel: bool,
@@ -152,7 +156,12 @@ impl Options {
 
     /// The flavour that was asked for.
     fn flavour(&self) -> Flavour {
-        if self.systemd { Flavour::systemd(self.suite) } else { Flavour::script(self.suite) }
+        let init = match (self.systemd, self.upgraded) {
+            (true, _) => Init::Systemd,
+            (false, true) => Init::Upgraded,
+            (false, false) => Init::Script,
+        };
+        Flavour { suite: self.suite, init }
     }
 
     /// What runs on hosts with libvirt.
@@ -239,8 +248,9 @@ fn packages(lab: &Lab, tally: &Tally, suites: &[Suite]) {
     });
     for suite in suites {
         tally.check(&format!("packages-{suite}"), || {
-            package_life::native(lab, Flavour::systemd(*suite))?;
-            Ok("installed, built by DKMS, upgraded, removed, purged without a trace".to_owned())
+            package_life::native(lab, *suite)?;
+            Ok("installed, built by DKMS for two kernels, upgraded, removed, purged without a trace"
+                .to_owned())
         });
     }
     tally.check("rpm-recipe", || rpm::judge(lab).map(|()| "rpmlint accepts it".to_owned()));
@@ -346,12 +356,17 @@ impl<'a> Amd<'a> {
     fn prepare(lab: &'a Lab, agent: &Path, flavour: Flavour) -> Result<Self> {
         let kernel = debian::host_kernel(lab, flavour)?;
         let packages = match flavour.init {
-            Init::Script => None,
-            Init::Systemd => Some(package_life::native(lab, flavour)?),
+            Init::Script | Init::Upgraded => None,
+            Init::Systemd => Some(package_life::native(lab, flavour.suite)?),
+        };
+        // Where the packages are installed already, theirs has to be there.
+        let module = match flavour.init {
+            Init::Script | Init::Systemd => Some(kmod::build(lab, &kernel)?),
+            Init::Upgraded => None,
         };
         let files = Installation {
             product: product::build(lab)?,
-            module: kmod::build(lab, &kernel)?,
+            module,
             agent: agent.into(),
             kernel: kernel.image.clone(),
             modules: kernel.modules.clone(),

@@ -17,6 +17,7 @@ mod fire_life;
 mod fire_memory;
 mod fire_migrate;
 mod footprint;
+mod foreign;
 mod hammer;
 mod hook_calls;
 mod hook_table;
@@ -28,6 +29,8 @@ mod packages;
 mod placement;
 mod policies;
 mod qemu;
+mod readme;
+mod rebooted;
 mod recording;
 mod sampled;
 mod second_host;
@@ -88,6 +91,7 @@ const SCENARIOS: &[(&str, Test)] = &[
     ("unit", unit::places),
     ("unit-restarts", unit::restarts),
     ("packages", packages::run),
+    ("kernel-upgraded", rebooted::run),
     ("shared-dram", shared_dram::run),
     ("fire-life", fire_life::run),
     ("fire-hugetlbfs", fire_huge::run),

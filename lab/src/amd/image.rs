@@ -22,8 +22,12 @@ const HOST_INIT_SYSTEMD: &str = include_str!("../../amd/host-init-systemd");
 const HOST_PAYLOAD: &str = include_str!("../../amd/host-payload");
 
 /// What Debian has as modules and the host needs; what these need in turn is
-/// looked up, except crc32c_generic, which erofs asks for only by algorithm.
-const MODULES: [&str; 6] = ["virtio_blk", "crc32c_generic", "erofs", "overlay", "ccp", "kvm_amd"];
+/// looked up.
+const MODULES: [&str; 5] = ["virtio_blk", "erofs", "overlay", "ccp", "kvm_amd"];
+
+/// What only some kernels have as modules, others built in or not at all. erofs asks for
+/// crc32c by algorithm alone.
+const MODULES_OF_SOME: [&str; 2] = ["virtio_pci", "crc32c_generic"];
 
 const TOOL_TIMEOUT: Duration = Duration::from_secs(120);
 
@@ -48,7 +52,7 @@ pub fn initramfs(lab: &Lab, kernel: &Kernel, flavour: Flavour) -> Result<PathBuf
     let host = debian::host_tree(lab, flavour)?;
     let host_init = match flavour.init {
         Init::Script => HOST_INIT,
-        Init::Systemd => HOST_INIT_SYSTEMD,
+        Init::Systemd | Init::Upgraded => HOST_INIT_SYSTEMD,
     };
     let key = Key::new("initramfs 2")
         .item(&kernel.root)
@@ -56,6 +60,7 @@ pub fn initramfs(lab: &Lab, kernel: &Kernel, flavour: Flavour) -> Result<PathBuf
         .text(INITRAMFS_INIT)
         .text(host_init)
         .text(HOST_PAYLOAD)
+        .texts(&MODULES_OF_SOME)
         .texts(&MODULES);
     lab.cache.get_or_build(&flavour.item("amd-initramfs"), &key, |out| {
         let mut archive = Cpio::default();
@@ -66,7 +71,9 @@ pub fn initramfs(lab: &Lab, kernel: &Kernel, flavour: Flavour) -> Result<PathBuf
         archive.file("bin/busybox", &host.join("usr/bin/busybox"))?;
         archive.directory("modules")?;
         let mut order = String::new();
-        for module in modules::load_order(&kernel.modules, &MODULES)? {
+        let there = |name: &&str| modules::load_order(&kernel.modules, &[name]).is_ok();
+        let names: Vec<&str> = MODULES_OF_SOME.into_iter().filter(there).chain(MODULES).collect();
+        for module in modules::load_order(&kernel.modules, &names)? {
             let name = modules::stem(&module);
             archive.content(&format!("modules/{name}.ko"), &modules::unpack(&module)?)?;
             order += &format!("{name}.ko\n");

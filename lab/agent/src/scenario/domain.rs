@@ -133,19 +133,10 @@ impl DomainSpec {
         virsh(&["define", &path]).map(drop)
     }
 
-    /// Starts it after [`DomainSpec::define`].
-    pub fn start_defined(&self) -> Result<Domain> {
-        self.start_defined_with(&[])
-    }
-
     fn start_with(&self, options: &[&str]) -> Result<Domain> {
         self.define()?;
-        self.start_defined_with(options)
-    }
-
-    fn start_defined_with(&self, options: &[&str]) -> Result<Domain> {
         virsh(&[&["start", self.name], options].concat())?;
-        Ok(Domain { name: self.name, console: Console::connect(self.name)? })
+        Domain::started(self.name)
     }
 
     /// All of its memory.
@@ -153,21 +144,37 @@ impl DomainSpec {
         self.hot_mib + self.idle_mib + self.rest_mib
     }
 
+    /// The command line of its kernel.
+    pub fn command_line(&self) -> String {
+        let Self { hot_mib, idle_mib, words, .. } = self;
+        let acpi = if self.has_acpi() { "" } else { "acpi=off" };
+        // What the guest's kernel puts elsewhere can be taken away from it.
+        let online = if self.room_mib > 0 { "memhp_default_state=online_movable" } else { "" };
+        // Words after "--" reach the guest's first program.
+        format!(
+            "console=ttyS0 loglevel=1 nokaslr mitigations=off tsc=reliable no_timer_check {acpi} {online} \
+panic=-1 HOT_MIB={hot_mib} IDLE_MIB={idle_mib} {words} -- guest"
+        )
+    }
+
+    /// Whether the guest hears of what is added to it.
+    fn has_acpi(&self) -> bool {
+        self.spare_cpus + self.room_mib > 0
+    }
+
     /// Its definition for libvirt.
     pub fn xml(&self) -> String {
         let kind = if self.kvm { "kvm" } else { "qemu" };
         let memory_mib = self.memory_mib();
         let cpus = 1 + self.spare_cpus;
-        let (room, numa, online) = match self.room_mib {
-            0 => (String::new(), String::new(), ""),
+        let (room, numa) = match self.room_mib {
+            0 => (String::new(), String::new()),
             more => (
                 format!("<maxMemory slots='{ROOM_SLOTS}' unit='MiB'>{}</maxMemory>", memory_mib + more),
                 format!(
                     "<numa><cell id='0' cpus='0-{}' memory='{memory_mib}' unit='MiB' memAccess='shared'/></numa>",
                     cpus - 1
                 ),
-                // What the guest's kernel puts elsewhere can be taken away from it.
-                "memhp_default_state=online_movable",
             ),
         };
         let cpu = match self.kvm {
@@ -186,13 +193,9 @@ impl DomainSpec {
         });
         let metadata =
             self.policy.as_ref().map_or(String::new(), |policy| format!("<metadata>{policy}</metadata>"));
-        let Self { name, hot_mib, idle_mib, words, .. } = self;
-        let (acpi, features) = match self.spare_cpus + self.room_mib {
-            0 => ("acpi=off", ""),
-            _ => ("", "<features><acpi/></features>"),
-        };
+        let Self { name, .. } = self;
+        let features = if self.has_acpi() { "<features><acpi/></features>" } else { "" };
         let balloon = if self.balloon { "virtio" } else { "none" };
-        // Words after "--" reach the guest's first program.
         format!(
             "<domain type='{kind}'>
   <name>{name}</name>
@@ -206,8 +209,7 @@ impl DomainSpec {
     <type arch='x86_64' machine='pc'>hvm</type>
     <kernel>{PAYLOAD}/vmlinuz</kernel>
     <initrd>{PAYLOAD}/guest.cpio</initrd>
-    <cmdline>console=ttyS0 loglevel=1 nokaslr mitigations=off tsc=reliable no_timer_check \
-{acpi} {online} panic=-1 HOT_MIB={hot_mib} IDLE_MIB={idle_mib} {words} -- guest</cmdline>
+    <cmdline>{command_line}</cmdline>
   </os>
   {features}
   {cpu}
@@ -222,12 +224,18 @@ impl DomainSpec {
   </devices>
 </domain>
 ",
+            command_line = self.command_line(),
             serial = serial_xml(name)
         )
     }
 }
 
 impl Domain {
+    /// A domain that others defined and started, with the serial port of [`serial_xml`].
+    pub fn started(name: &'static str) -> Result<Self> {
+        Ok(Self { name, console: Console::connect(name)? })
+    }
+
     /// See [`Console::wait_ready`].
     pub fn wait_ready(&mut self) -> Result<Truth> {
         self.console.wait_ready()

@@ -7,13 +7,15 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use ept_virt_core::wire::{DEFAULT_SOCKET, DomainState, DomainStatus};
 use nix::unistd::Group;
 
 use super::daemon;
-use super::domain::{Domain, DomainSpec};
+use super::domain::Domain;
+use super::foreign;
 use super::host::{self, PAYLOAD, virsh};
+use super::readme::{self, Step};
 use super::systemd::{self, journal, systemctl};
 use super::truth::{self, Truth};
 use crate::report::Outcome;
@@ -22,15 +24,6 @@ const CONFIG: &str = "/etc/ept-virt/ept-virt.toml";
 const STATE: &str = "/var/lib/ept-virt";
 const HOOK: &str = "/etc/libvirt/hooks/qemu.d/ept-virt";
 const PROGRAM: &str = "/usr/bin/ept-virt";
-
-/// What nova and virt-install write into the domains that they define.
-const FOREIGN_METADATA: &str = "\
-    <nova:instance xmlns:nova='http://openstack.org/xmlns/libvirt/nova/1.1'>\
-    <nova:package version='27.1.0'/><nova:name>web-1</nova:name>\
-    <nova:flavor name='m1.tiny'><nova:memory>192</nova:memory><nova:vcpus>1</nova:vcpus></nova:flavor>\
-    </nova:instance>\
-    <libosinfo:libosinfo xmlns:libosinfo='http://libosinfo.org/xmlns/libvirt/domain/1.0'>\
-    <libosinfo:os id='http://debian.org/debian/13'/></libosinfo:libosinfo>";
 
 /// Where DKMS looks for a module that is built already: /usr/share/ and the name of its
 /// package. The lab had this one built by the package itself, in this host's tree.
@@ -61,20 +54,33 @@ const MOVED_MIB: u64 = 16;
 /// The slower node of the emulated host.
 const SLOW: i32 = 1;
 
-/// Install, start, observe, place, upgrade, remove, purge.
+/// Where README's commands are followed: whoever follows them has the packages there.
+const FOLDER: &str = "/root";
+
+/// Install, start, observe and place as README says; upgrade, remove, purge.
 pub fn run() -> Result<Outcome> {
     if !systemd::runs()? {
         return Ok(Outcome::Skip("process 1 of this host is not systemd: use --systemd".into()));
     }
     make_bare()?;
-    let spec = DomainSpec { policy: Some(FOREIGN_METADATA.into()), ..DomainSpec::default() };
-    spec.define()?;
-    let installed = install(&["first.deb", "first-dkms.deb"])?;
+    foreign::define_by_virt_install()?;
+    let blocks = readme::blocks()?;
+    let [made, install, start, look, place, placed] = &blocks[..] else {
+        bail!("README's install section has {} blocks of commands, not six", blocks.len());
+    };
+    check_made(made)?;
+    let installed = follow(install)?;
     check_installed()?;
-    let mut guest = spec.start_defined()?;
+    follow(start)?;
+    let mut guest = Domain::started(foreign::VIRT_INSTALL)?;
     let truth = guest.wait_ready()?;
-    check_observed(&guest)?;
-    let placed = place(&mut guest, &truth)?;
+    check_observed(guest.name)?;
+    follow(look)?;
+    follow(place)?;
+    let moved = wait_placed(&mut guest, &truth)?;
+    follow(placed)?;
+    foreign::check_metadata(guest.name)?;
+    let nova = check_nova()?;
     let qemu = guest.pid()?;
     let upgraded = upgrade(&guest)?;
     guest.console.wait_passes()?;
@@ -86,19 +92,42 @@ pub fn run() -> Result<Outcome> {
     virsh(&["destroy", guest.name])?;
     virsh(&["start", guest.name]).context("starting a guest after the purge")?;
     Ok(Outcome::Pass(format!(
-        "installed in {} s, {placed}, upgraded in {} s, {purged}",
+        "README followed: installed in {} s, virt-install's guest: {moved}; nova's: {nova}; \
+         upgraded in {} s, {purged}",
         installed.as_secs(),
         upgraded.as_secs()
     )))
 }
 
+/// Follows a block of README's where the packages are.
+fn follow(steps: &[Step]) -> Result<Duration> {
+    let began = Instant::now();
+    steps.iter().try_for_each(|step| step.follow(FOLDER, APT_TIMEOUT))?;
+    Ok(began.elapsed())
+}
+
+/// The packages were made by the lab, elsewhere; they must be those that README speaks of.
+fn check_made(steps: &[Step]) -> Result<()> {
+    let [step] = steps else { bail!("README makes the packages by {} commands", steps.len()) };
+    ensure!(step.command == "cargo xtask deb", "README makes the packages by `{}`", step.command);
+    let names: Vec<_> = step.output.iter().filter_map(|line| Path::new(line).file_name()).collect();
+    ensure!(names.len() == 2, "README says that these are made: {:?}", step.output);
+    for (name, from) in names.iter().zip(["first.deb", "first-dkms.deb"]) {
+        let to = Path::new(FOLDER).join(name);
+        fs::copy(format!("{PAYLOAD}/{from}"), &to).with_context(|| format!("copying {from}"))?;
+        let fields = ["Package", "Version", "Architecture"].map(|field| format!("${{{field}}}"));
+        let show = format!("--showformat={}.deb", fields.join("_"));
+        let said = host::succeed(Command::new("dpkg-deb").arg("--show").arg(show).arg(&to))?;
+        ensure!(to.ends_with(&said), "README speaks of {}, which is {said}", to.display());
+    }
+    Ok(())
+}
+
 /// A guest without a policy is observed, and nothing of it is moved.
-fn check_observed(guest: &Domain) -> Result<()> {
-    let seen = observed(guest.name, "rounds", |d| d.round.as_ref().is_some_and(|r| r.number > 2))?;
+pub fn check_observed(name: &str) -> Result<()> {
+    let seen = observed(name, "rounds", |d| d.round.as_ref().is_some_and(|r| r.number > 2))?;
     let moved = seen.moves.demoted_bytes + seen.moves.promoted_bytes;
     ensure!(moved == 0, "{moved} bytes moved without a policy");
-    let text = host::succeed(Command::new(PROGRAM).args(["status", guest.name]))?;
-    ensure!(text.contains(guest.name), "ept-virt status says {text:?}");
     let nudges = daemon::status()?.daemon.nudges;
     ensure!(nudges > 0, "libvirt does not call the hook that the package brought");
     Ok(())
@@ -106,14 +135,8 @@ fn check_observed(guest: &Domain) -> Result<()> {
 
 /// A policy moves idle memory. 40 % of 192 MiB hold the hot block and the guest's
 /// kernel, and not all of the idle block.
-fn place(guest: &mut Domain, truth: &Truth) -> Result<String> {
+pub fn wait_placed(guest: &mut Domain, truth: &Truth) -> Result<String> {
     let began = Instant::now();
-    let words = ["policy", "set", guest.name, "--mode", "place", "--dram", "40%"];
-    host::succeed(Command::new(PROGRAM).args(words))?;
-    let xml = virsh(&["dumpxml", guest.name])?;
-    for theirs in ["<nova:name>web-1</nova:name>", "http://debian.org/debian/13"] {
-        ensure!(xml.contains(theirs), "setting a policy took {theirs} away: {xml}");
-    }
     let mut slow_mib = 0;
     host::wait_until("idle memory leaves DRAM", PLACE_TIMEOUT, || {
         let nodes = truth::pages_by_node(guest.pid()?, &daemon::map(guest.name)?, &truth.idle)?;
@@ -123,6 +146,18 @@ fn place(guest: &mut Domain, truth: &Truth) -> Result<String> {
     .with_context(|| format!("{slow_mib} MiB of the idle block are on the slow node; {}", journal()))?;
     guest.check_data()?;
     Ok(format!("{slow_mib} MiB of idle memory moved {} s after the policy", began.elapsed().as_secs()))
+}
+
+/// A guest of nova's is seen, and keeps what nova knows it by when it is given a policy.
+fn check_nova() -> Result<String> {
+    let guest = foreign::of_nova().start()?;
+    check_observed(guest.name)?;
+    let words = ["policy", "set", guest.name, "--mode", "place", "--dram", "40%"];
+    host::succeed(Command::new(PROGRAM).args(words))?;
+    foreign::check_metadata(guest.name)?;
+    let placing = |d: &DomainStatus| d.state == DomainState::Placing;
+    observed(guest.name, "the policy is in force", placing)?;
+    Ok("observed, then placing".to_owned())
 }
 
 /// An upgrade keeps an edited configuration and heat, and restarts the daemon alone.
@@ -193,7 +228,8 @@ fn check_installed() -> Result<()> {
     Ok(())
 }
 
-fn unit_pid() -> Result<i32> {
+/// The daemon's process; an error unless systemd has it running.
+pub fn unit_pid() -> Result<i32> {
     let text = systemctl(&["show", "ept-virt.service", "--value", "--property", "MainPID"])?;
     let pid = text.trim().parse().with_context(|| format!("MainPID is {text:?}"))?;
     ensure!(pid > 0, "the daemon does not run: {}", journal());

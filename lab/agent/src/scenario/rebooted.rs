@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A host that came up with a second kernel, after the packages were installed under the
+//! first: all is there by itself.
+
+use std::fs;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::utsname::uname;
+
+use super::domain::DomainSpec;
+use super::host;
+use super::packages::{check_observed, unit_pid, wait_placed};
+use super::systemd::{self, systemctl};
+use crate::report::Outcome;
+
+/// The module is loaded, the daemon up, and libvirt calls the hook, before anybody came.
+pub fn run() -> Result<Outcome> {
+    let kernels = fs::read_dir("/lib/modules").context("listing kernels")?.count();
+    if !systemd::runs()? || kernels < 2 {
+        return Ok(Outcome::Skip("this host has not had a second kernel installed: use --upgraded".into()));
+    }
+    let release = uname().context("asking for the kernel's release")?.release().to_owned();
+    let file = host::succeed(Command::new("modinfo").args(["--field", "filename", "kvm_ept_sample"]))?;
+    ensure!(file.contains("dkms"), "the module of {} is not DKMS's", file.trim());
+    let result = systemctl(&["show", "modprobe@kvm_ept_sample.service", "--value", "--property", "Result"])?;
+    ensure!(host::module_loaded() && result.trim() == "success", "loading the module: {result}");
+    unit_pid()?;
+    let mut guest = DomainSpec::default().start()?;
+    let truth = guest.wait_ready()?;
+    check_observed(guest.name)?;
+    host::succeed(
+        Command::new("ept-virt").args(["policy", "set", guest.name, "--mode", "place", "--dram", "40%"]),
+    )?;
+    let moved = wait_placed(&mut guest, &truth)?;
+    drop(guest);
+    systemctl(&["stop", "ept-virt.service"])?;
+    Ok(Outcome::Pass(format!("Linux {} is the newest of {kernels}: {moved}", release.to_string_lossy())))
+}
