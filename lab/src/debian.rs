@@ -2,6 +2,7 @@
 //! Folder trees of Debian systems: those with a kernel, in which the module is
 //! built for it, and those that emulated AMD hosts with libvirt run.
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -247,4 +248,85 @@ pub fn inside(root: &Path, script: &str) -> Command {
         .arg(root)
         .args(["sh", "-c", script]);
     command
+}
+
+/// A file or folder of the build machine's, as a tree that is entered has it.
+#[derive(Clone, Copy, Debug)]
+pub struct Bind<'a> {
+    from: &'a Path,
+    to: &'a str,
+    options: &'a str,
+}
+
+impl<'a> Bind<'a> {
+    /// Has `from` at the tree's path `to`, for reading.
+    pub fn read(from: &'a Path, to: &'a str) -> Self {
+        Bind { from, to, options: "ro" }
+    }
+
+    /// Has `from` at the tree's path `to`, for writing too.
+    pub fn write(from: &'a Path, to: &'a str) -> Self {
+        Bind { from, to, options: "rw" }
+    }
+}
+
+/// Where Debian keeps the certificates of all authorities in one file.
+const CERTIFICATES: &str = "/etc/ssl/certs/ca-certificates.crt";
+
+/// Mounts a tree with its changes in memory, and what is bound, in triples: from, to,
+/// options. All of it ends with the namespace. Nothing is mounted through a link of the
+/// tree's, which would lead out of it.
+const ENTER: &str = r#"
+set -e
+tree=$1 memory=$1/mnt root=$1/mnt/root script=$2
+shift 2
+mount -t tmpfs tmpfs "$memory"
+mkdir "$memory/upper" "$memory/work" "$root"
+mount -t overlay -o "lowerdir=$tree,upperdir=$memory/upper,workdir=$memory/work" overlay "$root"
+mount -t proc proc "$root/proc"
+while [ $# -gt 0 ]; do
+    if [ -d "$1" ]; then
+        mkdir -p "$root$2"
+    else
+        mkdir -p "$root${2%/*}"
+        rm -f "$root$2"
+        touch "$root$2"
+    fi
+    mount --bind -o "$3" "$1" "$root$2"
+    shift 3
+done
+exec chroot "$root" sh -c "$script"
+"#;
+
+/// Runs a shell's script as root in a tree with `binds`. The script may change the tree:
+/// that stays in memory, unlike with [`inside`], and is gone at its end.
+///
+/// It has the build machine's way to the network (names, proxies, certificates), and of
+/// its environment nothing else: programs are the tree's.
+pub fn enter(root: &Path, binds: &[Bind<'_>], script: &str) -> Command {
+    let certificates = std::env::var_os("SSL_CERT_FILE").unwrap_or_else(|| CERTIFICATES.into());
+    let network = [
+        Bind::read(Path::new("/etc/resolv.conf"), "/etc/resolv.conf"),
+        Bind::read(Path::new(&certificates), CERTIFICATES),
+    ];
+    let proxies = std::env::vars_os().filter(|(name, _)| is_proxy(name));
+    let mut command = Command::new("unshare");
+    command
+        .env_clear()
+        .envs(proxies)
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .env("HOME", "/root")
+        .env("LC_ALL", "C.UTF-8")
+        .args(["--mount", "--pid", "--fork", "--kill-child", "sh", "-c", ENTER, "sh"])
+        .arg(root)
+        .arg(script);
+    for bind in network.iter().filter(|bind| bind.from.exists()).chain(binds) {
+        command.arg(bind.from).args([bind.to, bind.options]);
+    }
+    command
+}
+
+/// Whether a variable names a proxy, as `https_proxy` and `NO_PROXY` do.
+fn is_proxy(name: &OsStr) -> bool {
+    name.to_string_lossy().to_ascii_lowercase().ends_with("_proxy")
 }

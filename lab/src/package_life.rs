@@ -6,7 +6,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -15,18 +14,12 @@ use crate::Lab;
 use crate::amd::Payload;
 use crate::cache::Key;
 use crate::deb::{self, Tested};
-use crate::debian::Suite;
+use crate::debian::{self, Bind, Suite};
 use crate::flavour::Flavour;
-use crate::{debian, proc};
+use crate::proc;
 
 /// What is run in the tree.
 const SCRIPT: &str = include_str!("../amd/package-life");
-
-/// The tree with the packages' changes in memory, which end with the namespace.
-const MOUNT: &str = "mount -t tmpfs tmpfs \"$1\" && mkdir \"$1/upper\" \"$1/work\" \"$1/root\" \
-    && mount -t overlay -o \"lowerdir=$2,upperdir=$1/upper,workdir=$1/work\" overlay \"$1/root\" \
-    && mount -t proc proc \"$1/root/proc\" && cp /etc/resolv.conf \"$1/root/etc\" && mkdir \"$1/root/packages\" \
-    && mount --bind \"$3\" \"$1/root/packages\" && exec chroot \"$1/root\" sh /packages/life";
 
 /// What is kept of it: the module as DKMS built it, and the tree with a second kernel.
 const PREBUILT: &str = "prebuilt.tar.gz";
@@ -84,9 +77,7 @@ fn live(lab: &Lab, suite: Suite, tested: &Tested) -> Result<PathBuf> {
     let tree = debian::host_tree(lab, flavour)?;
     let key = debs(tested)
         .iter()
-        .try_fold(Key::new("package life 2").item(&tree).text(SCRIPT).text(MOUNT), |key, (_, path)| {
-            key.file(path)
-        })?;
+        .try_fold(Key::new("package life 3").item(&tree).text(SCRIPT), |key, (_, path)| key.file(path))?;
     let name = suite.item("package-life");
     lab.cache.get_or_build(&name, &key, |kept| {
         if !nix::unistd::geteuid().is_root() {
@@ -95,17 +86,13 @@ fn live(lab: &Lab, suite: Suite, tested: &Tested) -> Result<PathBuf> {
         let step = lab
             .progress
             .step(format!("packages: install, upgrade, remove, purge, a second kernel ({flavour})"));
-        let mount = lab.run_folder(&name)?;
         fs::create_dir(kept).with_context(|| format!("creating {}", kept.display()))?;
         fs::write(kept.join("life"), SCRIPT).context("writing what is run in the tree")?;
         for (name, path) in debs(tested) {
             fs::copy(path, kept.join(name)).with_context(|| format!("copying {}", path.display()))?;
         }
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "--pid", "--fork", "--kill-child", "sh", "-c", MOUNT, "sh"]);
-        command.arg(&mount).arg(&tree).arg(kept);
+        let mut command = debian::enter(&tree, &[Bind::write(kept, "/packages")], "sh /packages/life");
         proc::run(&mut command, &lab.log(&name), TIMEOUT)?;
-        fs::remove_dir_all(&mount).with_context(|| format!("removing {}", mount.display()))?;
         step.done("");
         Ok(())
     })
