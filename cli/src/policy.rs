@@ -216,10 +216,12 @@ fn change(
     scope: Scope,
     edit: impl Fn(Layer) -> Result<Layer, Failure>,
 ) -> Result<(), Failure> {
-    if let Command::Set(set) = &args.command
-        && !set.says_something()
-    {
-        return Err(Failure::refused("nothing to set").hint("give settings, as dram.share=40%, or --file"));
+    match &args.command {
+        Command::Set(set) if !set.says_something() => {
+            let hint = "give settings, as dram.share=40%, or --file";
+            return Err(Failure::refused("nothing to set").hint(hint));
+        }
+        _ => {}
     }
     let config = configuration(args)?;
     // All are judged before one is written.

@@ -247,7 +247,7 @@ impl Fake {
         self.harvest.levels.fill(Level::Page4K);
         for word in &mut self.harvest.accessed {
             let some = random(&mut self.state) & random(&mut self.state);
-            *word = if random(&mut self.state).is_multiple_of(5) { some } else { 0 };
+            *word = if random(&mut self.state) % 5 == 0 { some } else { 0 };
         }
         let within = |range: Range<usize>| {
             let start = range.start.clamp(pages.start, pages.end);

@@ -291,7 +291,8 @@ impl HeatMap {
     /// Warms the accessed pages of some words that there are, now or later.
     fn warm(&mut self, round: &mut Round, words: Range<usize>, accessed: &[u64]) {
         let tail = if words.end * WORD_BITS == self.cells.len() { bitmap::tail_mask(self.pages) } else { !0 };
-        let Some(cells) = self.cells.as_chunks_mut().0.get_mut(words.clone()) else { return };
+        let cells = self.cells.get_mut(words.start * WORD_BITS..words.end * WORD_BITS);
+        let Some(cells) = cells else { return };
         match round.step {
             Some(step) => round.sums += step.apply(cells, accessed, tail),
             None => put_off(cells, &mut self.pending[words], accessed, tail),
@@ -354,7 +355,7 @@ impl HeatMap {
     /// Number of pages of each class.
     pub fn class_counts(&self) -> ClassCounts {
         let mut counts = ClassCounts::default();
-        for block in self.cells.as_chunks::<WORD_BITS>().0 {
+        for block in self.cells.chunks_exact(WORD_BITS) {
             // Sums of 64 fit the narrow type, which lets the loop run in vectors.
             let hot: u16 = block.iter().map(|cell| u16::from(*cell >= HOT_FROM)).sum();
             let cold: u16 = block.iter().map(|cell| u16::from(*cell < COLD_BELOW)).sum();
@@ -452,9 +453,9 @@ pub struct Round {
 }
 
 /// Keeps a round's accesses for a later step; the pages are not idle now.
-fn put_off(cells: &mut [[u16; WORD_BITS]], pending: &mut [u64], accessed: &[u64], tail: u64) {
-    let last = cells.len().saturating_sub(1);
-    for (index, (block, pending)) in cells.iter_mut().zip(pending).enumerate() {
+fn put_off(cells: &mut [u16], pending: &mut [u64], accessed: &[u64], tail: u64) {
+    let last = (cells.len() / WORD_BITS).saturating_sub(1);
+    for (index, (block, pending)) in cells.chunks_exact_mut(WORD_BITS).zip(pending).enumerate() {
         let word = bitmap::word(accessed, index) & if index == last { tail } else { !0 };
         *pending |= word;
         bitmap::ones(word).for_each(|bit| block[bit] |= IDLE_COUNT);

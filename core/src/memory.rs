@@ -447,8 +447,7 @@ impl GuestMemory {
             let pages = slot.info.page_count as usize;
             while page < pages {
                 // Whole words of mapped pages are the common case.
-                if page.is_multiple_of(bitmap::WORD_BITS) && slot.mapped.word(page / bitmap::WORD_BITS) == !0
-                {
+                if page % bitmap::WORD_BITS == 0 && slot.mapped.word(page / bitmap::WORD_BITS) == !0 {
                     page += bitmap::WORD_BITS;
                     continue;
                 }
@@ -616,12 +615,12 @@ mod tests {
             for page in 0..pages as usize {
                 let index = first as usize + page;
                 bitmap::fill(&mut harvest.mapped, page..page + 1, index % 7 != 3);
-                bitmap::fill(&mut harvest.on_slow, page..page + 1, index.is_multiple_of(5) && index % 7 != 3);
+                bitmap::fill(&mut harvest.on_slow, page..page + 1, index % 5 == 0 && index % 7 != 3);
                 bitmap::fill(&mut harvest.accessed, page..page + 1, index % 7 == 1);
             }
             for (index, level) in harvest.levels.iter_mut().enumerate() {
                 let region = (slot.gfn_start + first) / 512 + index as u64;
-                *level = if region.is_multiple_of(2) { Level::Page4K } else { Level::Huge2M };
+                *level = if region % 2 == 0 { Level::Page4K } else { Level::Huge2M };
             }
             harvest
         };

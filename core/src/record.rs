@@ -118,7 +118,7 @@ impl FrameSlot {
         self.on_slow.extend_from_slice(&harvest.on_slow);
         let mut levels = harvest.levels.iter();
         // Two parts may meet within 2 MiB: the larger mapping counts.
-        if let Some(last) = self.levels.last_mut().filter(|_| !first.is_multiple_of(PAGES_PER_2M)) {
+        if let Some(last) = self.levels.last_mut().filter(|_| first % PAGES_PER_2M != 0) {
             let next = levels.next().copied().unwrap_or_default();
             *last = if next as u8 > *last as u8 { next } else { *last };
         }

@@ -207,9 +207,9 @@ pub fn format_duration(time: Duration) -> String {
     match us {
         0 => "0 s".into(),
         1..1000 => format!("{us} µs"),
-        _ if us.is_multiple_of(3_600_000_000) => format!("{} h", us / 3_600_000_000),
-        _ if us.is_multiple_of(60_000_000) => format!("{} min", us / 60_000_000),
-        _ if us.is_multiple_of(1_000_000) => format!("{} s", us / 1_000_000),
+        _ if us % 3_600_000_000 == 0 => format!("{} h", us / 3_600_000_000),
+        _ if us % 60_000_000 == 0 => format!("{} min", us / 60_000_000),
+        _ if us % 1_000_000 == 0 => format!("{} s", us / 1_000_000),
         _ => format!("{} ms", us / 1000),
     }
 }

@@ -45,7 +45,7 @@ fn harvest(slot: &MemSlot, slow: u64, huge: &[bool], hot: std::ops::Range<u64>) 
         *known = if huge[index % huge.len()] { Level::Huge2M } else { Level::Page4K };
         if *known == Level::Huge2M {
             let start = (gfn_start / 512 + index as u64) * 512;
-            bitmap::fill(&mut harvest.on_slow, within(start)..within(start + 512), index.is_multiple_of(2));
+            bitmap::fill(&mut harvest.on_slow, within(start)..within(start + 512), index % 2 == 0);
         }
     }
     bitmap::fill(&mut harvest.accessed, within(hot.start)..within(hot.end), true);

@@ -61,7 +61,7 @@ impl Guest {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;
         self.random ^= self.random << 17;
-        self.random.is_multiple_of(one_in)
+        self.random % one_in == 0
     }
 
     /// A round in which the pages of `hot` are accessed, and one in a hundred of

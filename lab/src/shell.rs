@@ -81,9 +81,7 @@ fn raw_terminal() -> Result<()> {
 }
 
 fn restore_terminal() {
-    if let Ok(mut terminal) = TERMINAL.lock()
-        && let Some(saved) = terminal.take()
-    {
+    if let Some(saved) = TERMINAL.lock().ok().and_then(|mut terminal| terminal.take()) {
         // There is nobody to tell when the terminal is gone.
         let _ = tcsetattr(io::stdin(), SetArg::TCSANOW, &saved);
     }

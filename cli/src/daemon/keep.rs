@@ -295,10 +295,11 @@ impl HeatFile {
         // Never into a file that somebody still writes.
         let mut file = files::create_anew(path)?;
         for chunk in bytes.chunks(WRITE_BYTES) {
-            let waits = || matches!(haste, Haste::Paced { .. }) && !self.hurry.load(Ordering::Relaxed);
-            while waits()
-                && let Some(pause) = self.keeper.pace(chunk.len() as u64)
-            {
+            let pause = || {
+                let waits = matches!(haste, Haste::Paced { .. }) && !self.hurry.load(Ordering::Relaxed);
+                if waits { self.keeper.pace(chunk.len() as u64) } else { None }
+            };
+            while let Some(pause) = pause() {
                 self.check_wanted()?;
                 thread::sleep(pause.min(LONGEST_NAP));
             }

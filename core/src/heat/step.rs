@@ -48,9 +48,9 @@ impl Step {
         self.gain
     }
 
-    /// Steps `cells`, of which the last word of `accessed` may be cut short by
-    /// `tail`. Missing words are zero.
-    pub(super) fn apply(self, cells: &mut [[u16; WORD_BITS]], accessed: &[u64], tail: u64) -> Sums {
+    /// Steps `cells`, 64 for each word of `accessed`, of which the last may be cut short
+    /// by `tail`. Missing words are zero.
+    pub(super) fn apply(self, cells: &mut [u16], accessed: &[u64], tail: u64) -> Sums {
         #[cfg(target_arch = "x86_64")]
         if std::arch::is_x86_feature_detected!("avx2") {
             // SAFETY: the processor has what the function is built for.
@@ -59,19 +59,22 @@ impl Step {
         self.apply_all(cells, accessed, tail)
     }
 
+    /// # Safety
+    ///
+    /// The processor must have AVX2.
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2")]
-    fn apply_avx2(self, cells: &mut [[u16; WORD_BITS]], accessed: &[u64], tail: u64) -> Sums {
+    unsafe fn apply_avx2(self, cells: &mut [u16], accessed: &[u64], tail: u64) -> Sums {
         self.apply_all(cells, accessed, tail)
     }
 
     #[inline(always)]
-    fn apply_all(self, cells: &mut [[u16; WORD_BITS]], accessed: &[u64], tail: u64) -> Sums {
+    fn apply_all(self, cells: &mut [u16], accessed: &[u64], tail: u64) -> Sums {
         let mut sums = Sums::default();
-        let last = cells.len().saturating_sub(1);
-        for (chunk, blocks) in cells.chunks_mut(Lanes::BLOCKS).enumerate() {
+        let last = (cells.len() / WORD_BITS).saturating_sub(1);
+        for (chunk, blocks) in cells.chunks_mut(Lanes::BLOCKS * WORD_BITS).enumerate() {
             let (mut lanes, mut seen) = (Lanes::default(), 0);
-            for (index, block) in blocks.iter_mut().enumerate() {
+            for (index, block) in blocks.chunks_exact_mut(WORD_BITS).enumerate() {
                 let index = chunk * Lanes::BLOCKS + index;
                 let mask = if index == last { tail } else { !0 };
                 let word = bitmap::word(accessed, index) & mask;
@@ -84,11 +87,13 @@ impl Step {
     }
 
     #[inline(always)]
-    fn apply_block(self, block: &mut [u16; WORD_BITS], accessed: u64, lanes: &mut Lanes) {
+    fn apply_block(self, block: &mut [u16], accessed: u64, lanes: &mut Lanes) {
         // One for each lane, of which the compiler must not know that they are equal: it
         // would widen the one, and then all products.
         let keep = std::hint::black_box([self.keep; LANES]);
-        for (part, cells) in block.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+        for (part, cells) in block.chunks_exact_mut(LANES).enumerate() {
+            // An array, of which the compiler knows that no index is out of it.
+            let Some(cells) = cells.first_chunk_mut::<LANES>() else { continue };
             let bits = (accessed >> (part * LANES)) as u16;
             for lane in 0..LANES {
                 let cell = cells[lane];
@@ -151,9 +156,9 @@ mod tests {
         ) {
             let step = Step::new(keep, countdown);
             let mut stepped = cells.clone();
-            let sums = step.apply(stepped.as_chunks_mut().0, &accessed, tail);
+            let sums = step.apply(&mut stepped, &accessed, tail);
             let mut plain = cells.clone();
-            let plain_sums = step.apply_all(plain.as_chunks_mut().0, &accessed, tail);
+            let plain_sums = step.apply_all(&mut plain, &accessed, tail);
             prop_assert_eq!(&stepped, &plain);
             prop_assert_eq!(sums, plain_sums);
             let (mut heat, mut seen_heat) = (0_u64, 0_u64);

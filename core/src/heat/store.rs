@@ -200,7 +200,7 @@ impl<R: Read> Decoder<R> {
                         Ok(length) if length == bytes.len() => {}
                         _ => return Err(StoreError::Damaged("a block can not be unpacked")),
                     }
-                    cells.extend(bytes.as_chunks().0.iter().map(|cell| u16::from_le_bytes(*cell)));
+                    cells.extend(bytes.chunks_exact(2).map(|cell| u16::from_le_bytes([cell[0], cell[1]])));
                 }
             }
             if keep {

@@ -44,29 +44,32 @@ impl Summaries {
             return;
         }
         self.first = Some(first);
-        let blocks = heat.cells.as_chunks::<WORD_BITS>().0;
-        let blocks = blocks.get(first..).unwrap_or_default();
-        self.fill(&blocks[..blocks.len().min(BLOCKS)], MAX_TEMPERATURE | heat.idle_bits());
+        let cells = heat.cells.get(first * WORD_BITS..).unwrap_or_default();
+        self.fill(&cells[..cells.len().min(BLOCKS * WORD_BITS)], MAX_TEMPERATURE | heat.idle_bits());
     }
 
-    fn fill(&mut self, blocks: &[[u16; WORD_BITS]], judged: u16) {
+    fn fill(&mut self, cells: &[u16], judged: u16) {
         #[cfg(target_arch = "x86_64")]
         if std::arch::is_x86_feature_detected!("avx2") {
             // SAFETY: the processor has what the function is built for.
-            return unsafe { self.fill_avx2(blocks, judged) };
+            return unsafe { self.fill_avx2(cells, judged) };
         }
-        self.fill_all(blocks, judged);
+        self.fill_all(cells, judged);
     }
 
+    /// # Safety
+    ///
+    /// The processor must have AVX2.
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2")]
-    fn fill_avx2(&mut self, blocks: &[[u16; WORD_BITS]], judged: u16) {
-        self.fill_all(blocks, judged);
+    unsafe fn fill_avx2(&mut self, cells: &[u16], judged: u16) {
+        self.fill_all(cells, judged);
     }
 
     #[inline(always)]
-    fn fill_all(&mut self, blocks: &[[u16; WORD_BITS]], judged: u16) {
-        for (block, (lowest, highest)) in blocks.iter().zip(self.lowest.iter_mut().zip(&mut self.highest)) {
+    fn fill_all(&mut self, cells: &[u16], judged: u16) {
+        let blocks = cells.chunks_exact(WORD_BITS);
+        for (block, (lowest, highest)) in blocks.zip(self.lowest.iter_mut().zip(&mut self.highest)) {
             // The count becomes the highest bits, so one minimum tells both.
             *lowest = block.iter().fold(u16::MAX, |low, cell| low.min((cell & judged).rotate_right(2)));
             *highest = block.iter().fold(0, |high, cell| high.max(*cell));

@@ -129,9 +129,8 @@ impl Holds {
             }
         }
         self.regions.retain(|_, region| !region.is_forgotten(now));
-        if let Some(since) = &mut self.awaits
-            && now.saturating_sub(*since.get_or_insert(now)) >= SHORTEST_HOLD
-        {
+        let waited = self.awaits.as_mut().map(|since| now.saturating_sub(*since.get_or_insert(now)));
+        if waited.is_some_and(|waited| waited >= SHORTEST_HOLD) {
             self.awaits = None;
             self.rebuild();
         } else if released {

@@ -23,9 +23,8 @@ impl GuestMemory {
             let step = slot.heat.mean_step();
             for (pages, level) in slot.place.regions() {
                 // The rest of a page of 1 GiB: it counted where it begins, or the slot does.
-                let begins = |page: usize| {
-                    page == 0 || (slot.info.gfn_start + page as u64).is_multiple_of(PAGES_PER_1G)
-                };
+                let begins =
+                    |page: usize| page == 0 || (slot.info.gfn_start + page as u64) % PAGES_PER_1G == 0;
                 if level == Level::Huge1G && !begins(pages.start) {
                     continue;
                 }

@@ -30,7 +30,7 @@ impl Potential {
 
     /// Whether the block, or the huge page, with this number is in the sample.
     pub(super) fn samples(&self, number: usize) -> bool {
-        number.is_multiple_of(self.stride)
+        number % self.stride == 0
     }
 
     /// Takes in pages of the sample that may leave the fast tier.

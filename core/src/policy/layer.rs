@@ -163,10 +163,11 @@ impl Layer {
 
     /// Settings that can not hold together: the element they stand in, and why.
     pub fn contradiction(&self) -> Option<(&'static str, String)> {
-        if let (Some(Value::Size(min)), Some(Value::Size(max))) = (self.get("dram.min"), self.get("dram.max"))
-            && min > max
-        {
-            return Some(("dram", format!("min is {min}, which is more than max, {max}")));
+        match (self.get("dram.min"), self.get("dram.max")) {
+            (Some(Value::Size(min)), Some(Value::Size(max))) if min > max => {
+                return Some(("dram", format!("min is {min}, which is more than max, {max}")));
+            }
+            _ => {}
         }
         if let (Some(Value::Nodes(fast)), Some(Value::Nodes(slow))) =
             (self.get("tiers.fast"), self.get("tiers.slow"))

@@ -79,7 +79,7 @@ const RATE_STEPS: [Step; 4] = [(1 << 30, "GiB/s"), (1 << 20, "MiB/s"), (1 << 10,
 
 /// `amount` in the largest unit that loses nothing.
 fn in_units(amount: u64, steps: &[Step]) -> (String, Option<&'static str>) {
-    let fits = steps.iter().find(|(size, _)| amount > 0 && amount.is_multiple_of(*size));
+    let fits = steps.iter().find(|(size, _)| amount > 0 && amount % *size == 0);
     let (size, unit) = fits.or(steps.last()).copied().unwrap_or((1, ""));
     ((amount / size).to_string(), Some(unit))
 }

@@ -177,7 +177,10 @@ impl<'a> Input<'a> {
     fn bitmap(&mut self, pages: usize, before: &[u64]) -> Result<Vec<u64>, &'static str> {
         let words = bitmap::words_for(pages);
         let map = self.map(words as u64 * 8)?;
-        let change = map.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes));
+        let change = map
+            .chunks_exact(8)
+            .filter_map(|bytes| bytes.first_chunk())
+            .map(|bytes| u64::from_le_bytes(*bytes));
         let mut bits: Vec<u64> =
             change.enumerate().map(|(index, change)| change ^ bitmap::word(before, index)).collect();
         match bits.last_mut() {

@@ -84,7 +84,7 @@ impl Counts {
     fn count(&self, page: u64) {
         let word = &self.words[COUNTERS_WORD + page as usize / 2];
         let old = word.load(Ordering::Relaxed);
-        let new = if page.is_multiple_of(2) {
+        let new = if page % 2 == 0 {
             (old & !0xffff_ffff) | u64::from((old as u32).wrapping_add(1))
         } else {
             old.wrapping_add(1 << 32)

@@ -178,8 +178,7 @@ impl Disturbed {
     }
 
     fn drop_some(&self) -> Result<()> {
-        let (offset, bytes) =
-            if self.times.is_multiple_of(3) { (FROM, self.bytes() - FROM) } else { self.part() };
+        let (offset, bytes) = if self.times % 3 == 0 { (FROM, self.bytes() - FROM) } else { self.part() };
         self.guest.drop_memory(offset, bytes, libc::MADV_DONTNEED)
     }
 

@@ -128,7 +128,7 @@ fn levels(step: &HarvestStep, room: &[u64]) -> Result<()> {
 }
 
 fn records(bytes: &[u8], last_ns: u64) -> Result<u64> {
-    ensure!(!bytes.is_empty() && bytes.len().is_multiple_of(size_of::<KesSample>()), "{} bytes", bytes.len());
+    ensure!(!bytes.is_empty() && bytes.len() % size_of::<KesSample>() == 0, "{} bytes", bytes.len());
     let mut last_ns = last_ns;
     for record in bytes.chunks(size_of::<KesSample>()) {
         let record: KesSample = from_bytes(record);

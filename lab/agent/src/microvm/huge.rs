@@ -120,15 +120,15 @@ fn partial_range_keeps_the_bit(
 /// AnonHugePages of the mapping that holds `memory`, from /proc/self/smaps.
 pub(super) fn anon_huge_kib(memory: &Memory) -> Result<u64> {
     let smaps = fs::read_to_string("/proc/self/smaps")?;
+    let address = |digits| u64::from_str_radix(digits, 16).ok();
     let mut inside = false;
     let mut kib = 0;
     for line in smaps.lines() {
         let range = line.split_whitespace().next().and_then(|word| word.split_once('-'));
-        if let Some((start, end)) = range
-            && let (Ok(start), Ok(end)) = (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16))
-        {
+        let range = range.and_then(|(start, end)| Some((address(start)?, address(end)?)));
+        if let Some((start, end)) = range {
             inside = start < memory.address() + memory.bytes() as u64 && memory.address() < end;
-        } else if inside && let Some(rest) = line.strip_prefix("AnonHugePages:") {
+        } else if let Some(rest) = line.strip_prefix("AnonHugePages:").filter(|_| inside) {
             kib += rest.trim().trim_end_matches(" kB").parse::<u64>()?;
         }
     }

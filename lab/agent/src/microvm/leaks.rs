@@ -145,7 +145,7 @@ fn cycle(number: u64) -> Result<()> {
     let flags = uapi::HARVEST_CLEAR_ACCESSED | uapi::HARVEST_FLUSH;
     uapi::harvest(&session, 0, PAGES, flags, buffers)?;
     uapi::get_memslots(&session)?;
-    if number.is_multiple_of(4) {
+    if number % 4 == 0 {
         uapi::sample_set(&session, uapi::ACCESS_WRITE, 50_000, 16)?;
         machine.run_round()?;
     }

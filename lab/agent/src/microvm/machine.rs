@@ -152,13 +152,13 @@ impl Memory {
     }
 
     pub fn write_u32(&self, offset: usize, word: u32) {
-        assert!(offset.is_multiple_of(4) && offset + 4 <= self.bytes);
+        assert!(offset % 4 == 0 && offset + 4 <= self.bytes);
         // SAFETY: aligned and within the mapping, as asserted.
         unsafe { self.start.as_ptr().add(offset).cast::<u32>().write_volatile(word) };
     }
 
     pub fn read_u32(&self, offset: usize) -> u32 {
-        assert!(offset.is_multiple_of(4) && offset + 4 <= self.bytes);
+        assert!(offset % 4 == 0 && offset + 4 <= self.bytes);
         // SAFETY: aligned and within the mapping, as asserted.
         unsafe { self.start.as_ptr().add(offset).cast::<u32>().read_volatile() }
     }
