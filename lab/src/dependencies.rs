@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::Lab;
 use crate::cache::Key;
+use crate::debian::{self, Bind, Recipe, Suite};
 use crate::verdict::Tally;
 use crate::{proc, product};
 
@@ -34,6 +35,17 @@ const TOOL_TIMEOUT: Duration = Duration::from_secs(3 * 60);
 
 /// The first time all dependencies are checked.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(20 * 60);
+
+/// Downloading the crates, which mostly are there.
+const FETCH_TIMEOUT: Duration = Duration::from_secs(5 * 60);
+
+/// What builds the project on Debian.
+const RUST_PACKAGES: [&str; 6] = ["cargo", "gcc", "libc6-dev", "libvirt-dev", "pkg-config", "rustc"];
+
+/// What is run with Debian's Rust: a folder of crates stands in for the registry.
+const CHECK: &str = "cd /src && exec cargo check --workspace --all-targets --locked --offline \
+    --target-dir /target --config 'source.crates-io.replace-with=\"crates\"' \
+    --config 'source.crates.directory=\"/crates\"'";
 
 /// What cargo-deny says when it can not get the database of advisories.
 const NO_DATABASE: &str = "failed to fetch advisory database";
@@ -90,44 +102,58 @@ fn install(lab: &Lab, tool: &Tool) -> Result<PathBuf> {
     Ok(installed.join("bin").join(tool.name))
 }
 
-/// Checks all code with the Rust that Cargo.toml names as the oldest. It is installed
-/// beside the lab's other things, not among the user's toolchains.
+/// Checks all code with the Rust that Cargo.toml names as the oldest: Debian's own, as
+/// its packages bring it.
 fn oldest_rust(lab: &Lab) -> Result<Result<String, String>> {
+    if !nix::unistd::geteuid().is_root() {
+        return Ok(Err("Debian's Rust runs in a tree, which takes root's rights (chroot, mounts)".into()));
+    }
+    let recipe = Recipe { suites: &[Suite::MAIN.name()], packages: &RUST_PACKAGES, ..Recipe::default() };
+    let tree = debian::tree(lab, "rust-tree", &recipe)?;
     let version = rust_version(&fs::read_to_string(lab.root.join("Cargo.toml"))?)?;
-    let key = Key::new("rust-1").text(&version);
-    let toolchain = lab.cache.get_or_build("rust", &key, |dir| {
-        let step = lab.progress.step(format!("installing Rust {version}"));
-        let mut command = rustup(dir);
-        command.args(["toolchain", "install", &version, "--profile", "minimal", "--no-self-update"]);
-        proc::run(&mut command, &lab.log("rustup"), INSTALL_TIMEOUT)?;
-        step.done("");
-        Ok(())
-    });
-    let toolchain = match toolchain {
-        Ok(toolchain) => toolchain,
-        // clippy holds the standard library's part of it all the same.
-        Err(error) => return Ok(Err(format!("no Rust {version} by rustup: {}", first_line(&error)))),
-    };
+    let compiler = compiler(&tree)?;
+    ensure!(
+        is_release_of(&compiler, &version),
+        "Debian {} has {compiler}, and Cargo.toml calls {version} the oldest Rust: raise one of them",
+        Suite::MAIN
+    );
+    let crates = crates(lab)?;
     let target = product::target_dir(lab).join("oldest-rust");
-    let mut command = rustup(&toolchain);
-    command
-        .args(["run", &version, "cargo", "check", "--workspace", "--locked"])
-        .arg("--target-dir")
-        .arg(target)
-        .current_dir(&lab.root);
+    fs::create_dir_all(&target).with_context(|| format!("creating {}", target.display()))?;
+    let binds =
+        [Bind::read(&lab.root, "/src"), Bind::read(&crates, "/crates"), Bind::write(&target, "/target")];
+    let mut command = debian::enter(&tree, &binds, CHECK);
     proc::run(&mut command, &lab.log("oldest-rust"), CHECK_TIMEOUT)?;
-    Ok(Ok(format!("Rust {version} builds it")))
+    Ok(Ok(format!("{compiler} of Debian {} builds it", Suite::MAIN)))
 }
 
-/// rustup with a home of the lab's.
-fn rustup(home: &Path) -> Command {
-    let mut command = Command::new("rustup");
-    // Those of the toolchain that runs this program.
-    for name in ["CARGO", "RUSTC", "RUSTUP_TOOLCHAIN", "RUSTFLAGS"] {
-        command.env_remove(name);
-    }
-    command.env("RUSTUP_HOME", home);
-    command
+/// The sources of all crates that Cargo.lock names, as this machine's cargo gets them: it
+/// knows the way to the registry.
+fn crates(lab: &Lab) -> Result<PathBuf> {
+    let key = Key::new("crates 1").file(&lab.root.join("Cargo.lock"))?;
+    lab.cache.get_or_build("crates", &key, |dir| {
+        let mut command = product::cargo(lab);
+        command.args(["vendor", "--locked", "--versioned-dirs"]).arg(dir);
+        proc::run(&mut command, &lab.log("crates"), FETCH_TIMEOUT)
+    })
+}
+
+/// What a tree's compiler says that it is.
+fn compiler(tree: &Path) -> Result<String> {
+    let output = debian::enter(tree, &[], "rustc --version").output().context("running Debian's rustc")?;
+    ensure!(
+        output.status.success(),
+        "Debian's rustc in {} does not run: {}",
+        tree.display(),
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+/// Whether `rustc 1.85.1 (...)` is a release of `1.85`.
+fn is_release_of(compiler: &str, version: &str) -> bool {
+    let release = compiler.split_whitespace().nth(1).and_then(|release| release.strip_prefix(version));
+    release.is_some_and(|patch| patch.is_empty() || patch.starts_with('.'))
 }
 
 /// What Cargo.toml calls `rust-version`.
@@ -139,10 +165,6 @@ fn rust_version(manifest: &str) -> Result<String> {
     }
 }
 
-fn first_line(error: &anyhow::Error) -> String {
-    format!("{error:#}").lines().next().unwrap_or_default().to_owned()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -151,5 +173,26 @@ mod tests {
     fn the_oldest_rust_is_the_one_that_cargo_is_told() {
         assert_eq!(rust_version(include_str!("../../Cargo.toml")).unwrap(), env!("CARGO_PKG_RUST_VERSION"));
         assert!(rust_version("[workspace]\nversion = \"1\"\n").is_err());
+    }
+
+    #[test]
+    fn packages_and_readers_are_told_the_same_version() {
+        let version = env!("CARGO_PKG_RUST_VERSION");
+        for (text, says) in [
+            (include_str!("../../README.md"), format!("Rust\n{version} or newer")),
+            (include_str!("../../debian/control"), format!("\n cargo (>= {version}),\n")),
+            (include_str!("../../rpm/ept-virt.spec"), format!(" cargo >= {version}\n")),
+        ] {
+            assert!(text.contains(&says), "{says:?}");
+        }
+    }
+
+    #[test]
+    fn a_release_is_one_of_the_version() {
+        assert!(is_release_of("rustc 1.85.1 (4eb161250 2025-03-15) (built from a source tarball)", "1.85"));
+        assert!(is_release_of("rustc 1.85.0 (4d91de4e4 2025-02-17)", "1.85.0"));
+        for other in ["rustc 1.86.0 (05f9846f8 2025-03-31)", "rustc 1.850.0", "rustc 1.8.0", "rustc", ""] {
+            assert!(!is_release_of(other, "1.85"), "{other}");
+        }
     }
 }
