@@ -50,23 +50,28 @@ const CHECK: &str = "cd /src && exec cargo check --workspace --all-targets --loc
 /// What cargo-deny says when it can not get the database of advisories.
 const NO_DATABASE: &str = "failed to fetch advisory database";
 
+/// What cargo says of a tool that is too new for the Rust that it has.
+const NEEDS_NEWER_RUST: &str = "it requires rustc";
+
 /// Runs all checks of dependencies.
 pub fn check(lab: &Lab, tally: &Tally) {
-    tally.check("unused-dependencies", || {
-        run(lab, &MACHETE, &[])?;
-        Ok(String::new())
-    });
-    tally.check("licences-and-sources", || {
-        run(lab, &DENY, &["check", "licenses", "bans", "sources"])?;
-        Ok(String::new())
-    });
-    tally.try_check("advisories", || match run(lab, &DENY, &["check", "advisories"]) {
-        Err(error) if format!("{error:#}").contains(NO_DATABASE) => {
-            Ok(Err("the database of RustSec can not be fetched from here".into()))
-        }
-        result => result.map(|()| Ok(String::new())),
-    });
+    tally.try_check("unused-dependencies", || judged(run(lab, &MACHETE, &[])));
+    let checks = ["check", "licenses", "bans", "sources"];
+    tally.try_check("licences-and-sources", || judged(run(lab, &DENY, &checks)));
+    tally.try_check("advisories", || judged(run(lab, &DENY, &["check", "advisories"])));
     tally.try_check("oldest-rust", || oldest_rust(lab));
+}
+
+/// What a tool's outcome says of the project: nothing, where it could not look.
+fn judged(outcome: Result<()>) -> Result<Result<String, String>> {
+    let said = outcome.as_ref().err().map(|error| format!("{error:#}")).unwrap_or_default();
+    if said.contains(NO_DATABASE) {
+        Ok(Err("the database of RustSec can not be fetched from here".into()))
+    } else if said.contains(NEEDS_NEWER_RUST) {
+        Ok(Err("this machine's Rust is too old for the tool that looks".into()))
+    } else {
+        outcome.map(|()| Ok(String::new()))
+    }
 }
 
 /// Runs a tool in the project's root.

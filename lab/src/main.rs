@@ -15,6 +15,7 @@ mod debug_kernel;
 mod demo;
 mod dependencies;
 mod flavour;
+mod fresh;
 mod intel_bochs;
 mod intel_kernel;
 mod kernel;
@@ -73,6 +74,9 @@ enum Command {
     Bench(bench::Options),
     /// Build Debian packages of the product into target/deb, and have lintian judge them.
     Deb,
+    /// Run README's first commands on the last commit, in a Debian tree that has Rust and
+    /// nothing else, and tell what they took.
+    Fresh(fresh::Options),
     /// Open a shell on an emulated AMD host, with the product installed.
     Lab {
         #[command(subcommand)]
@@ -163,6 +167,7 @@ fn run(cli: Cli) -> Result<bool> {
         Command::Demo => demo::run(&lab, "demo", DEMO_TIMEOUT),
         Command::Bench(options) => bench::run(&lab, &options),
         Command::Deb => deb::run(&lab),
+        Command::Fresh(options) => fresh::run(&lab, &options),
         Command::Test(options) => test::run(&lab, &options),
         Command::Lab { what: None } => shell::run(&lab).map(|()| true),
         Command::Lab { what: Some(LabCommand::BuildDebugKernel) } => {
