@@ -42,16 +42,14 @@ pub fn judge(hooks: &Hooks, seen: Seen<'_>) -> Check {
             Check::ok(NAME, format!("{path} is installed, and libvirt calls it"))
         }
         Found::Installed => match seen.libvirt {
-            Some(libvirt) if hooks.others.is_empty() && hooks.changed >= Some(libvirt.started) => {
-                Check::warn(
-                    NAME,
-                    format!(
-                        "{path} came after {} had started, as the first hook; unless that was reloaded since, it does not know",
-                        libvirt.name
-                    ),
-                    format!("systemctl reload {}", libvirt.name),
-                )
-            }
+            Some(libvirt) if hooks.others.is_empty() && hooks.changed >= Some(libvirt.looked) => Check::warn(
+                NAME,
+                format!(
+                    "{path} came after {} had started, as the first hook; unless that was told since to reload, it does not know",
+                    libvirt.name
+                ),
+                format!("systemctl reload {}", libvirt.name),
+            ),
             Some(_) => Check::ok(NAME, format!("{path} is installed, and libvirt knows it")),
             None => Check::ok(NAME, format!("{path} is installed; libvirt will see it when it starts")),
         },
@@ -67,7 +65,7 @@ mod tests {
 
     #[test]
     fn a_first_hook_needs_a_reload_unless_it_was_called_already() {
-        let libvirt = LibvirtDaemon { name: "virtqemud".into(), started: 1000 };
+        let libvirt = LibvirtDaemon { name: "virtqemud".into(), looked: 1000 };
         let hooks = |found, others: &[&str], changed| Hooks {
             path: PathBuf::from("/hooks/qemu.d/ept-virt"),
             found,

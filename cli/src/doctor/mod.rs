@@ -93,7 +93,14 @@ impl Facts {
         let (asked, at) = (uri.to_owned(), root.clone());
         let libvirt = bounded::within(PATIENCE, move || LibvirtSays::ask(&asked, &at))
             .unwrap_or_else(|| LibvirtSays::silent(uri, PATIENCE.as_secs()));
-        Self::read(&root, |release| Module::ask(&root, release), libvirt, Daemon::ask(socket))
+        let mut facts =
+            Self::read(&root, |release| Module::ask(&root, release), libvirt, Daemon::ask(socket));
+        if let Some(libvirt) = facts.processes.libvirt.clone() {
+            let asked = libvirt.clone();
+            let known = bounded::within(PATIENCE, move || asked.after_reload());
+            facts.processes.libvirt = Some(known.unwrap_or(libvirt));
+        }
+        facts
     }
 }
 

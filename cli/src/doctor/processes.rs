@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Processes of the host that matter: libvirt's daemons, and DAMON's threads.
 
+use std::process::Command;
+
 use ept_virt_core::process::start_time;
 
 use super::root::Root;
@@ -16,8 +18,27 @@ const TICKS_A_SECOND: u64 = 100;
 pub struct LibvirtDaemon {
     /// libvirtd or virtqemud: also the name of its unit.
     pub name: String,
-    /// When it started, in seconds since 1970.
-    pub started: u64,
+    /// When it last looked for hooks, in seconds since 1970: as it started, or was told
+    /// to reload.
+    pub looked: u64,
+}
+
+impl LibvirtDaemon {
+    /// The same, which systemd may have told to reload. Asks systemd.
+    pub fn after_reload(self) -> Self {
+        let mut command = Command::new("systemctl");
+        command.args(["show", &self.name, "--property=ExecReload", "--timestamp=unix"]);
+        let shown = command.output().map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+        let reloaded = shown.ok().and_then(|shown| reload_time(&shown));
+        Self { looked: self.looked.max(reloaded.unwrap_or(0)), ..self }
+    }
+}
+
+/// When a unit was last told to reload, in seconds since 1970, as `systemctl show` says
+/// it; none when it never was, or by a systemd that writes it otherwise.
+fn reload_time(shown: &str) -> Option<u64> {
+    let (_, time) = shown.split_once("start_time=[@")?;
+    time.split_once(']')?.0.parse().ok()
 }
 
 /// What was found in `/proc`.
@@ -40,7 +61,7 @@ impl Processes {
             if name.starts_with("kdamond") {
                 found.damon_threads += 1;
             } else if LIBVIRT_DAEMONS.contains(&name.as_str()) && found.libvirt.is_none() {
-                found.libvirt = started(root, &pid).map(|started| LibvirtDaemon { name, started });
+                found.libvirt = started(root, &pid).map(|looked| LibvirtDaemon { name, looked });
             }
         }
         found
@@ -53,4 +74,23 @@ fn started(root: &Root, pid: &str) -> Option<u64> {
     let boot = root.text("/proc/stat")?;
     let boot = boot.lines().find_map(|line| line.strip_prefix("btime "))?;
     Some(boot.trim().parse::<u64>().ok()? + ticks / TICKS_A_SECOND)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn systemd_says_when_it_had_a_daemon_reload() {
+        let shown = |time| {
+            format!(
+                "ExecReload={{ path=/bin/kill ; argv[]=/bin/kill -HUP $MAINPID ; ignore_errors=no ; \
+                 start_time=[{time}] ; stop_time=[{time}] ; pid=812 ; code=exited ; status=0 }}\n"
+            )
+        };
+        assert_eq!(reload_time(&shown("@1764201936")), Some(1_764_201_936));
+        for other in [shown("n/a"), shown("Fri 2026-11-27 00:25:36 UTC"), String::new()] {
+            assert_eq!(reload_time(&other), None, "{other}");
+        }
+    }
 }

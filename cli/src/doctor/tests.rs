@@ -112,7 +112,7 @@ fn a_captured_host_is_read_in_full() {
     assert_eq!(facts.kvm.loaded, Some(kvm::Vendor::Amd));
     assert_eq!(facts.kvm.tdp_mmu, Some(true));
     let libvirt = facts.processes.libvirt.unwrap();
-    assert_eq!((libvirt.name.as_str(), libvirt.started), ("virtqemud", 1_700_000_000 + 123));
+    assert_eq!((libvirt.name.as_str(), libvirt.looked), ("virtqemud", 1_700_000_000 + 123));
     let facts = bad();
     assert_eq!(facts.rivals.damon_modules, ["damon_stat"]);
     assert_eq!(facts.rivals.damon_threads, 1);

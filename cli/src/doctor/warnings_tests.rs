@@ -115,7 +115,7 @@ fn of_libvirt() -> Vec<Check> {
 }
 
 fn of_hook() -> Vec<Check> {
-    let libvirt = LibvirtDaemon { name: "libvirtd".into(), started: 1000 };
+    let libvirt = LibvirtDaemon { name: "libvirtd".into(), looked: 1000 };
     let seen = Seen { libvirt: Some(&libvirt), nudges: Some(0) };
     let judge = |found| {
         let path = PathBuf::from("/etc/libvirt/hooks/qemu.d/ept-virt");
