@@ -24,7 +24,7 @@ fn expect_logged(machine: &Machine, when: &str) -> Result<()> {
 /// Dirty logging begins while pages are armed, and they are released while it is
 /// on: every write is in the log.
 pub fn dirty_log() -> Result<Outcome> {
-    const CYCLES: u64 = 25;
+    const CYCLES: u64 = 12;
     let mut report = Vec::new();
     for access in [AccessSet::ALL, AccessSet::WRITE] {
         let mut machine = Machine::standard()?;
@@ -56,7 +56,12 @@ pub fn dirty_log() -> Result<Outcome> {
             stats.samples, stats.released
         ));
     }
-    Ok(Outcome::Pass(format!("no write missing in 200 logs: {}; writes alone: {}", report[0], report[1])))
+    Ok(Outcome::Pass(format!(
+        "no write missing in {} logs: {}; writes alone: {}",
+        2 * 4 * CYCLES,
+        report[0],
+        report[1]
+    )))
 }
 
 /// A guest whose memory is dropped and whose slot comes and goes, beside
