@@ -23,6 +23,7 @@ pub enum Line {
 }
 
 /// A kernel as files, whoever built it.
+#[derive(Clone)]
 pub struct Kernel {
     /// Which line it is of.
     pub line: Line,

@@ -58,7 +58,7 @@ pub struct Installation {
     pub module: Option<PathBuf>,
     /// The static program inside hosts and guests.
     pub agent: PathBuf,
-    /// The guests boot the host's own kernel.
+    /// The kernel that guests boot.
     pub kernel: PathBuf,
     /// Folder of that kernel's modules.
     pub modules: PathBuf,

@@ -372,12 +372,17 @@ impl<'a> Amd<'a> {
             Init::Script | Init::Systemd => Some(kmod::build(lab, &kernel)?),
             Init::Upgraded => None,
         };
+        // Guests boot the host's own kernel, but not 7.3: as a guest without ACPI it panics.
+        let guest = match flavour.init {
+            Init::Script | Init::Systemd => kernel.clone(),
+            Init::Upgraded => Line::MAIN.get(lab)?,
+        };
         let files = Installation {
             product: product::build(lab)?,
             module,
             agent: agent.into(),
-            kernel: kernel.image.clone(),
-            modules: kernel.modules.clone(),
+            kernel: guest.image,
+            modules: guest.modules,
             virtqemud: virtqemud::built(lab, flavour)?,
             packages,
         };

@@ -78,6 +78,7 @@ pub fn run() -> Result<Outcome> {
     follow(look)?;
     follow(place)?;
     let moved = wait_placed(&mut guest, &truth)?;
+    observed(guest.name, "a round after that", |d| d.round.as_ref().is_some_and(|r| r.slow_bytes > 0))?;
     follow(placed)?;
     foreign::check_metadata(guest.name)?;
     let nova = check_nova()?;

@@ -100,7 +100,7 @@ fn same(wanted: &[&str], lines: &[&str]) -> bool {
     }
 }
 
-/// Whether a line is the wanted one but for numbers, spaces and what dots stand for.
+/// Whether a line is the wanted one but for figures, spaces and what dots stand for.
 fn alike(wanted: &str, line: &str) -> bool {
     fits(&shape(wanted), &shape(line))
 }
@@ -112,19 +112,33 @@ fn fits(wanted: &str, line: &str) -> bool {
     ends.into_iter().any(|at| fits(rest, &left[at..]))
 }
 
-/// A line with `0` for each number, and one space for each run of them.
+/// A line with `0` for each number, `B` and `s` for units of memory and time behind one,
+/// and one space for each run of them.
 fn shape(line: &str) -> String {
+    let mut words: Vec<String> = Vec::new();
+    for word in line.split_whitespace() {
+        let after_number = words.last().is_some_and(|last| last.ends_with('0'));
+        let (unit, mark) = word.split_at(word.trim_end_matches([',', ';', ':', ')']).len());
+        words.push(match unit {
+            "KiB" | "MiB" | "GiB" if after_number => format!("B{mark}"),
+            "ns" | "us" | "ms" | "min" | "h" if after_number => format!("s{mark}"),
+            _ => without_numbers(word),
+        });
+    }
+    words.join(" ")
+}
+
+/// A word with `0` for each number in it, fractions included.
+fn without_numbers(word: &str) -> String {
     let mut shape = String::new();
-    let mut chars = line.trim().chars().peekable();
-    while let Some(c) = chars.next() {
-        let last = shape.chars().last();
-        match c {
-            '0'..='9' if last == Some('0') => {}
+    let mut letters = word.chars().peekable();
+    while let Some(letter) = letters.next() {
+        let in_number = shape.ends_with('0');
+        match letter {
+            '0'..='9' if in_number => {}
             '0'..='9' => shape.push('0'),
-            // Of a fraction, as in 1.5.
-            '.' if last == Some('0') && chars.peek().is_some_and(char::is_ascii_digit) => {}
-            ' ' if last == Some(' ') => {}
-            c => shape.push(c),
+            '.' if in_number && letters.peek().is_some_and(char::is_ascii_digit) => {}
+            _ => shape.push(letter),
         }
     }
     shape
@@ -164,7 +178,8 @@ More.\n```\nno block\n```\n```console\n$ d\n...\n```\n## Next\n```console\n$ not
     fn numbers_and_dots_may_be_others() {
         for (wanted, line, fits) in [
             ("hot 12 MiB", "hot   7.25 MiB", true),
-            ("hot 12 MiB", "hot 7.25 GiB", false),
+            ("hot 12 MiB, 3 ms", "hot 7.25 GiB, 0.5 s", true),
+            ("hot 12 MiB", "hot 7.25 pages", false),
             ("Linux 6.12.117+deb13-amd64", "Linux 6.1.0-41-amd64", false),
             ("Linux ...", "Linux 6.1.0-41-amd64", true),
             ("ok ... twice", "ok once, twice and twice", true),
