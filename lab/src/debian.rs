@@ -211,7 +211,10 @@ pub fn tree(lab: &Lab, name: &str, recipe: &Recipe) -> Result<PathBuf> {
         let mirror = apt::mirror(lab)?;
         let (first, last) = suites.first().zip(suites.last()).context("a tree without a suite")?;
         let step = lab.progress.step(format!("unpacking Debian {last} ({name})"));
-        let mut command = Command::new("mmdebstrap");
+        // What it mounts in the tree (the machine's /dev/shm too) ends with it, however it
+        // ends: whoever removes an unfinished tree must not reach through.
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "mmdebstrap"]);
         // The lab's hosts have an initramfs of their own.
         command.env("INITRD", "No");
         command.args(["--variant=minbase", "--mode=root", "--format=directory"]);
