@@ -7,6 +7,7 @@
 mod image;
 mod payload;
 mod qmp;
+mod waker;
 
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
@@ -26,6 +27,7 @@ use crate::proc::{self, Child, log_tail};
 use crate::verdict::Follower;
 
 pub use payload::Payload;
+use waker::Waker;
 
 const QEMU: &str = "qemu-system-x86_64";
 
@@ -110,6 +112,7 @@ pub struct Machine {
     /// The kernel's console.
     pub console: PathBuf,
     work: PathBuf,
+    _waker: Waker,
 }
 
 impl AmdHost {
@@ -196,7 +199,10 @@ impl AmdHost {
 impl Machine {
     fn spawn(lab: &Lab, name: &str, command: &mut Command, work: PathBuf) -> Result<Self> {
         let qemu = proc::spawn(command, &lab.log(&format!("{name}-qemu")))?;
-        Ok(Self { qemu, console: console_log(lab, name), work })
+        let progress = lab.progress.clone();
+        let text = format!("AMD host: {name} stood still, and was woken (lab/src/amd/waker.rs)");
+        let waker = Waker::watch(qemu.id(), move || progress.line(&text));
+        Ok(Self { qemu, console: console_log(lab, name), work, _waker: waker })
     }
 
     /// Connects to the second serial port of a machine with [`Wire::Socket`].

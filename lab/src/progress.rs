@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 /// Where progress is shown: standard error.
+#[derive(Clone)]
 pub struct Progress {
     /// All steps under way, in a terminal: several threads may have one each.
     bars: Option<MultiProgress>,

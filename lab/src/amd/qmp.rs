@@ -44,6 +44,11 @@ impl Monitor {
         }
     }
 
+    /// Presses and releases a key, by QEMU's name for it.
+    pub fn press(&mut self, key: &str) -> Result<()> {
+        self.execute("send-key", json!({"keys": [{"type": "qcode", "data": key}]})).map(drop)
+    }
+
     fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let request = json!({"execute": command, "arguments": arguments});
         writeln!(self.stream.get_mut(), "{request}")
