@@ -36,7 +36,7 @@ struct Observed {
 
 impl Observed {
     fn start(pages: Pages) -> Result<Observed> {
-        let mut machine = Machine::standard()?;
+        let mut machine = Machine::with_resident(pages)?;
         machine.load(&round_program(pages, Touch::Write))?;
         machine.run_round()?;
         let readers = (0..READERS).map(|_| machine.observe()).collect::<Result<Vec<_>>>()?;
