@@ -3,6 +3,7 @@
 //! Rust and nothing else.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -53,7 +54,9 @@ pub fn run(lab: &Lab, options: &Options) -> Result<bool> {
     let step =
         lab.progress.step(format!("a fresh machine: {}, to {}", options.commands.join(", "), log.display()));
     let script = format!("set -- {}\n{SCRIPT}", options.commands.join(" "));
-    let mut command = debian::enter(&tree, &[Bind::write(&work, "/srv")], &script);
+    // Tests ask the kernel for its NUMA nodes.
+    let binds = [Bind::write(&work, "/srv"), Bind::read(Path::new("/sys"), "/sys")];
+    let mut command = debian::enter(&tree, &binds, &script);
     let outcome = proc::run(&mut command, &log, TIMEOUT);
     let times = work.join("times");
     let ended = fs::read_to_string(&times).with_context(|| format!("reading {}", times.display()))?;
