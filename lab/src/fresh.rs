@@ -35,7 +35,8 @@ const CLONE_TIMEOUT: Duration = Duration::from_secs(300);
 /// What to run there.
 #[derive(Args)]
 pub struct Options {
-    /// Commands of `cargo xtask`, one after the other.
+    /// Commands of `cargo xtask`, one after the other; each may have options, in one word
+    /// with it: "test --dependencies".
     #[arg(default_values = ["demo", "test"])]
     commands: Vec<String>,
 }
@@ -53,7 +54,8 @@ pub fn run(lab: &Lab, options: &Options) -> Result<bool> {
     let log = lab.log("fresh");
     let step =
         lab.progress.step(format!("a fresh machine: {}, to {}", options.commands.join(", "), log.display()));
-    let script = format!("set -- {}\n{SCRIPT}", options.commands.join(" "));
+    let quoted = options.commands.iter().map(|command| format!("'{}'", command.replace('\'', "'\\''")));
+    let script = format!("set -- {}\n{SCRIPT}", quoted.collect::<Vec<_>>().join(" "));
     // Tests ask the kernel for its NUMA nodes.
     let binds = [Bind::write(&work, "/srv"), Bind::read(Path::new("/sys"), "/sys")];
     let mut command = debian::enter(&tree, &binds, &script);
@@ -64,7 +66,8 @@ pub fn run(lab: &Lab, options: &Options) -> Result<bool> {
     step.done("");
     let mut good = true;
     for line in ended.lines() {
-        let [name, status, seconds] = line.split(' ').collect::<Vec<_>>()[..] else {
+        let mut words = line.rsplitn(3, ' ');
+        let (Some(seconds), Some(status), Some(name)) = (words.next(), words.next(), words.next()) else {
             bail!("{} has the line {line:?}", times.display());
         };
         let minutes = seconds.parse::<f64>().context("a time in seconds")? / 60.0;
