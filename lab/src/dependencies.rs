@@ -50,8 +50,8 @@ const CHECK: &str = "cd /src && exec cargo check --workspace --all-targets --loc
 /// What cargo-deny says when it can not get the database of advisories.
 const NO_DATABASE: &str = "failed to fetch advisory database";
 
-/// What cargo says of a tool that is too new for the Rust that it has.
-const NEEDS_NEWER_RUST: &str = "it requires rustc";
+/// What cargo says of a tool, or of what that needs, that is too new for its Rust.
+const NEEDS_NEWER_RUST: [&str; 2] = ["it requires rustc", "is not supported by the following packages"];
 
 /// Runs all checks of dependencies.
 pub fn check(lab: &Lab, tally: &Tally) {
@@ -67,7 +67,7 @@ fn judged(outcome: Result<()>) -> Result<Result<String, String>> {
     let said = outcome.as_ref().err().map(|error| format!("{error:#}")).unwrap_or_default();
     if said.contains(NO_DATABASE) {
         Ok(Err("the database of RustSec can not be fetched from here".into()))
-    } else if said.contains(NEEDS_NEWER_RUST) {
+    } else if NEEDS_NEWER_RUST.iter().any(|words| said.contains(words)) {
         Ok(Err("this machine's Rust is too old for the tool that looks".into()))
     } else {
         outcome.map(|()| Ok(String::new()))

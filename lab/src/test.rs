@@ -139,6 +139,9 @@ impl Options {
     }
 
     fn plan(&self) -> Plan<'static> {
+        if self.packages {
+            return Plan { flavours: vec![Flavour::systemd(Suite::MAIN)], boots: Vec::new() };
+        }
         let boots = match self {
             _ if self.all() => boots::TESTS.iter().collect(),
             _ if self.intel => boots::TESTS.iter().filter(|boot| boot.host != Host::Amd).collect(),
