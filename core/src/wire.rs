@@ -403,7 +403,7 @@ pub struct RoundStatus {
     /// The same of the cold class.
     #[serde(default)]
     pub cold_age_ms: u64,
-    /// Bytes known to lie on the fast tier.
+    /// Bytes known to lie on the fast tier by now: pages move between rounds.
     pub fast_bytes: u64,
     /// Bytes known to lie on the slow tier.
     pub slow_bytes: u64,

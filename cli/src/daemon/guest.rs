@@ -398,8 +398,7 @@ impl Guest {
         started: Instant,
     ) -> RoundStatus {
         let span = span.unwrap_or_default();
-        let memory = lock(&self.memory);
-        let places = memory.places();
+        let target = self.dram_target(lock(&self.memory).bytes());
         let half_life = self.orders.policy.half_life;
         // Of what is accessed outside of windows the heat does not know.
         let age = |temperature| match span.watched < span.elapsed {
@@ -424,11 +423,21 @@ impl Guest {
             cold_bytes: bytes(classes.cold),
             warm_age_ms: age(HOT_FROM),
             cold_age_ms: age(COLD_BELOW),
+            dram_target_bytes: target.map(|target| target.0),
+            took_us: started.elapsed().as_micros() as u64,
+            ..self.with_places(RoundStatus::default())
+        }
+    }
+
+    /// A round's figures, with where the memory lies by now: pages move between rounds.
+    pub fn with_places(&self, round: RoundStatus) -> RoundStatus {
+        let places = lock(&self.memory).places();
+        let bytes = |pages: u64| Bytes::of_pages(pages).0;
+        RoundStatus {
             fast_bytes: bytes(places.fast),
             slow_bytes: bytes(places.slow),
             absent_bytes: bytes(places.absent),
-            dram_target_bytes: self.dram_target(memory.bytes()).map(|target| target.0),
-            took_us: started.elapsed().as_micros() as u64,
+            ..round
         }
     }
 

@@ -317,6 +317,24 @@ fn nothing_is_called_idle_that_was_not_observed_for_long_enough() {
 }
 
 #[test]
+fn where_memory_lies_is_told_as_it_is_after_the_moves() {
+    let mut test = Test::new(orders(Mode::Place), vec![slot(0, 100)]);
+    test.world().touch(0..100);
+    let mut status = test.round();
+    for _ in 0..20 {
+        if !test.world().on(SLOW).is_empty() {
+            break;
+        }
+        status = test.rounds(1, 0..0);
+    }
+    let slow_bytes = test.world().on(SLOW).len() as u64 * PAGE_BYTES;
+    assert_eq!((status.slow_bytes, slow_bytes), (0, 50 * PAGE_BYTES), "they moved after the round");
+    let by_now = test.guest.with_places(status.clone());
+    assert_eq!((by_now.fast_bytes, by_now.slow_bytes), (50 * PAGE_BYTES, slow_bytes));
+    assert_eq!((by_now.number, by_now.mapped_bytes), (status.number, status.mapped_bytes));
+}
+
+#[test]
 fn idle_pages_leave_the_fast_tier_and_hot_ones_stay() {
     let mut test = Test::new(orders(Mode::Place), vec![slot(0, 100)]);
     test.world().touch(0..100);

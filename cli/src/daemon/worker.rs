@@ -513,6 +513,7 @@ impl Run {
         let (moves, budget) = (self.guest.totals(), self.guest.budget_status());
         let (excluded, warnings) = self.guest.excluded();
         let (sampling, slowdown) = (self.guest.sampling(), self.guest.slowdown());
+        let round = self.round.clone().map(|round| self.guest.with_places(round));
         self.cell.update_by(&self.memory, |status| {
             status.pid = Some(self.process.pid());
             status.state = state;
@@ -523,7 +524,7 @@ impl Run {
             status.sampling = sampling;
             status.slowdown = slowdown;
             status.slots = slots;
-            status.round.clone_from(&self.round);
+            status.round = round;
             status.budget = budget;
             status.moves = moves;
         });
