@@ -42,10 +42,10 @@ pub fn judge(hooks: &Hooks, seen: Seen<'_>) -> Check {
             Check::ok(NAME, format!("{path} is installed, and libvirt calls it"))
         }
         Found::Installed => match seen.libvirt {
-            Some(libvirt) if hooks.others.is_empty() && hooks.changed >= Some(libvirt.looked) => Check::warn(
+            Some(libvirt) if hooks.others.is_empty() && hooks.changed > Some(libvirt.looked) => Check::warn(
                 NAME,
                 format!(
-                    "{path} came after {} had started, as the first hook; unless that was told since to reload, it does not know",
+                    "{path} came after {} had started, as the first hook; unless it has been told to reload since, it does not know",
                     libvirt.name
                 ),
                 format!("systemctl reload {}", libvirt.name),

@@ -81,8 +81,10 @@ impl Kernel {
             (true, false) => Check::warn(
                 "signing",
                 format!("{}: only modules signed by an enrolled key are loaded", reasons.join(", ")),
-                "sign kvm_ept_sample.ko with `/lib/modules/$(uname -r)/build/scripts/sign-file sha256 KEY CERT FILE`, \
-                 and enroll the certificate with `mokutil --import`; DKMS does both by itself",
+                "DKMS has signed it with a key of its own (`modinfo -F signer kvm_ept_sample`): enroll that by \
+                 `mokutil --import /var/lib/dkms/mok.pub`, which asks for a password, boot, and choose Enroll MOK. \
+                 Without DKMS sign kvm_ept_sample.ko with `/lib/modules/$(uname -r)/build/scripts/sign-file sha256 \
+                 KEY CERT FILE`, and enroll CERT",
             ),
         }
     }

@@ -13,10 +13,14 @@ pub enum Module {
     Ready(ModuleInfo),
     /// It is loaded; more only root may see.
     NotForUs,
-    /// It is not loaded; whether it is built for the running kernel.
-    NotLoaded {
-        /// `modprobe` would find it.
-        is_installed: bool,
+    /// It is not loaded; `modprobe` would find it.
+    NotLoaded,
+    /// It is not built for the running kernel.
+    NotBuilt {
+        /// As `uname -r` says it.
+        release: String,
+        /// What it is built with is there.
+        has_headers: bool,
     },
     /// It is of another version, or broken; in plain words.
     Unusable(String),
@@ -30,7 +34,13 @@ impl Module {
             Err(SamplerError::NotPermitted { .. }) => Module::NotForUs,
             Err(SamplerError::ModuleMissing) => {
                 let known = root.text(format!("/lib/modules/{release}/modules.dep")).unwrap_or_default();
-                Module::NotLoaded { is_installed: known.contains("kvm_ept_sample.ko") }
+                match known.contains("kvm_ept_sample.ko") {
+                    true => Module::NotLoaded,
+                    false => Module::NotBuilt {
+                        has_headers: root.exists(format!("/lib/modules/{release}/build/include")),
+                        release: release.to_owned(),
+                    },
+                }
             }
             Err(error) => Module::Unusable(error.to_string()),
         }
@@ -38,7 +48,7 @@ impl Module {
 
     /// Whether it is in the kernel.
     pub fn is_loaded(&self) -> bool {
-        !matches!(self, Module::NotLoaded { .. })
+        !matches!(self, Module::NotLoaded | Module::NotBuilt { .. })
     }
 
     /// Whether it can be used.
@@ -55,16 +65,27 @@ impl Module {
                 "kvm_ept_sample is loaded; its version only root may ask",
                 "run this as root",
             ),
-            Module::NotLoaded { is_installed: true } => Check::fail(
+            Module::NotLoaded => Check::fail(
                 NAME,
                 "kvm_ept_sample is installed, and not loaded",
                 "modprobe kvm_ept_sample; when that fails, `dmesg` says why",
             ),
-            Module::NotLoaded { is_installed: false } => Check::fail(
+            Module::NotBuilt { release, has_headers: false } => Check::fail(
                 NAME,
-                "kvm_ept_sample is not built for this kernel",
-                "`dkms install kvm-ept-sample/VERSION`, or in the sources `make -C kmod && make -C kmod \
-                 modules_install && depmod`; then `modprobe kvm_ept_sample`",
+                format!("kvm_ept_sample is not built for Linux {release}, whose headers are not installed"),
+                format!(
+                    "install the headers, on Debian `apt install linux-headers-{release}`: DKMS builds it then; \
+                     `modprobe kvm_ept_sample`"
+                ),
+            ),
+            Module::NotBuilt { release, has_headers: true } => Check::fail(
+                NAME,
+                format!("kvm_ept_sample is not built for Linux {release}"),
+                format!(
+                    "`dkms install kvm-ept-sample/{}`, or in the sources `make -C kmod && make -C kmod \
+                     modules_install && depmod`; then `modprobe kvm_ept_sample`",
+                    env!("CARGO_PKG_VERSION")
+                ),
             ),
             Module::Unusable(problem) => Check::fail(
                 NAME,
@@ -93,12 +114,14 @@ mod tests {
             keep_young: true,
             patched_kvm: false,
         };
+        let not_built = |has_headers| Module::NotBuilt { release: "6.12.1".into(), has_headers };
         for (module, verdict, words) in [
             (Module::Ready(info), Ok, "ABI 1.2, for NPT"),
             (Module::Ready(ModuleInfo { patched_kvm: true, ..info }), Ok, "NPT; KVM is patched for samples"),
             (Module::NotForUs, Warn, "only root"),
-            (Module::NotLoaded { is_installed: true }, Fail, "not loaded"),
-            (Module::NotLoaded { is_installed: false }, Fail, "not built"),
+            (Module::NotLoaded, Fail, "not loaded"),
+            (not_built(true), Fail, "not built for Linux 6.12.1"),
+            (not_built(false), Fail, "headers are not installed"),
             (Module::Unusable("ABI 9".into()), Fail, "ABI 9"),
         ] {
             let check = module.judge();

@@ -46,7 +46,7 @@ fn bad() -> Facts {
         problem: "no daemon listens at /run/ept-virt/ept-virt.sock".into(),
         mend: "start it, as root, with `systemctl start ept-virt`".into(),
     };
-    let module = |_: &str| Module::NotLoaded { is_installed: true };
+    let module = |_: &str| Module::NotLoaded;
     let facts = settled(Facts::read(&root, module, libvirt(vec![guest]), daemon));
     Facts { is_root: false, ..facts }
 }
@@ -54,7 +54,7 @@ fn bad() -> Facts {
 /// A machine that has nothing of what is needed.
 fn empty() -> Facts {
     let root = captured("no such host");
-    let module = |_: &str| Module::NotLoaded { is_installed: false };
+    let module = |release: &str| Module::NotBuilt { release: release.into(), has_headers: true };
     let problem = "no daemon listens at SOCKET".to_owned();
     let daemon = Daemon::Away { problem, mend: "start it".into() };
     let mut facts = settled(Facts::read(&root, module, LibvirtSays::silent("qemu:///system", 5), daemon));

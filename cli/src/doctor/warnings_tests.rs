@@ -66,8 +66,9 @@ fn of_module() -> Vec<Check> {
     let other = SamplerError::WrongVersion { module_major: 2, module_minor: 0 };
     [
         Module::NotForUs,
-        Module::NotLoaded { is_installed: true },
-        Module::NotLoaded { is_installed: false },
+        Module::NotLoaded,
+        Module::NotBuilt { release: "6.12.95+deb13-amd64".into(), has_headers: false },
+        Module::NotBuilt { release: "6.12.95+deb13-amd64".into(), has_headers: true },
         Module::Unusable(other.to_string()),
     ]
     .map(|module| module.judge())
