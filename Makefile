@@ -3,6 +3,11 @@
 # make install            installs them, and the kernel module's source for DKMS
 # make uninstall          removes what that installed, but for the configuration
 #
+# After an install, as root: systemd-sysusers; dkms install kvm-ept-sample/0.1.0;
+# systemctl daemon-reload; systemctl enable --now ept-virt; systemctl reload libvirtd (or
+# virtqemud). Before an uninstall: systemctl disable --now ept-virt;
+# dkms remove kvm-ept-sample/0.1.0 --all.
+#
 # Packages install with DESTDIR. Debian's are made by `cargo xtask deb`, or by
 # dpkg-buildpackage; rpm/ept-virt.spec makes those of other distributions.
 

@@ -54,7 +54,7 @@ enum Command {
         #[arg(long)]
         force: bool,
     },
-    /// Take our hook away, and no other.
+    /// Take our hook away, and no other. The next upgrade of its package brings it back.
     Uninstall,
     /// Show whether the hook is installed; exits with 1 when libvirt would not
     /// call it.
