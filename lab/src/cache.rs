@@ -10,6 +10,9 @@ use anyhow::{Context, Result};
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 
+/// The folder's name, in the project's root.
+pub const FOLDER: &str = ".lab-cache";
+
 /// How many items of a name are kept: those of two checkouts that take turns.
 const KEPT: usize = 2;
 
@@ -70,10 +73,11 @@ impl Key {
         Ok(self)
     }
 
-    /// Adds another item, by its path in the cache: the path names its key.
+    /// Adds another item, or a part of one, by its path in the cache: the item's name has
+    /// its key.
     pub fn item(self, path: &Path) -> Self {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        self.text(&name)
+        let names = path.iter().skip_while(|name| *name != FOLDER).skip(1);
+        self.text(&names.collect::<PathBuf>().to_string_lossy())
     }
 
     fn add(&mut self, bytes: &[u8]) {
@@ -198,6 +202,14 @@ mod tests {
         let a = Key::new("r").text("ab").text("c");
         let b = Key::new("r").text("a").text("bc");
         assert_ne!(a.hex(), b.hex());
+    }
+
+    #[test]
+    fn a_part_of_an_item_is_made_from_what_the_item_is() {
+        let key = |path: &str| Key::new("r").item(Path::new(path)).hex();
+        assert_ne!(key("/a/.lab-cache/x-12/upgraded"), key("/a/.lab-cache/x-34/upgraded"));
+        assert_ne!(key("/a/.lab-cache/x-12"), key("/a/.lab-cache/x-12/upgraded"));
+        assert_eq!(key("/a/.lab-cache/x-12"), key("/b/c/.lab-cache/x-12"));
     }
 
     #[test]

@@ -108,7 +108,7 @@ impl Lab {
             .parent()
             .context("the lab's folder has no parent")?
             .to_path_buf();
-        let cache = Cache::open(&root.join(".lab-cache"))?;
+        let cache = Cache::open(&root.join(cache::FOLDER))?;
         Ok(Self { root, cache, progress: Progress::new() })
     }
 
