@@ -28,6 +28,7 @@ use crate::verdict::Follower;
 
 pub use payload::Payload;
 use waker::Waker;
+pub use waker::wakes;
 
 const QEMU: &str = "qemu-system-x86_64";
 

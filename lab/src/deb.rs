@@ -63,8 +63,8 @@ pub fn run(lab: &Lab) -> Result<bool> {
     apt::ensure(lab, &[product::NEEDS, NEEDS].concat())?;
     let folder = product::target_dir(lab).join("deb");
     let packages = build(lab, "release", &folder)?;
-    judge(lab, &packages)?;
     println!("{}\n{}", packages.program.display(), packages.dkms.display());
+    judge(lab, &packages)?;
     Ok(true)
 }
 

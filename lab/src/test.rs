@@ -14,7 +14,7 @@ use clap::Args;
 use clap::builder::PossibleValuesParser;
 
 use crate::Lab;
-use crate::amd::{AmdHost, Wire};
+use crate::amd::{self, AmdHost, Wire};
 use crate::boots::{self, Boot, Host, Wishes};
 use crate::debian::Suite;
 use crate::flavour::{Flavour, Init};
@@ -202,6 +202,9 @@ pub fn run(lab: &Lab, options: &Options) -> Result<bool> {
         }
     });
     let minutes = lab.progress.elapsed().as_secs_f64() / 60.0;
+    if amd::wakes() > 0 {
+        eprintln!("emulated hosts stood still and were woken {} times (lab/src/amd/waker.rs)", amd::wakes());
+    }
     eprintln!("after {minutes:.1} minutes, logs in {}", lab.cache.dir().join("logs").display());
     Ok(close(&tally))
 }

@@ -8,6 +8,7 @@
 
 use std::fs;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::Duration;
@@ -22,6 +23,14 @@ const PERIOD: Duration = Duration::from_secs(5);
 /// Nothing: fewer ticks (USER_HZ: 10 ms) of CPU time in that than a host takes whose
 /// daemons rest.
 const STANDSTILL_TICKS: u64 = 2;
+
+/// How often that was needed.
+static WAKES: AtomicU32 = AtomicU32::new(0);
+
+/// How often an emulator was woken since this program began.
+pub fn wakes() -> u32 {
+    WAKES.load(Ordering::Relaxed)
+}
 
 /// Watches an emulator until it is dropped.
 pub struct Waker {
@@ -39,6 +48,7 @@ impl Waker {
                 // An emulator that has ended is its owner's to notice.
                 let Ok(ticks) = cpu_ticks(pid) else { return };
                 if before.is_some_and(|before| ticks < before + STANDSTILL_TICKS) && wake(pid).is_ok() {
+                    WAKES.fetch_add(1, Ordering::Relaxed);
                     woken();
                 }
                 before = Some(ticks);
