@@ -90,6 +90,8 @@ pub fn run() -> Result<Outcome> {
     guest.console.wait_passes()?;
     guest.check_data()?;
     ensure!(guest.pid()? == qemu && guest.state()? == "running", "the guest is {}", guest.state()?);
+    bring_back(qemu)?;
+    guest.check_data()?;
     virsh(&["destroy", guest.name])?;
     virsh(&["start", guest.name]).context("starting a guest after the purge")?;
     Ok(Outcome::Pass(format!(
@@ -149,16 +151,15 @@ pub fn wait_placed(guest: &mut Domain, truth: &Truth) -> Result<String> {
     Ok(format!("{slow_mib} MiB of idle memory moved {} s after the policy", began.elapsed().as_secs()))
 }
 
-/// A guest of nova's is seen, and keeps what nova knows it by when it is given a policy.
+/// A guest of nova's is seen and placed, and keeps what nova knows it by.
 fn check_nova() -> Result<String> {
-    let guest = foreign::of_nova().start()?;
+    let mut guest = foreign::of_nova().start()?;
+    let truth = guest.wait_ready()?;
     check_observed(guest.name)?;
     let words = ["policy", "set", guest.name, "--mode", "place", "--dram", "40%"];
     host::succeed(Command::new(PROGRAM).args(words))?;
     foreign::check_metadata(guest.name)?;
-    let placing = |d: &DomainStatus| d.state == DomainState::Placing;
-    observed(guest.name, "the policy is in force", placing)?;
-    Ok("observed, then placing".to_owned())
+    wait_placed(&mut guest, &truth)
 }
 
 /// An upgrade keeps an edited configuration and heat, and restarts the daemon alone.
@@ -170,6 +171,8 @@ fn upgrade(guest: &Domain) -> Result<Duration> {
     ensure!(read(CONFIG)? == config, "the upgrade changed an edited {CONFIG}");
     ensure!(unit_pid()? != daemon, "the upgrade did not restart the daemon");
     observed(guest.name, "heat of before the upgrade", |d| d.restored_s.is_some())?;
+    let warnings = daemon::doctor(TIMEOUT)?;
+    ensure!(warnings.is_empty(), "after the upgrade doctor warns of {warnings:?}");
     Ok(took)
 }
 
@@ -187,6 +190,23 @@ fn remove(guest: &Domain) -> Result<String> {
     ensure!(!host::module_loaded(), "the module is still loaded");
     ensure!(Group::from_name("ept-virt").context("looking for a group")?.is_none(), "the group is left");
     Ok(format!("removed in {} s, purged in {} s", removed.as_secs(), purged.as_secs()))
+}
+
+/// Without ept-virt memory comes back to DRAM by the kernel's own tool, as README says.
+fn bring_back(qemu: i32) -> Result<()> {
+    let before = slow_mappings(qemu)?;
+    let (pid, slow) = (qemu.to_string(), SLOW.to_string());
+    host::succeed_within(Command::new("migratepages").args([&pid, &slow, "0"]), APT_TIMEOUT)?;
+    let after = slow_mappings(qemu)?;
+    ensure!(before > 0 && after == 0, "{before} mappings had pages on the slow node, {after} have");
+    Ok(())
+}
+
+/// How many writable mappings of a process have pages on the slow node.
+fn slow_mappings(pid: i32) -> Result<usize> {
+    let maps = read(&format!("/proc/{pid}/numa_maps"))?;
+    let is_slow = |line: &&str| line.contains("anon=") && line.contains(&format!(" N{SLOW}="));
+    Ok(maps.lines().filter(is_slow).count())
 }
 
 /// Takes away what scenarios start with: here the packages bring it.
