@@ -138,7 +138,7 @@ pub fn check_observed(name: &str) -> Result<()> {
 
 /// A policy moves idle memory. 40 % of 192 MiB hold the hot block and the guest's
 /// kernel, and not all of the idle block.
-pub fn wait_placed(guest: &mut Domain, truth: &Truth) -> Result<String> {
+fn wait_placed(guest: &mut Domain, truth: &Truth) -> Result<String> {
     let began = Instant::now();
     let mut slow_mib = 0;
     host::wait_until("idle memory leaves DRAM", PLACE_TIMEOUT, || {
@@ -156,10 +156,16 @@ fn check_nova() -> Result<String> {
     let mut guest = foreign::of_nova().start()?;
     let truth = guest.wait_ready()?;
     check_observed(guest.name)?;
+    let moved = place(&mut guest, &truth)?;
+    foreign::check_metadata(guest.name)?;
+    Ok(moved)
+}
+
+/// Gives a guest the policy that README gives, and waits for what it does.
+pub fn place(guest: &mut Domain, truth: &Truth) -> Result<String> {
     let words = ["policy", "set", guest.name, "--mode", "place", "--dram", "40%"];
     host::succeed(Command::new(PROGRAM).args(words))?;
-    foreign::check_metadata(guest.name)?;
-    wait_placed(&mut guest, &truth)
+    wait_placed(guest, truth)
 }
 
 /// An upgrade keeps an edited configuration and heat, and restarts the daemon alone.

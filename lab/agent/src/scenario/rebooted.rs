@@ -10,7 +10,7 @@ use nix::sys::utsname::uname;
 
 use super::domain::DomainSpec;
 use super::host;
-use super::packages::{check_observed, unit_pid, wait_placed};
+use super::packages::{check_observed, place, unit_pid};
 use super::systemd::{self, systemctl};
 use crate::report::Outcome;
 
@@ -35,10 +35,7 @@ pub fn run() -> Result<Outcome> {
     let mut guest = DomainSpec::default().start()?;
     let truth = guest.wait_ready()?;
     check_observed(guest.name)?;
-    host::succeed(
-        Command::new("ept-virt").args(["policy", "set", guest.name, "--mode", "place", "--dram", "40%"]),
-    )?;
-    let moved = wait_placed(&mut guest, &truth)?;
+    let moved = place(&mut guest, &truth)?;
     drop(guest);
     systemctl(&["stop", "ept-virt.service"])?;
     Ok(Outcome::Pass(format!("Linux {release} is the newest of {}: {moved}", kernels.len())))
