@@ -84,6 +84,15 @@ static inline unsigned int kes_entry_index(u64 gfn, int level)
 	return (gfn >> (KES_ENTRIES_SHIFT * (level - 1))) & (KES_ENTRIES - 1);
 }
 
+/*
+ * Where a step from @gfn on ends: with the last-level table that @gfn is in, or at @end,
+ * which is beyond @gfn. Not the lesser of two sums: the table may end where 64 bits do.
+ */
+static inline u64 kes_entry_step_end(u64 gfn, u64 end)
+{
+	return gfn + min_t(u64, end - gfn, KES_ENTRIES - kes_entry_index(gfn, 1));
+}
+
 /* The bits of an entry that are an address; the one of memory encryption is not. */
 static inline u64 kes_entry_frame_mask(void)
 {

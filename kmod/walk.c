@@ -147,7 +147,7 @@ static u64 roots_walk(struct kes_walk *walk, const struct kes_root *roots, int n
 
 	/* Several go together in steps of 2 MiB. */
 	if (walk->several_roots)
-		next = min(next, ALIGN_DOWN(gfn, KES_ENTRIES) + KES_ENTRIES);
+		next = kes_entry_step_end(gfn, next);
 	for (i = 0; i < n; i++) {
 		root_select(walk, &roots[i]);
 		next = root_walk(walk, &roots[i], gfn, next);

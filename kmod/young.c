@@ -225,7 +225,7 @@ static u64 units_do(struct kes_young *young,
 	int idx;
 
 	for (gfn = young->gfn_start; gfn < young->gfn_end; gfn = next) {
-		next = min(young->gfn_end, ALIGN_DOWN(gfn, KES_ENTRIES) + KES_ENTRIES);
+		next = kes_entry_step_end(gfn, young->gfn_end);
 		idx = srcu_read_lock(&young->kvm->srcu);
 		kvm_for_each_memslot_in_gfn_range(&iter, __kvm_memslots(young->kvm, 0), gfn, next) {
 			u64 from = max(gfn, iter.slot->base_gfn);

@@ -427,6 +427,16 @@ pub fn harvest(sampler: &mut KernelSampler, request: HarvestRequest) -> Result<H
     Ok(out)
 }
 
+/// Fails unless ranges where 64 bits end are harvested, and hold nothing.
+pub fn expect_nothing_last(sampler: &mut KernelSampler) -> Result<()> {
+    for (gfn_start, gfn_count) in [(u64::MAX - 511, 10), (u64::MAX - 511, 511), (u64::MAX - 1500, 1500)] {
+        let seen = harvest(sampler, HarvestRequest { gfn_start, gfn_count, ..ALL_CLEAR })?;
+        let found = seen.mapped.iter().chain(&seen.accessed).any(|word| *word != 0);
+        ensure!(!found, "something is among {gfn_count} pages from {gfn_start:#x} on");
+    }
+    Ok(())
+}
+
 /// The GFNs whose bits are set in a bitmap that starts at `gfn_start`.
 pub fn gfns(bitmap: &[u64], gfn_start: u64) -> BTreeSet<u64> {
     (0..bitmap.len() * 64)

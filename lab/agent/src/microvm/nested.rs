@@ -18,8 +18,8 @@ use super::Outcome;
 use super::huge::anon_huge_kib;
 use super::lifecycle::churn_on;
 use super::machine::{
-    ALL, ALL_CLEAR, CODE_GFN, Machine, Memory, PAGE, PAGES, Pages, SPREAD, Touch, expect_same, gfns, harvest,
-    program,
+    ALL, ALL_CLEAR, CODE_GFN, Machine, Memory, PAGE, PAGES, Pages, SPREAD, Touch, expect_nothing_last,
+    expect_same, gfns, harvest, program,
 };
 use super::nested_vmx;
 
@@ -101,6 +101,7 @@ fn exact_rounds(nested: Nested) -> Result<Outcome> {
     }
     let pieces = in_pieces(&mut machine, &mut sampler)?;
     expect_same("accessed by L2, in pieces", &pieces, &want)?;
+    expect_nothing_last(&mut sampler)?;
     Ok(Outcome::Pass(format!("{} pages of a nested guest in each of 3 rounds, 0 at rest", want.len())))
 }
 

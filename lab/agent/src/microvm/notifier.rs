@@ -11,8 +11,8 @@ use ept_virt_core::samples::{AccessSet, Sampling};
 use super::Outcome;
 use super::huge::anon_huge_kib;
 use super::machine::{
-    ALL, ALL_CLEAR, Machine, Memory, PAGE, PAGES, Pages, SPREAD, Touch, expect_same, gfns, harvest,
-    round_program,
+    ALL, ALL_CLEAR, Machine, Memory, PAGE, PAGES, Pages, SPREAD, Touch, expect_nothing_last, expect_same,
+    gfns, harvest, round_program,
 };
 
 /// For a CPU whose EPT has no accessed and dirty bits. That accesses are exact
@@ -59,6 +59,7 @@ pub fn shadow_mmu() -> Result<Outcome> {
         ensure!(rest.accessed == 0 && rest.flushes == 0, "while the guest rested: {rest:?}");
     }
     nothing_is_written_or_sampled(&machine, &mut sampler, "tdp_mmu=")?;
+    expect_nothing_last(&mut sampler)?;
     machine.run_round()?;
     Ok(Outcome::Pass(format!(
         "201 of {PAGES} pages in each of 3 rounds, 0 at rest, by KVM alone; {time_ns} ns of emulated time a round"
