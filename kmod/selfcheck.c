@@ -222,7 +222,8 @@ static unsigned long vmm_pfn(struct mm_struct *mm, unsigned long hva, bool *comp
 	struct page *page;
 
 	*comparable = false;
-	if (mmap_read_lock_killable(mm))
+	/* Whoever holds it may wait for a disk for ever, and all VMs for this check. */
+	if (!mmap_read_trylock(mm))
 		return 0;
 	vma = find_vma(mm, hva);
 	if (vma && vma->vm_start <= hva && (vma->vm_flags & VM_READ) &&
@@ -299,7 +300,8 @@ static int check_refuse(const struct kes_selfcheck *check)
 
 /*
  * Checks the kernel on @kvm, unless that was done. -EUCLEAN: it is not the one
- * that this module knows, or has not shown on any VM to be. May sleep.
+ * that this module knows, or has not shown on any VM to be. -EINTR: the caller is
+ * being killed. May sleep.
  */
 int kes_selfcheck(struct kvm *kvm, const struct kes_entry_format *format)
 {
@@ -308,7 +310,8 @@ int kes_selfcheck(struct kvm *kvm, const struct kes_entry_format *format)
 
 	if (likely(READ_ONCE(selfcheck_state) == STATE_PASSED))
 		return 0;
-	mutex_lock(&selfcheck_lock);
+	if (mutex_lock_killable(&selfcheck_lock))
+		return -EINTR;
 	if (selfcheck_state == STATE_PENDING) {
 		compared = check_run(&check);
 		if (check.wrong)
