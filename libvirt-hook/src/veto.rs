@@ -3,6 +3,7 @@
 //! and is invalid or can not be served here.
 
 use std::env;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -51,9 +52,38 @@ impl Host for ThisHost<'_> {
         if !self.path(MODULE_FILE).exists() {
             return Err("the kernel module is not loaded: modprobe kvm_ept_sample".into());
         }
-        nudge::connect_until(self.socket, self.deadline).map(drop).map_err(|error| {
-            let socket = self.socket.display();
-            format!("the ept-virt daemon does not answer at {socket} ({error}): systemctl start ept-virt")
-        })
+        match nudge::connect_until(self.socket, self.deadline) {
+            Ok(_) => Ok(()),
+            // There was no time left to ask, which is nobody's fault but this program's.
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => Ok(()),
+            Err(error) => {
+                let socket = self.socket.display();
+                Err(format!(
+                    "the ept-virt daemon does not answer at {socket} ({error}): systemctl start ept-virt"
+                ))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn who_comes_too_late_to_ask_refuses_nothing() {
+        let root = env::temp_dir().join(format!("ept-virt-veto-{}", std::process::id()));
+        fs::create_dir_all(root.join("proc")).unwrap();
+        fs::write(root.join("proc/kvm_ept_sample"), "").unwrap();
+        let socket = root.join("no-such-socket");
+        let ready = |deadline| ThisHost { root: root.clone(), socket: &socket, deadline }.ready();
+        let now = Instant::now();
+        assert_eq!(ready(now), Ok(()));
+        let refused = ready(now + Duration::from_secs(60)).unwrap_err();
+        assert!(refused.contains("does not answer"), "{refused}");
+        fs::remove_dir_all(&root).unwrap();
     }
 }
