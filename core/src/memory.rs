@@ -529,7 +529,7 @@ mod tests {
             }
             assert!(whole.views()[0].heat.cells() == parts.views()[0].heat.cells());
             assert_eq!(whole.surprise, parts.surprise);
-            let runs = |memory: &GuestMemory| plan::map_runs(&memory.views());
+            let runs = |memory: &GuestMemory| plan::map_runs(&memory.views(), usize::MAX);
             assert!(runs(&whole) == runs(&parts));
             assert!(whole.next_unmapped(usize::MAX) == parts.next_unmapped(usize::MAX));
             assert_eq!(whole.places(), parts.places());

@@ -147,6 +147,9 @@ fn to_line(message: &impl Serialize) -> Vec<u8> {
     line
 }
 
+/// More runs of a map than this are never in an answer: the shortest takes 56 bytes.
+pub const MAX_MAP_RUNS: usize = MAX_LINE_BYTES / 56;
+
 /// The result of a request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "reply", rename_all = "kebab-case")]
@@ -530,6 +533,9 @@ mod tests {
     #[test]
     fn an_answer_that_is_too_long_becomes_an_error() {
         let error = |message| Reply::Error(WireError { kind: ErrorKind::BadRequest, message, hint: None });
+        let run = MapRun { gfn: 0, pages: 1, hva: 0, class: Class::Hot, place: Place::Slow };
+        let shortest = serde_json::to_string(&run).unwrap().len();
+        assert!(shortest * MAX_MAP_RUNS > MAX_LINE_BYTES - 4096, "{shortest}");
         let line = Response::line(error("x".repeat(MAX_LINE_BYTES)));
         assert!(line.len() < 1000 && line.ends_with(b"\n"));
         let response: Response = serde_json::from_slice(&line).unwrap();

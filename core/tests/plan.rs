@@ -290,7 +290,10 @@ proptest! {
     #[test]
     fn pictures_show_every_page_once(slots in domain(), cells in 1usize..300) {
         let views: Vec<SlotView<'_>> = slots.iter().map(Slot::view).collect();
-        let mut runs = map_runs(&views).into_iter();
+        let runs = map_runs(&views, usize::MAX).unwrap();
+        prop_assert_eq!(map_runs(&views, runs.len()).map(|runs| runs.len()), Some(runs.len()));
+        prop_assert_eq!(map_runs(&views, runs.len() - 1), None);
+        let mut runs = runs.into_iter();
         let mut run = runs.next().unwrap();
         for slot in &slots {
             for page in 0..slot.place.pages() {

@@ -242,9 +242,7 @@ fn answer(line: &[u8], may_change: bool, shared: &Shared, mailbox: &Mailbox) -> 
         },
         Command::Map { domain } => match find(shared, &domain).map(|cell| cell.map()) {
             Ok(Ok(map)) => Reply::Map(map),
-            Ok(Err(reason)) => {
-                error(ErrorKind::NotObserved, format!("there is no map of domain {domain:?}: {reason}"))
-            }
+            Ok(Err((kind, reason))) => error(kind, format!("there is no map of domain {domain:?}: {reason}")),
             Err(reply) => reply,
         },
         command if !may_change && changes(&command) => {

@@ -10,7 +10,8 @@ use ept_virt_core::plan;
 use ept_virt_core::policy::Policy;
 use ept_virt_core::topology::Tiers;
 use ept_virt_core::wire::{
-    DaemonStatus, DomainState, DomainStatus, MemoryMap, ModuleStatus, MoveTotals, Status,
+    DaemonStatus, DomainState, DomainStatus, ErrorKind, MAX_MAP_RUNS, MemoryMap, ModuleStatus, MoveTotals,
+    Status,
 };
 
 use super::tap::{self, Rounds, Tap};
@@ -182,12 +183,16 @@ impl Cell {
     }
 
     /// The map of the memory, or why there is none.
-    pub fn map(&self) -> Result<MemoryMap, String> {
+    pub fn map(&self) -> Result<MemoryMap, (ErrorKind, String)> {
         let status = lock(&self.status).clone();
         let Some(round) = status.round else {
-            return Err(status.reason.unwrap_or_else(|| "its first round has not ended yet".into()));
+            let reason = status.reason.unwrap_or_else(|| "its first round has not ended yet".into());
+            return Err((ErrorKind::NotObserved, reason));
         };
-        let runs = plan::map_runs(&lock(&self.memory()).views());
+        // Before it is gathered: of a large guest it may be gigabytes.
+        let runs = plan::map_runs(&lock(&self.memory()).views(), MAX_MAP_RUNS).ok_or_else(|| {
+            (ErrorKind::Internal, format!("it is in more than {MAX_MAP_RUNS} pieces, too many for an answer"))
+        })?;
         Ok(MemoryMap { name: status.name, round: round.number, runs })
     }
 }

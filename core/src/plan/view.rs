@@ -38,30 +38,39 @@ impl SlotView<'_> {
     }
 }
 
-/// The domain's pages as runs of one class and place, in order of the slots.
-pub fn map_runs(slots: &[SlotView<'_>]) -> Vec<MapRun> {
-    let mut runs = Vec::new();
+/// The domain's pages as runs of one class and place, in order of the slots; none when
+/// there are more than `most`, which are not gathered.
+pub fn map_runs(slots: &[SlotView<'_>], most: usize) -> Option<Vec<MapRun>> {
+    let mut runs: Vec<MapRun> = Vec::new();
     for slot in slots {
-        let mut open: Option<MapRun> = None;
-        let mut extend = |page: usize, pages: usize, class: Class, place: Place| match &mut open {
-            Some(run) if run.class == class && run.place == place => run.pages += pages as u64,
-            _ => runs.extend(open.replace(MapRun {
-                gfn: slot.place.gfn_start() + page as u64,
-                pages: pages as u64,
-                hva: slot.hva + page as u64 * PAGE_BYTES,
-                class,
-                place,
-            })),
-        };
+        let first = runs.len();
+        let extend =
+            |runs: &mut Vec<MapRun>, page: usize, pages: usize, class: Class, place: Place| match runs
+                [first..]
+                .last_mut()
+            {
+                Some(run) if run.class == class && run.place == place => run.pages += pages as u64,
+                _ => runs.push(MapRun {
+                    gfn: slot.place.gfn_start() + page as u64,
+                    pages: pages as u64,
+                    hva: slot.hva + page as u64 * PAGE_BYTES,
+                    class,
+                    place,
+                }),
+            };
         for block in blocks(0..slot.place.pages()) {
             match slot.common(block.clone()) {
-                Some((class, place)) => extend(block.start, block.len(), class, place),
-                None => block.for_each(|page| extend(page, 1, slot.heat.class(page), slot.place.place(page))),
+                Some((class, place)) => extend(&mut runs, block.start, block.len(), class, place),
+                None => block.for_each(|page| {
+                    extend(&mut runs, page, 1, slot.heat.class(page), slot.place.place(page));
+                }),
+            }
+            if runs.len() > most {
+                return None;
             }
         }
-        runs.extend(open);
     }
-    runs
+    Some(runs)
 }
 
 /// The domain's memory in `cells` equal parts, or one part for each page when
