@@ -188,11 +188,11 @@ impl GuestMemory {
     }
 
     /// Takes in the guest's slots. What is known of slots that are still the
-    /// same is kept.
-    pub fn adopt(&mut self, generation: u64, infos: Vec<MemSlot>) {
+    /// same is kept. False if nothing has changed.
+    pub fn adopt(&mut self, generation: u64, infos: Vec<MemSlot>) -> bool {
         let earlier = self.generation.replace(generation);
         if earlier == Some(generation) {
-            return;
+            return false;
         }
         let mut before = std::mem::take(&mut self.slots);
         let (read_only, infos): (Vec<_>, Vec<_>) = infos.into_iter().partition(|info| info.read_only);
@@ -221,6 +221,7 @@ impl GuestMemory {
         // A slot that came or went may share 2 MiB with one that stayed.
         self.hold_excluded();
         self.survey_at = (0, 0);
+        true
     }
 
     /// The slots, by index.

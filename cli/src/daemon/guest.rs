@@ -310,7 +310,10 @@ impl Guest {
         let (generation, infos) = self.sampler.memslots()?;
         let slots: Vec<_> = {
             let mut memory = lock(&self.memory);
-            memory.adopt(generation, infos);
+            if memory.adopt(generation, infos) {
+                // What was planned may lie where other memory is now.
+                self.planned_at = None;
+            }
             memory.slots().map(|(index, info)| (index, *info)).collect()
         };
         let mut stats = HarvestStats::default();
@@ -597,6 +600,9 @@ impl Guest {
         now: Duration,
         stop: &AtomicBool,
     ) -> Result<Pace, ProcessGone> {
+        if self.planned_at.is_none() {
+            *moves = Moves::default();
+        }
         let burst = self.share.burst_bytes();
         let (place, units) = moves.slice(self.bucket.burst_bytes().min(burst));
         if units.is_empty() {

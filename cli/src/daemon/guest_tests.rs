@@ -979,6 +979,28 @@ fn what_a_plan_left_is_moved_until_the_next_or_until_nothing_may_move() {
 }
 
 #[test]
+fn a_plan_does_not_outlive_the_slots_that_it_was_made_of() {
+    let mut orders = orders(Mode::Place);
+    orders.policy.migration.interval = Some(Duration::from_secs(60));
+    orders.policy.migration.bandwidth = BytesPerSecond(20 * PAGE_BYTES);
+    let mut test = Test::new(orders, vec![slot(0, 100), slot(512, 8)]);
+    test.world().touch(0..100);
+    test.rounds(122, 0..20);
+    assert!(!test.moves.is_empty());
+    test.world().slots.pop();
+    test.world().generation += 1;
+    // Between two rounds, and long before the next plan.
+    test.guest.look().unwrap();
+    let moved = test.guest.totals().demoted_bytes;
+    let pace = test.guest.move_some(&mut test.moves, test.now, &AtomicBool::new(false)).unwrap();
+    assert!(matches!(pace, Pace::Done) && test.moves.is_empty(), "{pace:?}");
+    assert_eq!(test.guest.totals().demoted_bytes, moved);
+    // The next round plans anew.
+    test.round();
+    assert!(test.guest.totals().demoted_bytes > moved);
+}
+
+#[test]
 fn of_a_round_with_a_window_only_the_window_counts() {
     let mut test = Test::new(orders(Mode::Observe), vec![slot(0, 100)]);
     test.rounds(2, 0..0);
