@@ -63,9 +63,10 @@ install: install-program install-dkms
 install-program:
 	$(INSTALL) -d $(DESTDIR)$(bindir) $(DESTDIR)$(dir $(hook))
 	$(INSTALL) -m755 $(built)/ept-virt $(built)/ept-virt-hook $(DESTDIR)$(bindir)
-# A link: AppArmor lets libvirt run what is in /usr/bin, and an upgrade replaces it in
-# one step.
-	ln -sf $(bindir)/ept-virt-hook $(DESTDIR)$(hook)
+# AppArmor lets libvirt run what is in /usr/bin, or among its hooks: a link to the former,
+# which an upgrade replaces in one step, or a copy.
+	$(if $(filter /usr,$(PREFIX)),ln -sf $(bindir)/ept-virt-hook,$(INSTALL) -m755 $(built)/ept-virt-hook) \
+		$(DESTDIR)$(hook)
 	for page in $(pages)/*.[1-9] docs/*.[2-9]; do case $$page in \
 		*/kvm_ept_sample.4) ;; \
 		*) $(INSTALL) -Dm644 -t $(DESTDIR)$(mandir)/man$${page##*.} $$page || exit 1 ;; esac; done

@@ -54,7 +54,7 @@ enum Command {
         #[arg(long)]
         force: bool,
     },
-    /// Take our hook away, and no other. The next upgrade of its package brings it back.
+    /// Take our hook away, and no other.
     Uninstall,
     /// Show whether the hook is installed; exits with 1 when libvirt would not
     /// call it.
@@ -99,7 +99,8 @@ impl Hooks {
         let mut others: Vec<PathBuf> = named.chain([dir.join("qemu")]).collect();
         others.retain(|other| *other != path && is_executable(other));
         others.sort();
-        let changed = fs::metadata(&path).ok().and_then(|meta| u64::try_from(meta.ctime()).ok());
+        // Of a link itself, which upgrades of what it leads to leave as it is.
+        let changed = fs::symlink_metadata(&path).ok().and_then(|meta| u64::try_from(meta.ctime()).ok());
         Self { found: found(&path), path, others, changed }
     }
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The life of the Debian packages in a host's tree, on the build machine's own CPU: a
-//! compiler takes minutes where it is emulated. What DKMS built goes on to a host, as an
-//! archive that DKMS takes in place of compiling; and the tree itself, as it was with a
-//! second kernel in it, is what another host boots.
+//! The Debian packages in a host's tree, on the build machine's own CPU: a compiler takes
+//! minutes where it is emulated. What DKMS built goes on to a host, as an archive that DKMS
+//! takes in place of compiling; and the tree itself, as it was with a second kernel in it,
+//! is what another host boots.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,14 +18,36 @@ use crate::debian::{self, Bind, Suite};
 use crate::flavour::Flavour;
 use crate::proc;
 
-/// What is run in the tree.
-const SCRIPT: &str = include_str!("../amd/package-life");
+/// What is run in a tree.
+struct Script {
+    /// As it is called in the cache.
+    name: &'static str,
+    /// For people.
+    does: &'static str,
+    text: &'static str,
+}
 
-/// What is kept of it: the module as DKMS built it, and the tree with a second kernel.
+/// From installation to purge. Keeps [`PREBUILT`].
+const LIFE: Script = Script {
+    name: "package-life",
+    does: "install, upgrade, remove, purge",
+    text: concat!(include_str!("../amd/package-common"), include_str!("../amd/package-life")),
+};
+
+/// On a host that has a kernel alone, and gets another. Keeps [`UPGRADED`].
+const KERNELS: Script = Script {
+    name: "package-kernels",
+    does: "what apt brings, a second kernel",
+    text: concat!(include_str!("../amd/package-common"), include_str!("../amd/package-kernels")),
+};
+
+/// The module as DKMS built it.
 const PREBUILT: &str = "prebuilt.tar.gz";
+
+/// The tree with a second kernel.
 const UPGRADED: &str = "upgraded";
 
-/// The module is compiled four times, and a kernel fetched.
+/// The module is compiled several times, or a kernel fetched.
 const TIMEOUT: Duration = Duration::from_secs(20 * 60);
 
 /// What an emulated host is given to install.
@@ -62,36 +84,36 @@ fn debs(tested: &Tested) -> [(&'static str, &Path); 4] {
 /// unless that was done before; an error if anything is not as it should be.
 pub fn native(lab: &Lab, suite: Suite) -> Result<Packages> {
     let tested = deb::tested(lab)?;
-    let prebuilt = live(lab, suite, &tested)?.join(PREBUILT);
+    let prebuilt = run(lab, suite, &tested, &LIFE)?.join(PREBUILT);
     Ok(Packages { tested, prebuilt })
 }
 
 /// The tree of such a host in which the packages met a second kernel.
 pub fn upgraded(lab: &Lab, suite: Suite) -> Result<PathBuf> {
-    Ok(live(lab, suite, &deb::tested(lab)?)?.join(UPGRADED))
+    Ok(run(lab, suite, &deb::tested(lab)?, &KERNELS)?.join(UPGRADED))
 }
 
-/// The folder with what is kept.
-fn live(lab: &Lab, suite: Suite, tested: &Tested) -> Result<PathBuf> {
+/// Runs a script, unless that was done before; the folder with what it keeps.
+fn run(lab: &Lab, suite: Suite, tested: &Tested, script: &Script) -> Result<PathBuf> {
     let flavour = Flavour::systemd(suite);
     let tree = debian::host_tree(lab, flavour)?;
     let key = debs(tested)
         .iter()
-        .try_fold(Key::new("package life 3").item(&tree).text(SCRIPT), |key, (_, path)| key.file(path))?;
-    let name = suite.item("package-life");
+        .try_fold(Key::new("package life 4").item(&tree).text(script.text), |key, (_, path)| {
+            key.file(path)
+        })?;
+    let name = suite.item(script.name);
     lab.cache.get_or_build(&name, &key, |kept| {
         if !nix::unistd::geteuid().is_root() {
             bail!("packages are installed in a tree by root alone: run this command as root once");
         }
-        let step = lab
-            .progress
-            .step(format!("packages: install, upgrade, remove, purge, a second kernel ({flavour})"));
+        let step = lab.progress.step(format!("packages: {} ({flavour})", script.does));
         fs::create_dir(kept).with_context(|| format!("creating {}", kept.display()))?;
-        fs::write(kept.join("life"), SCRIPT).context("writing what is run in the tree")?;
+        fs::write(kept.join("script"), script.text).context("writing what is run in the tree")?;
         for (name, path) in debs(tested) {
             fs::copy(path, kept.join(name)).with_context(|| format!("copying {}", path.display()))?;
         }
-        let mut command = debian::enter(&tree, &[Bind::write(kept, "/packages")], "sh /packages/life");
+        let mut command = debian::enter(&tree, &[Bind::write(kept, "/packages")], "sh /packages/script");
         proc::run(&mut command, &lab.log(&name), TIMEOUT)?;
         step.done("");
         Ok(())

@@ -11,7 +11,11 @@ use crate::apt::{Need, need};
 use crate::proc;
 
 /// What judging it takes.
-pub const NEEDS: &[Need] = &[need("rpmlint", "judges the recipe of RPM packages")];
+pub const NEEDS: &[Need] = &[
+    need("rpmlint", "judges the recipe of RPM packages"),
+    // A recommendation of the former in some of Debian's releases.
+    need("rpm", "reads the recipe for it"),
+];
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 
