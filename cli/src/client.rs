@@ -235,7 +235,10 @@ fn explain(path: &Path, timeout: Duration, error: &io::Error) -> Failure {
 }
 
 fn answered(error: WireError) -> Failure {
-    let failure = Failure::refused(error.message);
+    let failure = match error.kind {
+        ErrorKind::NotPermitted => Failure::unreachable(error.message),
+        _ => Failure::refused(error.message),
+    };
     match (error.hint, error.kind) {
         (Some(hint), _) => failure.hint(hint),
         (None, ErrorKind::NoDomain) => failure.hint("`ept-virt list` shows the running domains"),

@@ -21,11 +21,16 @@ const VM_LINK: &str = "anon_inode:kvm-vm";
 /// Changes with every boot of the host.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
+/// The kernel's name for this boot of the host.
+pub fn boot_id() -> io::Result<String> {
+    fs::read_to_string(BOOT_ID).map(|text| text.trim().to_owned())
+}
+
 /// What tells a process from all others, past ones included: to be written down,
 /// where a pidfd can not be kept.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessIdentity {
-    /// The kernel's name for this boot of the host.
+    /// See [`boot_id`].
     pub boot_id: String,
     /// The process id, which may have had other owners in this boot.
     pub pid: i32,
@@ -151,17 +156,14 @@ impl Process {
     /// What tells it from all other processes.
     pub fn identity(&self) -> Result<ProcessIdentity, ProcessError> {
         let (pid, operation) = (self.pid, "read the start time");
-        let boot_id = fs::read_to_string(BOOT_ID).map_err(|source| ProcessError::Io {
-            pid,
-            operation: "tell the boot",
-            source,
-        })?;
+        let boot_id =
+            boot_id().map_err(|source| ProcessError::Io { pid, operation: "tell the boot", source })?;
         let stat = self.read("stat", operation)?;
         let started_ticks = start_time(&stat).ok_or_else(|| {
             let source = io::Error::new(io::ErrorKind::InvalidData, "its stat file has another form");
             ProcessError::Io { pid, operation, source }
         })?;
-        Ok(ProcessIdentity { boot_id: boot_id.trim().to_owned(), pid, started_ticks })
+        Ok(ProcessIdentity { boot_id, pid, started_ticks })
     }
 
     /// CPU time that its vCPUs have had, all together, since it was started.

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Files that keep heat over a restart of the daemon: one for each domain.
+//! Files that keep heat over a restart of the daemon: one for each domain, beside the
+//! one of [`Holds`].
 //!
 //! They are written anew and renamed, never synced: heat is of no use after the
 //! host booted, so what a power cut leaves is not believed anyhow. No lock of a
@@ -24,7 +25,7 @@ use log::{debug, info, warn};
 use nix::fcntl::Flock;
 
 use super::files;
-
+use super::holds::Holds;
 use super::state::lock;
 
 /// Where the files stand unless told otherwise.
@@ -51,11 +52,13 @@ const SHORTEST_PAUSE: Duration = Duration::from_secs(10);
 /// Ends of file names: good, being written, set aside.
 const SUFFIXES: [&str; 3] = [".heat", ".heat.new", ".heat.bad"];
 
-/// A directory of files of heat, for this daemon alone.
+/// A directory of files, for this daemon alone.
 pub struct Keeper {
     dir: PathBuf,
     /// Two daemons would remove each other's files.
     _lock: Flock<File>,
+    /// What people asked for.
+    pub holds: Arc<Holds>,
     /// UUIDs of the domains that run.
     running: Mutex<BTreeSet<String>>,
     /// A thread removes files of others.
@@ -70,12 +73,13 @@ impl Keeper {
     pub fn open(dir: &Path) -> io::Result<Self> {
         files::own_dir(dir)?;
         let lock = files::lock_alone(&dir.join("lock")).map_err(|error| match error.kind() {
-            Io::WouldBlock => io::Error::other("another daemon keeps its heat there"),
+            Io::WouldBlock => io::Error::other("another daemon keeps its files there"),
             _ => error,
         })?;
         Ok(Self {
             dir: dir.to_owned(),
             _lock: lock,
+            holds: Arc::new(Holds::open(dir)?),
             running: Mutex::default(),
             tidying: AtomicBool::new(false),
             bucket: Mutex::new(TokenBucket::new(HOST_WRITE_RATE, Duration::ZERO)),
@@ -105,6 +109,7 @@ impl Keeper {
     /// others, in a thread of its own: the disk may hang. False: an earlier thread
     /// is still at it, so that this one has to be asked for again.
     pub fn retain(self: &Arc<Self>, running: BTreeSet<String>, tidy: bool) -> bool {
+        self.holds.retain(&running);
         *lock(&self.running) = running;
         if !tidy || self.tidying.swap(true, Ordering::Relaxed) {
             return false;

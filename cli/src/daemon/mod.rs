@@ -9,6 +9,7 @@ mod budget;
 mod claim;
 mod files;
 mod guest;
+mod holds;
 mod keep;
 mod logging;
 mod mailbox;
@@ -71,7 +72,7 @@ pub struct DaemonArgs {
     /// The host's configuration; SIGHUP reads it again.
     #[arg(long, value_name = "PATH", default_value = DEFAULT_CONFIG)]
     config_file: PathBuf,
-    /// Where heat is kept over a restart of the daemon.
+    /// Where heat, and what is paused or stopped, is kept over a restart of the daemon.
     #[arg(long, value_name = "PATH", env = "STATE_DIRECTORY", default_value = DEFAULT_STATE_DIR)]
     state_dir: PathBuf,
     /// Seconds between looks at libvirt when nothing nudges.
@@ -86,14 +87,17 @@ pub struct DaemonArgs {
 pub fn run(args: DaemonArgs) -> Result<(), Failure> {
     logging::start();
     let config = Config::read(&args.config_file).map_err(|error| {
-        Failure::unreachable(error.to_string()).hint("mend it; `ept-virt policy validate` checks it too")
+        let path = args.config_file.display();
+        Failure::unreachable(error.to_string())
+            .hint(format!("mend it; `ept-virt policy validate {path}` checks it too"))
     })?;
     let mailbox = Mailbox::default();
     let failed = |what: &'static str| move |error| Failure::refused(format!("cannot {what}: {error}"));
     // Before any other thread, so that all threads leave signals to one.
     watch_signals(mailbox.clone()).map_err(failed("watch for signals"))?;
     let shared = Arc::new(Shared::new(&args.connect));
-    let server = Server::bind(&args.socket, config.group.as_deref())?;
+    let server = Server::bind(&args.socket)?;
+    let problem = open(&server, &config);
     let look = || {
         let mailbox = mailbox.clone();
         move || mailbox.post(Event::Look)
@@ -107,6 +111,9 @@ pub fn run(args: DaemonArgs) -> Result<(), Failure> {
     let keeper = keeper(&args.state_dir, STATE_LIMIT);
     let mut reconciler = Reconciler::new(&args.connect, Arc::clone(&shared), config, keeper);
     reconciler.ask(jobs);
+    if let Some(problem) = problem {
+        reconciler.misconfigured(problem);
+    }
     info!("ept-virt {} follows {}", env!("CARGO_PKG_VERSION"), args.connect);
     follow(&mut reconciler, &shared, &server, &mailbox, &args);
     info!("stopping");
@@ -115,7 +122,7 @@ pub fn run(args: DaemonArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Who keeps heat, if that can be: guests are observed and placed without, too.
+/// Who keeps heat and holds, if that can be: guests are observed and placed without, too.
 fn keeper(dir: &Path, limit: Duration) -> Option<Keeper> {
     let opened = {
         let dir = dir.to_owned();
@@ -124,7 +131,10 @@ fn keeper(dir: &Path, limit: Duration) -> Option<Keeper> {
     let keeper = opened.unwrap_or_else(|| Err(io::Error::other("the disk does not answer")));
     let explain = |error: &io::Error| {
         let dir = dir.display();
-        warn!("heat will not outlive this daemon: {dir}: {error}; name another place with --state-dir");
+        warn!(
+            "heat, and what is paused or stopped, will not outlive this daemon: {dir}: {error}; name another \
+             place with --state-dir"
+        );
     };
     keeper.inspect_err(explain).ok()
 }
@@ -167,18 +177,31 @@ fn next_second_look(planned: Option<Instant>, mail: Mail, now: Instant) -> Optio
     }
 }
 
+/// Lets the configured group ask, or says why it can not: guests matter more.
+fn open(server: &Server, config: &Config) -> Option<String> {
+    let problem = server.open_to(config.group.as_deref()).err()?.to_string();
+    error!("{problem}");
+    Some(problem)
+}
+
 /// A configuration that can not be read changes nothing.
 fn reload(reconciler: &mut Reconciler, server: &Server, path: &Path) {
     service::tell(&[NotifyState::Reloading]);
     match Config::read(path) {
         Ok(config) => {
             info!("read {}", path.display());
-            if let Err(failure) = server.open_to(config.group.as_deref()) {
-                error!("{failure}");
-            }
+            let problem = open(server, &config);
             reconciler.configure(config);
+            if let Some(problem) = problem {
+                reconciler.misconfigured(problem);
+            }
         }
-        Err(error) => error!("going on with the configuration as it was: {error}"),
+        Err(error) => {
+            error!("going on with the configuration as it was: {error}");
+            reconciler.misconfigured(format!(
+                "{error}; what was read before is in force, and no daemon starts with this"
+            ));
+        }
     }
     service::tell(&[NotifyState::Ready]);
 }

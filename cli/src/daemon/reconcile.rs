@@ -6,7 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
 
 use ept_virt_core::devices::pinning;
 use ept_virt_core::domain::{Activity, Jobs, Libvirt, RunningDomain};
@@ -21,10 +22,21 @@ use super::guest::Orders;
 use super::keep::Keeper;
 use super::logging::about;
 use super::state::{Cell, Hold, Phase, Shared};
-use super::worker::{self, End, Worker};
-use crate::attach::Unattached;
+use super::worker::{self, Attachment, End, Worker};
+use crate::attach::{Obstacle, Unattached};
+use crate::bounded;
 use crate::doctor::kvm::Kvm;
 use crate::doctor::root::Root;
+
+/// How long a domain's QEMU may keep the others waiting, once: attaching to it waits for
+/// a lock on its memory, which it may hold for ever, as over a disk that hangs.
+const ATTACH_LIMIT: Duration = Duration::from_secs(1);
+
+/// The same for all domains that are met in one look.
+const ALL_ATTACH_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long the disk may take with what is asked of domains, at the daemon's end.
+const HOLDS_LIMIT: Duration = Duration::from_secs(2);
 
 /// A domain that libvirt says is running.
 struct Entry {
@@ -36,6 +48,8 @@ struct Entry {
     policy: Policy,
     /// What the worker was told last.
     orders: Option<Orders>,
+    /// An attempt to attach that has not ended yet.
+    attempt: Option<Receiver<Result<Attachment, Unattached>>>,
     worker: Option<Worker>,
     /// Was told to stop in this look, and is waited for at its end.
     leaving: Option<Worker>,
@@ -53,6 +67,8 @@ pub struct Reconciler {
     jobs: Option<Jobs>,
     /// Files of domains that ended while nobody looked were removed.
     tidied: bool,
+    /// What of the configuration is not in force, and why.
+    misconfigured: Option<String>,
 }
 
 impl Reconciler {
@@ -69,6 +85,7 @@ impl Reconciler {
             keeper: keeper.map(Arc::new),
             jobs: None,
             tidied: false,
+            misconfigured: None,
         }
     }
 
@@ -84,6 +101,12 @@ impl Reconciler {
         }
         self.budget.configure(config.host);
         self.config = config;
+        self.misconfigured = None;
+    }
+
+    /// Tells of a fault of the configuration, until there is another.
+    pub fn misconfigured(&mut self, problem: String) {
+        self.misconfigured = Some(problem);
     }
 
     /// Looks at host and libvirt, and starts and stops workers accordingly.
@@ -112,6 +135,11 @@ impl Reconciler {
     pub fn stop(&mut self) {
         let entries = std::mem::take(&mut self.entries);
         worker::stop_all(entries.into_values().filter_map(|entry| entry.worker).collect());
+        if let Some(keeper) = &self.keeper {
+            let holds = Arc::clone(&keeper.holds);
+            // The disk may hang.
+            bounded::within(HOLDS_LIMIT, move || holds.write());
+        }
     }
 
     fn follow(&mut self, domains: &[RunningDomain]) {
@@ -128,10 +156,12 @@ impl Reconciler {
             }
         }
         let reclaims = reclaims(Path::new("/proc"), Path::new("/sys"));
+        let patience = Instant::now() + ALL_ATTACH_LIMIT;
         for domain in domains {
             let entry = self.entries.entry(domain.uuid.clone()).or_insert_with(|| {
                 about!(info, domain.name, domain.uuid, "domain {:?} ({}) runs", domain.name, domain.uuid);
-                let entry = Entry::new(domain, &self.config);
+                let held = self.keeper.as_ref().map(|keeper| keeper.holds.of(&domain.uuid, domain.id));
+                let entry = Entry::new(domain, &self.config, held.unwrap_or_default());
                 self.shared.insert(&domain.uuid, Arc::clone(&entry.cell));
                 entry
             });
@@ -142,6 +172,7 @@ impl Reconciler {
                 keeper: self.keeper.as_ref(),
                 job: self.jobs.as_ref().is_some_and(|jobs| jobs.is_busy(&domain.uuid)),
                 reclaims,
+                patience,
             };
             if let Err(fault) = contain(|| entry.follow(domain, &around)) {
                 about!(error, domain.name, domain.uuid, "domain {:?} is not observed: {fault}", domain.name);
@@ -176,9 +207,11 @@ impl Reconciler {
     }
 
     fn warn_of_host(&self) {
-        let wants_placing = self.entries.values().any(|entry| entry.policy.mode == Mode::Place);
+        let placing: Vec<&Entry> =
+            self.entries.values().filter(|entry| entry.policy.mode == Mode::Place).collect();
         let mut warnings = Vec::new();
-        if wants_placing {
+        warnings.extend(self.misconfigured.clone());
+        if !placing.is_empty() {
             match numa_balancing(Path::new("/proc")) {
                 Ok(balancing) => warnings.extend(balancing.trouble().map(|trouble| {
                     let mend = NumaBalancing::MEND;
@@ -186,7 +219,8 @@ impl Reconciler {
                 })),
                 Err(error) => warnings.push(format!("whether NUMA balancing is on is not known: {error}")),
             }
-            if self.tiers.slow.is_empty() {
+            // Policies may name nodes of which the kernel does not know that they are slow.
+            if placing.iter().any(|entry| entry.policy.tiers(&self.tiers).0.slow.is_empty()) {
                 warnings.push(format!(
                     "policies ask for placement, but there is nowhere to place: {}",
                     self.tiers.from
@@ -216,6 +250,8 @@ struct Around<'a> {
     job: bool,
     /// The host takes memory away from its processes.
     reclaims: bool,
+    /// From then on no QEMU is waited for.
+    patience: Instant,
 }
 
 /// Does what concerns one domain. A fault of ours in it must not reach the others.
@@ -225,21 +261,37 @@ fn contain(work: impl FnOnce()) -> Result<(), String> {
 }
 
 impl Entry {
-    fn new(domain: &RunningDomain, config: &Config) -> Self {
+    fn new(domain: &RunningDomain, config: &Config, held: Hold) -> Self {
         let cell = Arc::new(Cell::new(&domain.name, &domain.uuid));
+        // Nobody else has the cell yet, so nothing else is asked for.
+        let _ = cell.set_hold(&[Hold::None], held);
         let policy = Policy::default();
-        let mut entry =
-            Self { cell, xml: None, said: Ok(None), policy, orders: None, worker: None, leaving: None };
+        let mut entry = Self {
+            cell,
+            xml: None,
+            said: Ok(None),
+            policy,
+            orders: None,
+            attempt: None,
+            worker: None,
+            leaving: None,
+        };
         entry.judge(config);
         entry
     }
 
     /// Brings the worker in line with the domain as it is now.
     fn follow(&mut self, domain: &RunningDomain, around: &Around<'_>) {
+        let mut before = None;
         self.cell.update(|status| {
             status.name.clone_from(&domain.name);
-            status.id = domain.id;
+            before = std::mem::replace(&mut status.id, domain.id);
         });
+        if before.zip(domain.id).is_some_and(|(before, now)| before != now) {
+            // It ended and was started again between two looks.
+            self.cell.release();
+            self.attempt = None;
+        }
         match &domain.xml {
             Ok(xml) if self.xml.as_ref() == Some(xml) => {}
             Ok(xml) => {
@@ -259,6 +311,11 @@ impl Entry {
         orders.current_memory = domain.current_memory;
         orders.keep_young = around.reclaims;
         if self.policy.mode == Mode::Place {
+            if self.xml.is_none() {
+                // It may well say that nothing is to be moved.
+                let reason = "nothing is moved: the domain's XML could not be read yet";
+                orders.obstacle = orders.obstacle.or_else(|| Some(reason.into()));
+            }
             let xml = self.xml.as_deref().unwrap_or_default();
             orders.obstacle = orders.obstacle.or_else(|| pins(xml)).or_else(|| migrates(domain, around.job));
             match Excluded::resolve(&self.policy.exclude, xml) {
@@ -266,7 +323,11 @@ impl Entry {
                 Err(problem) => orders.obstacle = Some(format!("nothing is moved: {problem}")),
             }
         }
-        match self.cell.hold() {
+        let hold = self.cell.hold();
+        if let Some(keeper) = around.keeper {
+            keeper.holds.keep(&domain.uuid, domain.id, hold);
+        }
+        match hold {
             Hold::Paused if self.policy.mode == Mode::Place => {
                 orders.obstacle = Some("nothing is moved: paused; `ept-virt resume` goes on".into());
             }
@@ -325,6 +386,7 @@ impl Entry {
 
     /// Tells the worker to stop. Nobody waits here: others may have to be told.
     fn dismiss(&mut self) {
+        self.attempt = None;
         if let Some(mut worker) = self.worker.take() {
             worker.stop();
             self.leaving = Some(worker);
@@ -336,22 +398,45 @@ impl Entry {
         self.cell.clear(DomainState::Off, reason);
     }
 
+    /// Attaches to the domain's VM and starts its worker, or says why that can not be.
     fn start(&mut self, domain: &RunningDomain, orders: &Orders, around: &Around<'_>) {
-        let attachment = match worker::attach(domain, around.keeper) {
-            Ok(attachment) => attachment,
-            Err(Unattached { pid, reason }) => {
-                self.cell.clear(DomainState::Unobserved, Some(reason));
+        match self.attach(domain, around) {
+            Ok(attachment) => {
+                let cell = Arc::clone(&self.cell);
+                match Worker::spawn(attachment, cell, around.budget, orders.clone(), &domain.name) {
+                    Ok(worker) => self.worker = Some(worker),
+                    Err(error) => self.fail(format!("cannot start a thread for it: {error}")),
+                }
+            }
+            Err(Unattached { pid, obstacle }) => {
+                self.cell.clear(DomainState::Unobserved, Some(obstacle.reason));
                 self.cell.update(|status| status.pid = pid);
-                return;
+            }
+        }
+    }
+
+    /// Waits for an attempt to attach, for a while if it begins now.
+    fn attach(&mut self, domain: &RunningDomain, around: &Around<'_>) -> Result<Attachment, Unattached> {
+        let not_yet =
+            |reason: &str| Err(Unattached { pid: None, obstacle: Obstacle::of_domain(reason.into()) });
+        let (attempt, limit) = match self.attempt.take() {
+            Some(attempt) => (attempt, Duration::ZERO),
+            None => {
+                let left = around.patience.saturating_duration_since(Instant::now());
+                (worker::attach_aside(domain, around.keeper), left.min(ATTACH_LIMIT))
             }
         };
-        let cell = Arc::clone(&self.cell);
-        match Worker::spawn(attachment, cell, around.budget, orders.clone(), &domain.name) {
-            Ok(worker) => self.worker = Some(worker),
-            Err(error) => {
-                let reason = format!("cannot start a thread for it: {error}");
-                self.cell.clear(DomainState::Unobserved, Some(reason));
+        match attempt.recv_timeout(limit) {
+            Ok(attached) => attached,
+            Err(RecvTimeoutError::Timeout) => {
+                self.attempt = Some(attempt);
+                not_yet(
+                    "its QEMU does not answer: it holds a lock on its memory, as when a disk hangs; waiting for it",
+                )
             }
+            Err(RecvTimeoutError::Disconnected) => not_yet(
+                "attaching to it failed, by want of threads or a fault in ept-virt; see the daemon's log",
+            ),
         }
     }
 }
@@ -417,10 +502,20 @@ mod tests {
     }
 
     fn look(entry: &mut Entry, domain: &RunningDomain, job: bool) {
-        let config = Config::default();
+        look_under(&Config::default(), entry, domain, job);
+    }
+
+    fn look_under(config: &Config, entry: &mut Entry, domain: &RunningDomain, job: bool) {
         let budget = Arc::new(Budget::new(config.host, "/nonexistent".into()));
-        let around =
-            Around { host: &host(), config: &config, budget: &budget, keeper: None, job, reclaims: false };
+        let around = Around {
+            host: &host(),
+            config,
+            budget: &budget,
+            keeper: None,
+            job,
+            reclaims: false,
+            patience: Instant::now() + Duration::from_secs(60),
+        };
         entry.follow(domain, &around);
     }
 
@@ -449,7 +544,7 @@ mod tests {
         let xml = "<domain type='qemu'><metadata>\n\
             <p:placement xmlns:p='https://ept-virt.org/xmlns/placement/1.0' mode='plaice'/>\n\
             </metadata></domain>";
-        let mut entry = Entry::new(&domain(xml), &Config::default());
+        let mut entry = Entry::new(&domain(xml), &Config::default(), Hold::None);
         look(&mut entry, &domain(xml), false);
         let status = entry.cell.status();
         assert_eq!(status.policy_from, "default");
@@ -470,7 +565,7 @@ mod tests {
         let xml = "<domain type='qemu'><metadata>\
             <p:placement xmlns:p='https://ept-virt.org/xmlns/placement/1.0' mode='place'/></metadata></domain>";
         let domain = domain(xml);
-        let mut entry = Entry::new(&domain, &Config::default());
+        let mut entry = Entry::new(&domain, &Config::default(), Hold::None);
         let mut held = |hold| {
             let before = entry.cell.hold();
             entry.cell.set_hold(&[before], hold).unwrap();
@@ -484,11 +579,22 @@ mod tests {
     }
 
     #[test]
+    fn what_is_asked_of_a_run_does_not_hold_for_the_next() {
+        let at = |id| RunningDomain { id: Some(id), ..domain("<domain type='qemu'/>") };
+        let mut entry = Entry::new(&at(3), &Config::default(), Hold::Stopped);
+        look(&mut entry, &at(3), false);
+        assert_eq!(entry.cell.status().state, DomainState::Off);
+        look(&mut entry, &at(4), false);
+        assert_eq!(entry.cell.status().state, DomainState::Unobserved);
+        assert_eq!(entry.cell.hold(), Hold::None);
+    }
+
+    #[test]
     fn jobs_and_arriving_memory_pause_placement() {
         let placing = "<domain type='qemu'><metadata>\
             <p:placement xmlns:p='https://ept-virt.org/xmlns/placement/1.0' mode='place'/></metadata></domain>";
         let mut running = domain(placing);
-        let mut entry = Entry::new(&running, &Config::default());
+        let mut entry = Entry::new(&running, &Config::default(), Hold::None);
         let orders = |entry: &Entry| entry.orders.clone().unwrap();
         look(&mut entry, &running, true);
         assert!(orders(&entry).obstacle.unwrap().contains("as for a migration"));
@@ -501,7 +607,7 @@ mod tests {
         look(&mut entry, &running, false);
         assert!(orders(&entry).suspended && orders(&entry).obstacle.is_none());
         // Who does not place has nothing to pause.
-        let mut observed = Entry::new(&domain("<domain type='qemu'/>"), &Config::default());
+        let mut observed = Entry::new(&domain("<domain type='qemu'/>"), &Config::default(), Hold::None);
         look(&mut observed, &domain("<domain type='qemu'/>"), true);
         assert_eq!(observed.orders.unwrap().obstacle, None);
     }
@@ -517,7 +623,7 @@ mod tests {
             )
         };
         let mut running = domain(&xml("<address type='dimm' base='0x40000000'/>"));
-        let mut entry = Entry::new(&running, &Config::default());
+        let mut entry = Entry::new(&running, &Config::default(), Hold::None);
         look(&mut entry, &running, false);
         let orders = entry.orders.clone().unwrap();
         let excluded = orders.excluded.frames.first();
@@ -533,7 +639,7 @@ mod tests {
         let xml = "<domain type='qemu'><metadata><placement mode='place' \
             xmlns='https://ept-virt.org/xmlns/placement/1.0'/></metadata><devices>\
             <hostdev mode='subsystem' type='pci'><alias name='hostdev0'/></hostdev></devices></domain>";
-        let mut entry = Entry::new(&domain(xml), &Config::default());
+        let mut entry = Entry::new(&domain(xml), &Config::default(), Hold::None);
         look(&mut entry, &domain(xml), false);
         let obstacle = entry.orders.clone().unwrap().obstacle.unwrap();
         assert!(obstacle.contains("pinned") && obstacle.contains("(hostdev0)"), "{obstacle}");
@@ -544,10 +650,40 @@ mod tests {
     }
 
     #[test]
+    fn nothing_moves_before_the_xml_was_read() {
+        let defaults = Config::parse("[defaults]\nmode = \"place\"\n").unwrap();
+        let unknown = RunningDomain { xml: Err("permission denied".into()), ..domain("") };
+        let mut entry = Entry::new(&unknown, &defaults, Hold::None);
+        assert_eq!(entry.policy.mode, Mode::Place);
+        look_under(&defaults, &mut entry, &unknown, false);
+        let obstacle = entry.orders.clone().unwrap().obstacle.unwrap();
+        assert!(obstacle.contains("could not be read"), "{obstacle}");
+        look_under(&defaults, &mut entry, &domain("<domain type='qemu'/>"), false);
+        assert!(entry.orders.unwrap().place());
+    }
+
+    /// As of a QEMU whose memory is locked for good.
+    #[test]
+    fn who_does_not_answer_is_waited_for_once() {
+        let mut entry = Entry::new(&domain("<domain/>"), &Config::default(), Hold::None);
+        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+        entry.attempt = Some(receiver);
+        look(&mut entry, &domain("<domain/>"), false);
+        assert!(entry.attempt.is_some());
+        assert!(entry.cell.status().reason.unwrap().contains("does not answer"));
+        let obstacle = Obstacle::of_domain("a test".into());
+        assert!(sender.send(Err(Unattached { pid: Some(7), obstacle })).is_ok());
+        look(&mut entry, &domain("<domain/>"), false);
+        let status = entry.cell.status();
+        assert_eq!((status.pid, status.reason.as_deref()), (Some(7), Some("a test")));
+        assert!(entry.attempt.is_none());
+    }
+
+    #[test]
     fn a_fault_is_contained() {
         assert_eq!(contain(|| {}), Ok(()));
         assert!(contain(|| panic!("a test panics; this is no failure")).unwrap_err().contains("a fault"));
-        let mut entry = Entry::new(&domain("<domain/>"), &Config::default());
+        let mut entry = Entry::new(&domain("<domain/>"), &Config::default(), Hold::None);
         entry.fail("a fault".into());
         assert_eq!(entry.cell.status().reason.as_deref(), Some("a fault"));
     }

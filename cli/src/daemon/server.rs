@@ -46,9 +46,9 @@ pub struct Server {
 }
 
 impl Server {
-    /// Binds the socket, mode 0600, or 0660 for the members of `group`. The lock
-    /// beside it tells a running daemon from a socket that a killed one has left.
-    pub fn bind(path: &Path, group: Option<&str>) -> Result<Self, Failure> {
+    /// Binds the socket, for root alone. The lock beside it tells a running daemon from
+    /// a socket that a killed one has left.
+    pub fn bind(path: &Path) -> Result<Self, Failure> {
         let cannot = |what: &str, error: io::Error| {
             let hint = match error.kind() {
                 Io::PermissionDenied => "run the daemon as root, or name another place with --socket",
@@ -77,12 +77,8 @@ impl Server {
         let bound = UnixListener::bind(path);
         umask(before);
         let listener = bound.map_err(|error| cannot("listen on", error))?;
-        let server = Self { listener, path: path.to_owned(), _lock: lock };
-        if group.is_some() {
-            server.open_to(group)?;
-        }
         info!("listening on {}", path.display());
-        Ok(server)
+        Ok(Self { listener, path: path.to_owned(), _lock: lock })
     }
 
     /// Lets the members of `group` ask, or root alone. Clients that are connected

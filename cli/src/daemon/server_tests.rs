@@ -29,7 +29,7 @@ impl Test {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let dir = std::env::temp_dir().join(format!("ept-virt-server-{}-{count}", std::process::id()));
-        let server = Server::bind(&dir.join("run/sock"), None).unwrap();
+        let server = Server::bind(&dir.join("run/sock")).unwrap();
         let shared = Arc::new(Shared::new("test:///default"));
         let mailbox = Mailbox::default();
         server.start(Arc::clone(&shared), mailbox.clone()).unwrap();
@@ -180,18 +180,16 @@ fn others_may_ask_and_not_change() {
 fn a_group_may_be_let_in() {
     let test = Test::new();
     let socket = test.dir.join("run/open");
-    let server = Server::bind(&socket, Some("root")).unwrap();
+    let server = Server::bind(&socket).unwrap();
     let mode = || fs::metadata(&socket).unwrap().permissions().mode() & 0o777;
-    assert_eq!(mode(), 0o660);
-    server.open_to(None).unwrap();
     assert_eq!(mode(), 0o600);
-    assert!(server.open_to(Some("no-such-group")).is_err());
+    let error = server.open_to(Some("no-such-group")).unwrap_err();
+    assert!(error.to_string().contains("no-such-group"), "{error}");
     assert_eq!(mode(), 0o600);
     server.open_to(Some("root")).unwrap();
     assert_eq!(mode(), 0o660);
-    drop(server);
-    let error = Server::bind(&socket, Some("no-such-group")).map(drop).unwrap_err();
-    assert!(error.to_string().contains("no-such-group"), "{error}");
+    server.open_to(None).unwrap();
+    assert_eq!(mode(), 0o600);
 }
 
 #[test]
@@ -255,7 +253,7 @@ fn the_socket_is_roots_alone_and_has_one_daemon() {
     let metadata = fs::metadata(test.socket()).unwrap();
     assert!(metadata.file_type().is_socket());
     assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
-    let second = Server::bind(&test.socket(), None).map(|_| ()).unwrap_err();
+    let second = Server::bind(&test.socket()).map(|_| ()).unwrap_err();
     assert!(second.to_string().contains("another ept-virt daemon"), "{second}");
     // The first is not disturbed by the attempt.
     assert!(matches!(test.client().ask(r#"{"v":1,"cmd":"status"}"#), Reply::Status(_)));
@@ -268,7 +266,7 @@ fn a_socket_that_a_killed_daemon_left_is_replaced() {
     assert!(!test.socket().exists());
     drop(UnixListener::bind(test.socket()).unwrap());
     assert!(test.socket().exists());
-    test.server = Some(Server::bind(&test.socket(), None).unwrap());
+    test.server = Some(Server::bind(&test.socket()).unwrap());
 }
 
 #[test]
@@ -276,7 +274,7 @@ fn what_is_no_socket_is_not_replaced() {
     let mut test = Test::new();
     test.server = None;
     fs::write(test.socket(), "precious").unwrap();
-    let error = Server::bind(&test.socket(), None).map(drop).unwrap_err();
+    let error = Server::bind(&test.socket()).map(drop).unwrap_err();
     let told = error.to_string();
     assert!(told.contains("cannot replace") && told.contains("--socket"), "{told}");
     assert_eq!(fs::read(test.socket()).unwrap(), b"precious");
@@ -284,7 +282,7 @@ fn what_is_no_socket_is_not_replaced() {
 
 #[test]
 fn a_place_that_can_not_be_used_is_told() {
-    let error = Server::bind(Path::new("/proc/ept-virt/sock"), None).map(|_| ()).unwrap_err();
+    let error = Server::bind(Path::new("/proc/ept-virt/sock")).map(|_| ()).unwrap_err();
     assert!(error.to_string().contains("--socket"), "{error}");
 }
 

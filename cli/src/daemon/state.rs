@@ -13,6 +13,7 @@ use ept_virt_core::wire::{
     DaemonStatus, DomainState, DomainStatus, ErrorKind, MAX_MAP_RUNS, MemoryMap, ModuleStatus, MoveTotals,
     Status,
 };
+use serde::{Deserialize, Serialize};
 
 use super::tap::{self, Rounds, Tap};
 
@@ -29,7 +30,8 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// What a person asked for beside the policy, until the domain ends.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Hold {
     /// Nothing.
     #[default]

@@ -21,7 +21,7 @@ use ept_virt_core::wire::{DomainState, RoundStatus};
 use log::warn;
 use nix::time::{ClockId, clock_gettime};
 
-use crate::attach::{self, Attached, Unattached};
+use crate::attach::{self, Attached, Obstacle, Unattached};
 
 use super::budget::Budget;
 use super::claim::{self, CLAIMS_DIR, Claim};
@@ -78,8 +78,10 @@ pub fn attach(domain: &RunningDomain, keeper: Option<&Arc<Keeper>>) -> Result<At
     let Attached { process, sampler } = attach::attach(domain)?;
     let process = Arc::new(process);
     let pid = process.pid();
-    let claim = Claim::take(Path::new(CLAIMS_DIR), pid)
-        .map_err(|error| Unattached { pid: Some(pid), reason: claim::explain(&error) })?;
+    let claim = Claim::take(Path::new(CLAIMS_DIR), pid).map_err(|error| Unattached {
+        pid: Some(pid),
+        obstacle: Obstacle::of_domain(claim::explain(&error)),
+    })?;
     let mover = KernelMover::new(Arc::clone(&process), Path::new("/sys").into());
     let saver = keeper.and_then(|keeper| match process.identity() {
         Ok(identity) => Some(Saver::new(keeper.file(&domain.uuid, identity), monotonic())),
@@ -92,6 +94,25 @@ pub fn attach(domain: &RunningDomain, keeper: Option<&Arc<Keeper>>) -> Result<At
     Ok(Attachment { process, sampler: Box::new(sampler), mover: Box::new(mover), claim, saver })
 }
 
+/// [`attach`] in a thread of its own, which may never end. Nothing is received when that
+/// could not be started.
+pub fn attach_aside(
+    domain: &RunningDomain,
+    keeper: Option<&Arc<Keeper>>,
+) -> mpsc::Receiver<Result<Attachment, Unattached>> {
+    let (sender, receiver) = mpsc::sync_channel(1);
+    let (domain, keeper) = (domain.clone(), keeper.cloned());
+    let name = domain.name.clone();
+    let spawned = thread::Builder::new().name("attach".into()).spawn(move || {
+        // Nobody waits any more for a domain that has ended.
+        let _ = sender.send(attach(&domain, keeper.as_ref()));
+    });
+    if let Err(error) = spawned {
+        warn!("cannot start a thread that attaches to domain {name:?}: {error}");
+    }
+    receiver
+}
+
 /// CLOCK_MONOTONIC, which all of a boot share, and which stands still while the
 /// host sleeps.
 fn monotonic() -> Duration {
@@ -102,7 +123,7 @@ fn monotonic() -> Duration {
 /// Samples the VM of a process by a session of its own, as one that samples is busy.
 fn begin_sampling(process: Arc<Process>) -> Box<sampling::Begin> {
     Box::new(move |access, rate_hz, records| {
-        let session = attach::attach_session(&process)?;
+        let session = attach::attach_session(&process).map_err(|obstacle| obstacle.reason)?;
         let samples = Samples::start(session, access, rate_hz, records).map_err(|error| error.to_string())?;
         Ok(Box::new(samples))
     })
@@ -296,16 +317,20 @@ impl Run {
             End::Gone => about!(info, name, uuid, "domain {name:?}: its QEMU has ended"),
             End::Failed(reason) => about!(warn, name, uuid, "domain {name:?} can not be observed: {reason}"),
         }
-        if let Some(saver) = self.saver.take() {
+        let harvested_at = self.guest.harvested_at(self.now());
+        let Self { guest, saver, memory, process, cell, .. } = self;
+        // A disk that hangs is to keep neither the VM nor the guest's part of DRAM.
+        drop(guest);
+        if let Some(saver) = saver {
             // Who is told to stop because the guest has ended may not have noticed.
-            match end != End::Gone && self.process.is_alive() {
-                true => saver.finish(self.guest.harvested_at(self.now()), &self.memory),
+            match end != End::Gone && process.is_alive() {
+                true => saver.finish(harvested_at, &memory),
                 // No one will ask for the heat of a guest that is gone.
                 false => saver.discard(),
             }
         }
         // At once, not when somebody looks for the thread.
-        self.cell.clear_by(&self.memory, DomainState::Unobserved, Some(end.reason()));
+        cell.clear_by(&memory, DomainState::Unobserved, Some(end.reason()));
         end
     }
 

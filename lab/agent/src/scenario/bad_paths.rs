@@ -90,7 +90,7 @@ pub fn strict_numatune() -> Result<Outcome> {
     Ok(Outcome::Pass(format!("{} MiB refused: {}", refusal.bytes >> 20, refusal.explanation)))
 }
 
-/// A daemon that was killed finds its domains again.
+/// A daemon that was killed finds its domains again, and what was asked for them.
 pub fn daemon_killed() -> Result<Outcome> {
     let first = Daemon::start()?;
     let mut guest = DomainSpec::default().start()?;
@@ -100,6 +100,15 @@ pub fn daemon_killed() -> Result<Outcome> {
     let second = Daemon::start()?;
     wait_observed(guest.name)?;
     ensure!(second.pid() != killed, "the same daemon answers");
+    let is_off = |d: &DomainStatus| d.state == DomainState::Off;
+    daemon::cli_text(&["stop", guest.name])?;
+    daemon::wait_for(guest.name, "nobody observes the domain", TIMEOUT, is_off)?;
+    second.stop()?;
+    let second = Daemon::start()?;
+    let stopped = daemon::wait_for(guest.name, "the domain is known", TIMEOUT, |_| true)?;
+    ensure!(is_off(&stopped), "a domain that was stopped is {:?} after a restart", stopped.state);
+    daemon::cli_text(&["start", guest.name])?;
+    wait_observed(guest.name)?;
     guest.wait_ready()?;
     guest.check_data()?;
     second.stop()?;
