@@ -6,6 +6,7 @@
 //! [`judge`] turns facts into [`Check`]s and does nothing else, so tests give it
 //! whatever host they like. [`report`] prints.
 
+mod configuration;
 mod daemon;
 mod hook;
 mod kernel;
@@ -34,6 +35,7 @@ use crate::hook::{HOOKS_DIR, Hooks};
 use crate::output::{Output, print};
 use crate::style::Style;
 
+use configuration::Configuration;
 use daemon::Daemon;
 use hook::Seen;
 use kernel::Kernel;
@@ -62,6 +64,7 @@ struct Facts {
     processes: Processes,
     hooks: Hooks,
     libvirt: LibvirtSays,
+    configuration: Configuration,
     daemon: Daemon,
     is_root: bool,
 }
@@ -78,6 +81,7 @@ impl Facts {
             pages: Pages::read(root, &memory.all_nodes()),
             rivals: Rivals::read(root, &processes),
             hooks: Hooks::look(&root.join(HOOKS_DIR)),
+            configuration: Configuration::read(root),
             is_root: nix::unistd::geteuid().is_root(),
             kernel,
             memory,
@@ -126,6 +130,7 @@ fn judge(facts: &Facts) -> Vec<Check> {
         facts.libvirt.judge(),
         facts.libvirt.judge_cpusets(&facts.memory.all_nodes()),
         hook::judge(&facts.hooks, seen),
+        facts.configuration.judge(),
         facts.daemon.judge(env!("CARGO_PKG_VERSION")),
         facts.daemon.judge_domains(),
         rights::judge(facts.is_root),

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Our kernel module: whether it is loaded, and of this version.
 
+use std::process::Command;
+
 use ept_virt_core::sampler::{KernelSampler, ModuleInfo, Sampler, SamplerError};
 
 use super::report::Check;
@@ -11,6 +13,8 @@ use super::root::Root;
 pub enum Module {
     /// It answers.
     Ready(ModuleInfo),
+    /// It answers, and is not the one that `modprobe` finds.
+    Replaced(ModuleInfo),
     /// It is loaded; more only root may see.
     NotForUs,
     /// It is not loaded; `modprobe` would find it.
@@ -30,6 +34,7 @@ impl Module {
     /// Asks it.
     pub fn ask(root: &Root, release: &str) -> Self {
         match KernelSampler::open().map(|sampler| sampler.info()) {
+            Ok(info) if is_replaced(root, release) => Module::Replaced(info),
             Ok(info) => Module::Ready(info),
             Err(SamplerError::NotPermitted { .. }) => Module::NotForUs,
             Err(SamplerError::ModuleMissing) => {
@@ -54,12 +59,18 @@ impl Module {
     /// Whether it can be used.
     pub fn judge(&self) -> Check {
         const NAME: &str = "module";
+        // The daemon keeps the module in use. Guests notice nothing of this.
+        const RELOAD: &str = "`systemctl stop ept-virt; rmmod kvm_ept_sample; modprobe kvm_ept_sample; systemctl start ept-virt`";
         match self {
-            Module::Ready(info) => {
-                let (ModuleInfo { format, .. }, (major, minor)) = (info, info.abi);
-                let kvm = if info.patched_kvm { "; KVM is patched for samples" } else { "" };
-                Check::ok(NAME, format!("kvm_ept_sample is loaded, ABI {major}.{minor}, for {format}{kvm}"))
-            }
+            Module::Ready(info) => Check::ok(NAME, loaded(info)),
+            Module::Replaced(info) => Check::warn(
+                NAME,
+                format!(
+                    "{}; another is installed, as an upgrade leaves the one that is in use",
+                    loaded(info)
+                ),
+                RELOAD,
+            ),
             Module::NotForUs => Check::warn(
                 NAME,
                 "kvm_ept_sample is loaded; its version only root may ask",
@@ -90,12 +101,29 @@ impl Module {
             Module::Unusable(problem) => Check::fail(
                 NAME,
                 problem.clone(),
-                // The daemon keeps the module in use. Guests notice nothing of this.
-                "install module and ept-virt of one version, then `systemctl stop ept-virt; rmmod kvm_ept_sample; \
-                 modprobe kvm_ept_sample; systemctl start ept-virt`",
+                format!("install module and ept-virt of one version, then {RELOAD}"),
             ),
         }
     }
+}
+
+/// What a module that answers is.
+fn loaded(info: &ModuleInfo) -> String {
+    let (ModuleInfo { format, .. }, (major, minor)) = (info, info.abi);
+    let kvm = if info.patched_kvm { "; KVM is patched for samples" } else { "" };
+    format!("kvm_ept_sample is loaded, ABI {major}.{minor}, for {format}{kvm}")
+}
+
+/// Whether the loaded module and the installed one were built of different sources, by
+/// the hash of them that the kernel's build puts into each.
+fn is_replaced(root: &Root, release: &str) -> bool {
+    let mut modinfo = Command::new("modinfo");
+    let installed = modinfo.args(["-k", release, "-F", "srcversion", "kvm_ept_sample"]).output();
+    let installed = installed.ok().filter(|output| output.status.success());
+    let installed = installed.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
+    root.text("/sys/module/kvm_ept_sample/srcversion")
+        .zip(installed)
+        .is_some_and(|(loaded, installed)| loaded != installed)
 }
 
 #[cfg(test)]
@@ -118,6 +146,7 @@ mod tests {
         for (module, verdict, words) in [
             (Module::Ready(info), Ok, "ABI 1.2, for NPT"),
             (Module::Ready(ModuleInfo { patched_kvm: true, ..info }), Ok, "NPT; KVM is patched for samples"),
+            (Module::Replaced(info), Warn, "for NPT; another is installed"),
             (Module::NotForUs, Warn, "only root"),
             (Module::NotLoaded, Fail, "not loaded"),
             (not_built(true), Fail, "not built for Linux 6.12.1"),

@@ -52,7 +52,10 @@ impl Memory {
         if tiers.slow.is_empty() {
             return Check::warn(
                 NAME,
-                format!("{}: DRAM on {fast}. Guests are observed, and nothing can be moved", tiers.from),
+                format!(
+                    "{}: DRAM on {fast}. Guests are observed, and nothing is moved unless policies name slower nodes",
+                    tiers.from
+                ),
                 "bring NVM or CXL memory up as a NUMA node, as by `daxctl reconfigure-device --mode=system-ram dax0.0`, \
                  or name the nodes in policies",
             );

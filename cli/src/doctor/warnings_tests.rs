@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use ept_virt_core::domain::{Version, Versions};
-use ept_virt_core::sampler::SamplerError;
+use ept_virt_core::sampler::{EntryFormat, ModuleInfo, SamplerError};
 use ept_virt_core::topology::{NodeSet, NumaBalancing, Tiers};
 use ept_virt_core::wire::{DomainState, Status};
 
@@ -17,7 +17,8 @@ use super::*;
 use crate::hook::Found;
 
 /// All sources that judge, up to their tests.
-const SOURCES: [&str; 12] = [
+const SOURCES: [&str; 13] = [
+    include_str!("configuration.rs"),
     include_str!("daemon.rs"),
     include_str!("hook.rs"),
     include_str!("kernel.rs"),
@@ -64,7 +65,15 @@ fn of_kvm() -> Vec<Check> {
 
 fn of_module() -> Vec<Check> {
     let other = SamplerError::WrongVersion { module_major: 2, module_minor: 0 };
+    let info = ModuleInfo {
+        abi: (1, 2),
+        format: EntryFormat::Npt,
+        clear_dirty: true,
+        keep_young: true,
+        patched_kvm: false,
+    };
     [
+        Module::Replaced(info),
         Module::NotForUs,
         Module::NotLoaded,
         Module::NotBuilt { release: "6.12.95+deb13-amd64".into(), has_headers: false },
@@ -143,13 +152,23 @@ fn of_daemon() -> Vec<Check> {
             "start it, as root, with `systemctl start ept-virt` (or `ept-virt daemon`), or give its --socket"
                 .into(),
     };
+    let wrong = "there is no setting \"gruop\"; did you mean \"group\"?".into();
     vec![
+        Configuration::Unreadable("Permission denied (os error 13)".into()).judge(),
+        Configuration::Wrong(wrong).judge(),
         Daemon::NotForUs.judge("0.1.0"),
         away.judge("0.1.0"),
         answers(|status| status.daemon.libvirt = "does not answer since 30 s".into()).judge("0.1.0"),
         answers(|status| status.daemon.version = "0.0.9".into()).judge("0.1.0"),
         away.judge_domains(),
-        answers(|status| status.domains[0].state = DomainState::Unobserved).judge_domains(),
+        answers(|status| {
+            status.domains[0].state = DomainState::Unobserved;
+            let mut broken = status.domains[0].clone();
+            broken.state = DomainState::Observing;
+            (broken.name, broken.policy_error) = ("db".into(), Some("mode='plaice'".into()));
+            status.domains.push(broken);
+        })
+        .judge_domains(),
         rights::judge(false),
     ]
 }
