@@ -81,8 +81,8 @@ Exit codes:
   0  done
   1  asked, and the answer is no: a request that failed, as for a domain that does
      not run; a check of `doctor` that failed; no hook, for `hook status`
-  2  wrong usage, or the request could not be made: no daemon, no permission,
-     no kernel module where the command itself needs it";
+  2  wrong usage, or the request could not be made: no daemon, no libvirt, no
+     permission, no kernel module where the command itself needs it";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -111,9 +111,11 @@ enum Command {
     },
     /// Observe a domain again that was stopped.
     Start(Domain),
-    /// Neither observe nor move a running domain, until `start` or until it ends.
+    /// Neither observe nor move a running domain, until `start` or until it ends, also
+    /// over a restart of the daemon.
     Stop(Domain),
-    /// Go on observing a domain, but move nothing, until `resume` or until it ends.
+    /// Go on observing a domain, but move nothing, until `resume` or until it ends, also
+    /// over a restart of the daemon.
     Pause(Domain),
     /// Move a domain's memory again that was paused.
     Resume(Domain),
