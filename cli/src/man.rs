@@ -18,11 +18,27 @@ type Page = (String, Vec<u8>);
 
 /// When what the pages tell was last changed. Not when they were made, by which two of
 /// one version would differ.
-const DATE: &str = "2026-11-26";
+const DATE: &str = "2026-11-27";
 
 /// What else there is to read.
 const SEE_ALSO: &str = ".SH SEE ALSO\n\\fBept\\-virt\\fR(1), \\fBkvm_ept_sample\\fR(4), \
-                        \\fBept\\-virt.toml\\fR(5), \\fBept\\-virt\\-placement\\fR(7), \\fBvirsh\\fR(1)\n";
+                        \\fBept\\-virt.toml\\fR(5), \\fBept\\-virt\\-placement\\fR(7), \\fBvirsh\\fR(1)\n\
+                        .PP\nOPERATING, POLICIES, KERNELS and SECURITY in \\fI/usr/share/doc/ept\\-virt\\fR\n";
+
+/// What else is on a host, in the page of the program itself.
+const FILES: &[(&str, &str)] = &[
+    ("/etc/ept-virt/ept-virt.toml", "The host's configuration."),
+    ("/run/ept-virt/ept-virt.sock", "The daemon's socket."),
+    ("/var/lib/ept-virt", "Heat, and what is paused or stopped, over a restart of the daemon."),
+    ("/etc/libvirt/hooks/qemu.d/ept-virt", "The hook that libvirt calls."),
+    (
+        "/usr/share/doc/ept-virt",
+        "The documents, packed by gzip where they are long. OPERATING.md has every warning with its mend, \
+         and what happens when a part ends; POLICIES.md has policies as they are in use; KERNELS.md says \
+         what was tried on which kernel, and who tells what; SECURITY.md who may do what. Messages that \
+         name docs/KERNELS.md mean the one there.",
+    ),
+];
 
 /// Writes a page for each command that people use, and those of policy and
 /// configuration, into `dir`.
@@ -66,6 +82,9 @@ fn add(command: &Command, name: &str, pages: &mut Vec<Page>) -> Result<(), std::
         page.render_subcommands_section(&mut text)?;
     }
     text.extend_from_slice(exit_status().as_bytes());
+    if name == "ept-virt" {
+        text.extend_from_slice(files().as_bytes());
+    }
     text.extend_from_slice(SEE_ALSO.as_bytes());
     pages.push((format!("{name}.1"), text));
     for below in command.get_subcommands().filter(|below| !below.is_hide_set()) {
@@ -84,6 +103,14 @@ fn exit_status() -> String {
         };
     }
     section
+}
+
+/// Where on a host things are, as a section.
+fn files() -> String {
+    let escaped = |text: &str| text.replace('-', "\\-");
+    let entries =
+        FILES.iter().map(|(path, what)| format!(".TP\n\\fI{}\\fR\n{}\n", escaped(path), escaped(what)));
+    entries.fold(".SH FILES\n".to_owned(), |section, entry| section + &entry)
 }
 
 #[cfg(test)]
@@ -126,6 +153,21 @@ mod tests {
         assert!(pages.iter().all(|(page, _)| page != "ept-virt-man.1"));
         let (_, main) = &pages[0];
         assert!(main.contains(".SH EXIT STATUS\n.TP\n0\ndone\n.TP\n1\n"), "{main}");
+        let has_files = |page: &&(String, String)| page.1.contains(".SH FILES");
+        assert_eq!(pages.iter().filter(has_files).count(), 1);
+        assert!(main.contains("/usr/share/doc/ept-virt"), "{main}");
+    }
+
+    /// Whoever has the packages alone finds there what the pages and messages name.
+    #[test]
+    fn packages_have_the_documents() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        for list in ["debian/ept-virt.docs", "rpm/ept-virt.spec"] {
+            let list = fs::read_to_string(root.join(list)).unwrap();
+            for document in ["docs/OPERATING.md", "docs/POLICIES.md", "docs/KERNELS.md", "SECURITY.md"] {
+                assert!(root.join(document).exists() && list.contains(document), "{document}");
+            }
+        }
     }
 
     /// What mandoc finds wrong with them; pages are also those that are not made here.

@@ -74,8 +74,10 @@ pub fn placement() -> String {
         &mut page,
         "ERRORS",
         "A policy that says what is not known here is not in force: the domain is observed, nothing of it is \
-         moved, and `ept-virt status` names line, element and cause. With required=\"yes\" the domain does not \
-         start at all.",
+         moved, and `ept-virt status` names line, element and cause. With required=\"yes\" the domain is not \
+         started, restored or taken in from another host then, nor while the daemon is stopped or the module \
+         is not loaded; `ept-virt policy set DOMAIN required=no --config` lets it start, or `policy clear` \
+         where the policy or the configuration can not be read.",
     );
     see_also(
         &mut page,
@@ -98,7 +100,8 @@ pub fn configuration() -> String {
         "DESCRIPTION",
         "A file in TOML. Without it, or with an empty one, every domain is observed, nothing is moved, and only \
          root may ask the daemon. `ept-virt policy validate FILE` checks it; SIGHUP (`systemctl reload ept-virt`) \
-         makes the daemon read it again, and one that can not be read then changes nothing.",
+         makes the daemon read it again. One that is wrong changes nothing then, which `ept-virt status` tells, \
+         but no daemon starts with it: check it first.",
     );
     example(&mut page, CONFIGURATION);
     control(&mut page, "SH", "SETTINGS");
