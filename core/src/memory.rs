@@ -3,6 +3,7 @@
 
 mod excluded;
 mod holds;
+mod joined;
 mod samples;
 mod staying;
 mod survey;
@@ -16,7 +17,7 @@ use crate::bitmap::{self, PageSet};
 use crate::heat::store::SlotRange;
 use crate::heat::{self, ClassCounts, HeatMap, HeatParams, Round, Span, Surprise};
 use crate::migrate::{MoveOutcome, Refused};
-use crate::plan::{self, MoveUnit, PlaceCounts, PlaceMap, Plan, PlanInput, Recent, SlotView, Times};
+use crate::plan::{self, Joined, MoveUnit, PlaceCounts, PlaceMap, Plan, PlanInput, Recent, SlotView, Times};
 use crate::policy::Excluded;
 use crate::sampler::{Harvest, MemSlot};
 use crate::units::{Bytes, PAGES_PER_2M, Share};
@@ -57,6 +58,8 @@ struct Slot {
     recent: Recent,
     /// What turned hot a few rounds ago.
     turned: Recent,
+    /// What the host moves in pieces of 2 MiB, whatever the guest's tables say.
+    joined: Joined,
     /// The round that is being taken in.
     round: Option<Round>,
     /// All its heat, in pages of the highest temperature, as last known.
@@ -76,6 +79,7 @@ impl Slot {
             holds: Holds::new(pages),
             recent: Recent::default(),
             turned: Recent::default(),
+            joined: Joined::default(),
             round: None,
             warmth: 0.0,
             observed: false,
@@ -85,8 +89,8 @@ impl Slot {
     }
 
     fn view(&self) -> SlotView<'_> {
-        let Self { info, heat, place, holds, recent, turned, .. } = self;
-        SlotView { hva: info.hva, heat, place, held: holds.held(), recent, turned }
+        let Self { info, heat, place, holds, recent, turned, joined, .. } = self;
+        SlotView { hva: info.hva, heat, place, held: holds.held(), recent, turned, joined }
     }
 
     /// The pages of a word of a bitmap that are not to be moved now.
@@ -432,6 +436,7 @@ impl GuestMemory {
                 Err(_) => slot.holds.refuse(pages, now),
             }
         }
+        self.record_along(outcome, target);
     }
 
     /// Lets pages be planned again that were refused, when they were held for long
@@ -549,7 +554,7 @@ mod tests {
             (unit(512), Err(Refused::NotPresent)),
             (unit(513), Err(Refused::AlreadyThere)),
         ];
-        memory.record_moves(&MoveOutcome { units }, Place::Slow, Duration::ZERO);
+        memory.record_moves(&MoveOutcome { units, ..MoveOutcome::default() }, Place::Slow, Duration::ZERO);
         assert_eq!(memory.places(), PlaceCounts { fast: 0, slow: 2, absent: 126 });
         assert_eq!(memory.views()[0].held, [1 << 2 | 1 << 4]);
         assert_eq!(memory.views()[1].held, [0]);

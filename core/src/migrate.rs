@@ -5,6 +5,7 @@
 //! and one that was not moved has a reason. The kernel keeps the guest's data
 //! whole whatever happens here; a page that can not be moved stays where it is.
 
+mod along;
 mod backoff;
 mod bucket;
 mod kernel;
@@ -31,6 +32,7 @@ pub use bucket::TokenBucket;
 pub use moves::Moves;
 pub use shared_bucket::SharedBucket;
 
+use along::{Regions, region_of};
 use kernel::LinuxPages;
 
 /// Units in one system call: bounds how long a cancelled move goes on, where each takes
@@ -149,18 +151,32 @@ pub struct MoveOutcome {
     /// In no certain order. A unit of 512 pages that the kernel had split in the
     /// meantime stands here as single pages.
     pub units: Vec<(MoveUnit, Result<(), Refused>)>,
+    /// Addresses of 4 KiB pages that are in no unit and moved all the same: the host
+    /// keeps them in one page with one that is.
+    pub along: Vec<u64>,
+    /// Addresses of 2 MiB that turned out to be one page of the host, which moves whole.
+    pub joined: Vec<u64>,
+    /// Addresses of 2 MiB that turned out not to be, or no longer.
+    pub apart: Vec<u64>,
+    /// Units at the end that were not tried.
+    pub left: usize,
 }
 
 impl MoveOutcome {
     /// Bytes tried: moved and refused.
     pub fn tried_bytes(&self) -> u64 {
-        self.units.iter().map(|(unit, _)| unit_bytes(unit)).sum()
+        self.units.iter().map(|(unit, _)| unit_bytes(unit)).sum::<u64>() + self.along_bytes()
     }
 
     /// Bytes moved.
     pub fn moved_bytes(&self) -> u64 {
         let moved = self.units.iter().filter(|(_, result)| result.is_ok());
-        moved.map(|(unit, _)| unit_bytes(unit)).sum()
+        moved.map(|(unit, _)| unit_bytes(unit)).sum::<u64>() + self.along_bytes()
+    }
+
+    /// Bytes moved that nobody asked for.
+    pub fn along_bytes(&self) -> u64 {
+        self.along.len() as u64 * PAGE_BYTES
     }
 }
 
@@ -205,8 +221,9 @@ pub trait Mover: Send {
     fn room(&self, target: &NodeSet) -> u64;
 
     /// Moves the units to the nodes of `target`, to the one with the most room
-    /// first. Ends early, leaving units untried, when `stop` becomes true: after the
-    /// system call that is under way, which moves [`BATCH_BYTES`] at most.
+    /// first. Ends early, leaving units untried, when `stop` becomes true, or more has
+    /// moved than was asked for: after the system call that is under way, which moves
+    /// [`BATCH_BYTES`] at most.
     fn apply(
         &mut self,
         units: &[MoveUnit],
@@ -239,12 +256,13 @@ pub struct KernelMover {
     pages: Box<dyn Pages>,
     /// Size of the process's pages of hugetlbfs, as soon as some were met.
     hugetlb: Option<u64>,
+    regions: Regions,
 }
 
 impl KernelMover {
     /// A mover for the pages of `process`, on the host whose sysfs is at `sys`.
     pub fn new(process: Arc<Process>, sys: PathBuf) -> Self {
-        Self { pages: Box::new(LinuxPages::new(process, sys)), hugetlb: None }
+        Self { pages: Box::new(LinuxPages::new(process, sys)), hugetlb: None, regions: Regions::default() }
     }
 
     /// The nodes of the set that tell their memory, each with the bytes that it
@@ -280,10 +298,12 @@ impl KernelMover {
             outcome.units.extend(failed);
             return Ok(());
         };
-        let addresses: Vec<u64> = batch.iter().map(|unit| unit.hva).collect();
+        let witnesses = self.regions.witnesses(batch);
+        let addresses: Vec<u64> =
+            batch.iter().map(|unit| unit.hva).chain(witnesses.iter().copied()).collect();
         let mut nodes = Vec::new();
         self.places(&addresses, &mut nodes)?;
-        if nodes.len() < batch.len() {
+        if nodes.len() < addresses.len() {
             outcome.units.extend(batch.iter().map(|unit| (*unit, Err(Refused::Failed))));
             return Ok(());
         }
@@ -305,6 +325,9 @@ impl KernelMover {
         }
         let addresses: Vec<u64> = fit.iter().map(|unit| unit.hva).collect();
         let results = self.migrate(&addresses, node, stop)?;
+        let before = nodes.iter().skip(batch.len());
+        let witnesses = witnesses.iter().copied().zip(before.copied());
+        self.find_along(&fit, &results, witnesses, node, outcome)?;
         let split = self.split_since(&fit, &results, node)?;
         for (unit, result) in fit.into_iter().zip(results) {
             if split.contains(&unit.hva) {
@@ -353,6 +376,7 @@ impl KernelMover {
             |index: u64| MoveUnit { gfn: unit.gfn + index, hva: unit.hva + index * PAGE_BYTES, pages: 1 };
         let rest: Vec<MoveUnit> = (1..u64::from(unit.pages)).map(page).collect();
         outcome.units.push((page(0), Ok(())));
+        self.regions.note_small(region_of(unit.hva), outcome);
         self.apply_batch(&rest, target, stop, outcome)
     }
 
@@ -482,15 +506,17 @@ impl Mover for KernelMover {
     ) -> Result<MoveOutcome, ProcessGone> {
         let mut outcome = MoveOutcome::default();
         let mut rest = units;
-        while !rest.is_empty() && !stop.load(Ordering::Relaxed) {
+        // What came along has to be paid for first.
+        while !rest.is_empty() && outcome.along.is_empty() && !stop.load(Ordering::Relaxed) {
             if !self.pages.is_alive() {
                 return Err(ProcessGone);
             }
             self.pages.renew();
-            let batch = batch(rest);
+            let batch = self.regions.batch(rest);
             self.apply_batch(batch, target, stop, &mut outcome)?;
             rest = rest.get(batch.len()..).unwrap_or_default();
         }
+        outcome.left = rest.len();
         Ok(outcome)
     }
 }

@@ -4,7 +4,8 @@
 //!
 //! A *unit* is what moves at once: a 4 KiB page, or a whole 2 MiB page where
 //! the guest's tables map one. A huge page has one accessed bit for 512 pages,
-//! so it is judged by its hottest page and moves as a whole or not at all.
+//! so it is judged by its hottest page and moves as a whole or not at all. So is one
+//! of the host's that the guest's tables map in parts, as soon as that is known.
 //!
 //! 1. More on the fast tier than the target: demote units that were idle for
 //!    the policy's delay, the coldest first, until the rest above the target is
@@ -22,6 +23,7 @@
 
 mod candidates;
 mod gap;
+mod joined;
 mod place;
 mod potential;
 mod recent;
@@ -35,6 +37,7 @@ use crate::units::{Bytes, BytesPerSecond, PAGE_BYTES, PAGES_PER_2M, Share};
 
 use candidates::{Candidate, Candidates};
 use gap::Gap;
+pub use joined::Joined;
 pub use place::{PlaceCounts, PlaceMap};
 use potential::Potential;
 pub use recent::{LOOKBACK_ROUNDS, Recent, Times};

@@ -99,7 +99,7 @@ proptest! {
                 }
                 // Refused and released, they are planned again; the others never are.
                 let units = moved.iter().map(|unit| (*unit, Err(Refused::Busy))).collect();
-                memory.record_moves(&MoveOutcome { units }, target, ROUND * 100 * round as u32);
+                memory.record_moves(&MoveOutcome { units, ..MoveOutcome::default() }, target, ROUND * 100 * round as u32);
             }
         }
         // All that is not excluded goes, when it is idle and nothing may stay.

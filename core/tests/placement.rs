@@ -90,7 +90,7 @@ impl Guest {
                 self.place.record(first..first + unit.pages as usize, place);
             }
             let units = units.iter().map(|unit| (*unit, Ok(()))).collect();
-            self.memory.record_moves(&MoveOutcome { units }, place, Duration::ZERO);
+            self.memory.record_moves(&MoveOutcome { units, ..MoveOutcome::default() }, place, Duration::ZERO);
         }
         plan.demote.iter().chain(&plan.promote).map(|unit| u64::from(unit.pages)).sum()
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use ept_virt_core::bitmap;
 use ept_virt_core::heat::{COLD_BELOW, HeatMap, HeatParams, MAX_TEMPERATURE};
 use ept_virt_core::plan::{
-    MoveUnit, PlaceMap, Plan, PlanInput, Recent, SlotView, map_runs, plan, quota_pages, strip,
+    Joined, MoveUnit, PlaceMap, Plan, PlanInput, Recent, SlotView, map_runs, plan, quota_pages, strip,
 };
 use ept_virt_core::sampler::Level;
 use ept_virt_core::units::{Bytes, BytesPerSecond, PAGE_BYTES, Share};
@@ -29,12 +29,13 @@ struct Slot {
     held: Vec<u64>,
     recent: Recent,
     turned: Recent,
+    joined: Joined,
 }
 
 impl Slot {
     fn view(&self) -> SlotView<'_> {
-        let Slot { hva, heat, place, held, recent, turned, .. } = self;
-        SlotView { hva: *hva, heat, place, held, recent, turned }
+        let Slot { hva, heat, place, held, recent, turned, joined, .. } = self;
+        SlotView { hva: *hva, heat, place, held, recent, turned, joined }
     }
 
     /// Pages of the slot that lie in its `index`th 2 MiB of guest-physical space.
@@ -61,10 +62,12 @@ fn units(slot: &Slot) -> Vec<Unit> {
         let region = Slot::region(slot.place.gfn_start(), slot.place.pages(), index);
         let place = slot.place.place(region.start);
         let one_place = region.clone().all(|page| slot.place.place(page) == place);
-        let whole = *level == Level::Huge2M && region.len() == 512 && one_place;
+        let joined = slot.joined.contains(slot.hva + region.start as u64 * PAGE_BYTES);
+        let whole = (*level == Level::Huge2M || joined) && region.len() == 512 && one_place;
         let step = if whole { 512 } else { 1 };
-        for page in region.step_by(step) {
-            let pages = page..page + step;
+        for page in region.clone().step_by(step) {
+            let pages = if joined { region.clone() } else { page..page + step };
+            let is_cut_off = joined && region.len() < 512;
             found.push(Unit {
                 unit: MoveUnit {
                     gfn: slot.place.gfn_start() + page as u64,
@@ -74,7 +77,9 @@ fn units(slot: &Slot) -> Vec<Unit> {
                 temperature: pages.clone().map(|page| slot.heat.temperature(page)).max().unwrap(),
                 idle: pages.clone().all(|page| slot.heat.is_idle(page)),
                 place: slot.place.place(page),
-                held: *level == Level::Huge1G || pages.clone().any(|page| bitmap::get(&slot.held, page)),
+                held: *level == Level::Huge1G
+                    || is_cut_off
+                    || pages.clone().any(|page| bitmap::get(&slot.held, page)),
             });
         }
     }
@@ -98,8 +103,10 @@ fn slot() -> impl Strategy<Value = Slot> {
         .prop_flat_map(move |(gfn_start, pages)| {
             let count = pages.div_ceil(64);
             let regions = (gfn_start + pages as u64).div_ceil(512) - gfn_start / 512;
-            let levels =
-                proptest::collection::vec((level.clone(), any::<bool>(), 0usize..3), regions as usize);
+            let levels = proptest::collection::vec(
+                (level.clone(), any::<bool>(), 0usize..3, 0..4u8),
+                regions as usize,
+            );
             let rounds = proptest::collection::vec(words(count), 1..8);
             (Just((gfn_start, pages)), words(count), words(count), levels, rounds, words(count))
         })
@@ -111,11 +118,17 @@ fn slot() -> impl Strategy<Value = Slot> {
             }
             let only: Vec<Level> = levels.iter().map(|(level, ..)| *level).collect();
             place.observe(&mapped, &on_slow, &only);
-            for (index, (_, uniform, tier)) in levels.iter().enumerate() {
+            for (index, (_, uniform, tier, _)) in levels.iter().enumerate() {
                 if *uniform {
                     let tier = [Place::Fast, Place::Slow, Place::Absent][*tier];
                     place.record(Slot::region(gfn_start, pages, index), tier);
                 }
+            }
+            let hva = 0x7f00_0000_0000 + gfn_start * PAGE_BYTES;
+            let mut joined = Joined::default();
+            for (index, _) in levels.iter().enumerate().filter(|(_, (.., kind))| *kind == 0) {
+                let first = Slot::region(gfn_start, pages, index).start;
+                joined.insert(hva + first as u64 * PAGE_BYTES);
             }
             for accessed in rounds {
                 heat.step(&accessed, ROUND);
@@ -123,13 +136,14 @@ fn slot() -> impl Strategy<Value = Slot> {
             // Held pages are the exception.
             let held = held.iter().map(|word| if word % 5 == 0 { word >> 32 } else { 0 }).collect();
             Slot {
-                hva: 0x7f00_0000_0000 + gfn_start * PAGE_BYTES,
+                hva,
                 heat,
                 place,
                 levels: only,
                 held,
                 recent: Recent::default(),
                 turned: Recent::default(),
+                joined,
             }
         })
 }
@@ -143,12 +157,26 @@ fn domain() -> impl Strategy<Value = Vec<Slot>> {
             .map(|mut slot| {
                 let shifted = base * 512 + slot.place.gfn_start();
                 base = shifted / 512 + slot.place.pages() as u64 / 512 + 2;
-                slot.hva = 0x7f00_0000_0000 + shifted * PAGE_BYTES;
+                let hva = 0x7f00_0000_0000 + shifted * PAGE_BYTES;
+                slot.joined = joined_at(&slot, hva);
+                slot.hva = hva;
                 slot.place = moved_to(&slot, shifted);
                 slot
             })
             .collect()
     })
+}
+
+fn joined_at(slot: &Slot, hva: u64) -> Joined {
+    let mut joined = Joined::default();
+    for index in 0..slot.levels.len() {
+        let offset =
+            Slot::region(slot.place.gfn_start(), slot.place.pages(), index).start as u64 * PAGE_BYTES;
+        if slot.joined.contains(slot.hva + offset) {
+            joined.insert(hva + offset);
+        }
+    }
+    joined
 }
 
 fn moved_to(slot: &Slot, gfn_start: u64) -> PlaceMap {
@@ -361,6 +389,7 @@ fn simple(pages: usize, hot: Range<usize>, slow: Range<usize>) -> Slot {
         held: Vec::new(),
         recent: Recent::default(),
         turned: Recent::default(),
+        joined: Joined::default(),
     }
 }
 

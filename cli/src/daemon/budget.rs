@@ -193,6 +193,13 @@ impl Seat {
         state.bucket.as_mut().map_or(Ok(()), |bucket| bucket.take(self.id, bytes, now))
     }
 
+    /// Takes bytes that have moved unasked out of the same, as [`SharedBucket::charge`].
+    pub fn charge(&self, bytes: u64, now: Duration) {
+        if let Some(bucket) = &mut lock(&self.budget.state).bucket {
+            bucket.charge(self.id, bytes, now);
+        }
+    }
+
     /// Part of one CPU that rounds may take, as [`HostLimits::cpu`].
     pub fn cpu(&self) -> Share {
         lock(&self.budget.state).limits.cpu

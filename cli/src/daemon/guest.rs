@@ -617,7 +617,8 @@ impl Guest {
         let tiers = &self.orders.tiers;
         let target = if place == Place::Slow { &tiers.slow } else { &tiers.fast };
         let outcome = self.mover.apply(units, target, stop)?;
-        let tried = units.len();
+        let tried = units.len() - outcome.left;
+        self.charge(outcome.along_bytes(), now);
         self.account(&outcome, place, now);
         let is_full = |(_, result): &(MoveUnit, Result<(), Refused>)| *result == Err(Refused::NodeFull);
         let full = &mut self.full[usize::from(place == Place::Fast)];

@@ -37,6 +37,8 @@ struct World {
     mute: bool,
     /// Pages of hugetlbfs, of which none is free.
     hugetlb: Range<u64>,
+    /// Pages that the host keeps in one.
+    joined: Range<u64>,
     vm_gone: bool,
     /// Accesses are seen by KVM's word alone: nothing is seen as mapped.
     shadowed: bool,
@@ -143,7 +145,16 @@ impl Mover for FakeMover {
                 world.pages.insert(unit.gfn, Page { node, mapped: false, accessed: false });
             }
             outcome.units.push((*unit, refuse.map_or(Ok(()), Err)));
+            if world.joined.contains(&unit.gfn) {
+                let others = std::mem::take(&mut world.joined).filter(|gfn| *gfn != unit.gfn);
+                for gfn in others {
+                    world.pages.insert(gfn, Page { node, mapped: false, accessed: false });
+                    outcome.along.push(HVA + gfn * PAGE_BYTES);
+                }
+                break;
+            }
         }
+        outcome.left = units.len() - outcome.units.len();
         Ok(outcome)
     }
 }
@@ -525,6 +536,29 @@ fn the_bandwidth_holds() {
         paces.push(test.guest.move_some(&mut moves, test.now, &stop).unwrap());
     }
     assert!(paces.iter().any(|pace| matches!(pace, Pace::Wait(_))), "{paces:?}");
+}
+
+#[test]
+fn what_moves_along_is_counted_and_paid_for() {
+    let mut orders = orders(Mode::Place);
+    orders.policy.migration.bandwidth = BytesPerSecond(40 * PAGE_BYTES);
+    let mut test = Test::new(orders, vec![slot(0, 600)]);
+    test.world().touch(0..600);
+    test.world().joined = 60..160;
+    let mut slow = vec![0];
+    for _ in 0..24 {
+        let status = test.rounds(1, 0..0);
+        slow.push(test.world().on(SLOW).len() as u64);
+        let totals = test.guest.totals();
+        assert_eq!(totals.demoted_bytes, slow[slow.len() - 1] * PAGE_BYTES);
+        assert_eq!(totals.demote_tried_bytes, totals.demoted_bytes, "no unit twice, and none left out");
+        assert_eq!(test.guest.with_places(status).slow_bytes, totals.demoted_bytes);
+    }
+    let grown: Vec<u64> = slow.windows(2).map(|pair| pair[1] - pair[0]).collect();
+    let joined = grown.iter().position(|pages| *pages >= 99).unwrap();
+    // 99 pages at 20 a round.
+    assert!(grown[joined + 1..joined + 5].iter().all(|pages| *pages == 0), "{grown:?}");
+    assert!(grown[joined + 5..joined + 8].iter().all(|pages| (15..=25).contains(pages)), "{grown:?}");
 }
 
 #[test]

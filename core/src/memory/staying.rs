@@ -110,7 +110,7 @@ mod tests {
         let unit = |gfn: u64, result| (MoveUnit { gfn, hva: info(0, 1).hva + gfn * 4096, pages: 1 }, result);
         let units = (100..107).map(|gfn| unit(gfn, Err(Refused::Busy)));
         let units = units.chain((200..203).map(|gfn| unit(gfn, Ok(())))).collect();
-        memory.record_moves(&MoveOutcome { units }, Place::Fast, Duration::ZERO);
+        memory.record_moves(&MoveOutcome { units, ..MoveOutcome::default() }, Place::Fast, Duration::ZERO);
         let found = memory.staying();
         let expected =
             Staying { excluded: 512, held: 7, giant: 512, moved: 3, others: 2000 - 10 - 1034, ..found };

@@ -18,7 +18,7 @@ const BURST_DIVISOR: u64 = 20;
 pub struct TokenBucket {
     bytes_per_second: u64,
     /// Tokens in byte-nanoseconds per second, so that nothing is ever rounded.
-    /// Below zero after a request that was larger than the bucket.
+    /// Below zero after a request that was larger than the bucket, and after a charge.
     tokens: i128,
     updated: Duration,
 }
@@ -48,6 +48,13 @@ impl TokenBucket {
             }
             wait => Err(wait),
         }
+    }
+
+    /// Takes `bytes` that have moved without being granted: they are a debt, and over time
+    /// the rate holds.
+    pub fn charge(&mut self, bytes: u64, now: Duration) {
+        self.refill(now);
+        self.tokens = self.tokens.saturating_sub(i128::from(bytes) * NANOS_PER_SECOND as i128);
     }
 
     /// How long until `bytes` would be granted: zero when at once, `None` when
@@ -129,6 +136,14 @@ mod tests {
             })
             .max()
             .unwrap_or(0)
+    }
+
+    #[test]
+    fn what_moved_unasked_is_paid_for_before_more_is_granted() {
+        let mut bucket = TokenBucket::new(1000, SECOND);
+        bucket.charge(2050, SECOND);
+        assert_eq!(bucket.take(10, SECOND), Err(Some(Duration::from_millis(2010))));
+        assert_eq!(bucket.take(10, SECOND + Duration::from_millis(2010)), Ok(()));
     }
 
     proptest! {

@@ -84,6 +84,14 @@ impl SharedBucket {
         Ok(())
     }
 
+    /// Takes `bytes` that the domain `id` has moved without being granted them, as
+    /// [`TokenBucket::charge`]; they count as granted to it.
+    pub fn charge(&mut self, id: u64, bytes: u64, now: Duration) {
+        self.bucket.charge(bytes, now);
+        let next = self.next.entry(id).or_insert(self.served);
+        *next = (*next).max(self.served).saturating_add(bytes);
+    }
+
     /// Forgets the domain `id`.
     pub fn leave(&mut self, id: u64) {
         self.waiting.remove(&id);
@@ -160,6 +168,18 @@ mod tests {
                 Domain { bytes: bytes.max(1), late_us, active: (from, from + time) }
             });
         proptest::collection::vec(one, 1..8)
+    }
+
+    #[test]
+    fn who_moved_more_than_it_was_granted_comes_later() {
+        let mut bucket = SharedBucket::new(1000, BEGIN);
+        assert_eq!(bucket.take(1, 10, BEGIN), Ok(()));
+        bucket.charge(1, 1040, BEGIN);
+        assert_eq!(bucket.take(1, 10, BEGIN), Err(Some(Duration::from_millis(1010))));
+        assert!(bucket.take(2, 10, BEGIN).is_err(), "the host's cap holds for all");
+        let later = BEGIN + Duration::from_millis(1010);
+        assert!(bucket.take(1, 10, later).is_err(), "the other has moved less");
+        assert_eq!(bucket.take(2, 10, later), Ok(()));
     }
 
     proptest! {

@@ -6,6 +6,8 @@ use std::sync::{Mutex, MutexGuard};
 
 use super::*;
 
+mod along;
+
 const SLOW: u32 = 1;
 
 /// A process's pages, and a kernel that treats failures as Linux's
@@ -16,6 +18,8 @@ struct FakeKernel {
     pages: BTreeMap<u64, u32>,
     /// First pages of huge pages, which move as a whole.
     huge: BTreeSet<u64>,
+    /// The same of pages of 64 KiB.
+    medium: BTreeSet<u64>,
     /// Pages with an extra reference: migrating them fails.
     pinned: BTreeSet<u64>,
     /// Pages that the kernel refuses to isolate, and with which errno.
@@ -31,6 +35,9 @@ struct FakeKernel {
     stop: Option<Arc<AtomicBool>>,
     exited: bool,
     calls: usize,
+    /// 4 KiB pages that moved, in all and in the largest call.
+    moved: u64,
+    largest_call: u64,
 }
 
 impl FakeKernel {
@@ -39,10 +46,21 @@ impl FakeKernel {
         Self { pages, free_pages: 1 << 20, ..Self::default() }
     }
 
+    /// The first page of the page of the host around an address, and its 4 KiB pages.
+    fn folio(&self, address: u64) -> (u64, u64) {
+        let first = |pages: u64| address / (pages * PAGE_BYTES) * pages * PAGE_BYTES;
+        match address {
+            _ if self.huge.contains(&first(512)) => (first(512), 512),
+            _ if self.medium.contains(&first(16)) => (first(16), 16),
+            _ => (address, 1),
+        }
+    }
+
     fn move_page(&mut self, address: u64, node: u32) {
-        let count = if self.huge.contains(&address) { 512 } else { 1 };
-        for page in 0..count {
-            self.pages.insert(address + page * PAGE_BYTES, node);
+        let (first, count) = self.folio(address);
+        for (_, place) in self.pages.range_mut(first..first + count * PAGE_BYTES) {
+            self.moved += u64::from(*place != node);
+            *place = node;
         }
     }
 
@@ -55,19 +73,31 @@ impl FakeKernel {
 
     fn migrate(&mut self, addresses: &[u64], node: u32, statuses: &mut [i32]) -> io::Result<u64> {
         self.calls += 1;
+        let before = self.moved;
+        let result = self.migrate_call(addresses, node, statuses);
+        self.largest_call = self.largest_call.max(self.moved - before);
+        result
+    }
+
+    fn migrate_call(&mut self, addresses: &[u64], node: u32, statuses: &mut [i32]) -> io::Result<u64> {
         if let Some(stop) = &self.stop {
             stop.store(true, Ordering::Relaxed);
         }
         if let Some(errno) = self.call_error {
             return Err(io::Error::from_raw_os_error(errno));
         }
-        let mut start = 0;
+        let (mut start, mut isolated) = (0, BTreeSet::new());
         for (index, address) in addresses.iter().enumerate() {
             let decided = match (self.refused.get(address), self.pages.get(address)) {
                 (Some(errno), _) => -errno,
                 (None, None) => -libc::ENOENT,
                 (None, Some(place)) if *place == node => node as i32,
-                (None, Some(_)) => continue,
+                // It was isolated with another part of it.
+                (None, Some(_)) if isolated.contains(&self.folio(*address)) => -libc::EBUSY,
+                (None, Some(_)) => {
+                    isolated.insert(self.folio(*address));
+                    continue;
+                }
             };
             statuses[index] = decided;
             let failed = self.migrate_list(&addresses[start..index], node);
@@ -76,6 +106,7 @@ impl FakeKernel {
             }
             statuses[start..index].fill(node as i32);
             start = index + 1;
+            isolated.clear();
         }
         let failed = self.migrate_list(&addresses[start..], node);
         if failed == 0 {
@@ -135,7 +166,7 @@ impl Pages for Fake {
 
 fn mover(kernel: FakeKernel) -> (KernelMover, Fake) {
     let fake = Fake(Arc::new(Mutex::new(kernel)));
-    (KernelMover { pages: Box::new(fake.clone()), hugetlb: None }, fake)
+    (KernelMover { pages: Box::new(fake.clone()), hugetlb: None, regions: Regions::default() }, fake)
 }
 
 fn page(index: u64) -> u64 {

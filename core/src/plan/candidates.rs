@@ -14,6 +14,7 @@ use crate::units::{PAGE_BYTES, PAGES_PER_2M};
 use crate::wire::Place;
 
 use super::gap::Estimate;
+use super::joined::Region;
 use super::potential::Potential;
 use super::{MoveUnit, SlotView, Times};
 
@@ -58,9 +59,7 @@ impl Candidates {
         for slot in slots {
             survey.summaries = Summaries::new();
             survey.any_turned = !slot.turned.is_empty();
-            for (pages, level) in slot.place.regions() {
-                survey.region(slot, pages, level);
-            }
+            slot.regions().for_each(|region| survey.region(slot, region));
         }
         Candidates {
             coldest_fast: survey.fast.finish(),
@@ -97,9 +96,14 @@ struct Survey {
 
 impl Survey {
     /// Offers what may move of a region, in order of address.
-    fn region(&mut self, slot: &SlotView<'_>, pages: Range<usize>, level: Level) {
+    fn region(&mut self, slot: &SlotView<'_>, region: Region) {
+        let Region { pages, level, joined } = region;
         // A page of 1 GiB can not move in parts.
         if level == Level::Huge1G {
+            return;
+        }
+        if joined {
+            self.joined(slot, pages);
             return;
         }
         let whole = level == Level::Huge2M && pages.len() as u64 == PAGES_PER_2M;
@@ -112,6 +116,27 @@ impl Survey {
         }
         for (index, mask) in bitmap::masks(pages) {
             self.block(slot, index, mask);
+        }
+    }
+
+    /// Offers what the host keeps in one page, though the guest's tables map its parts.
+    /// Where no unit can be all of it, as some are absent or known to lie elsewhere, each
+    /// page is offered, but judged as all are.
+    fn joined(&mut self, slot: &SlotView<'_>, pages: Range<usize>) {
+        let stays = bitmap::masks(pages.clone()).any(|(index, mask)| mask & self.stays(slot, index) != 0);
+        // The rest of a shorter one lies in another slot, or is none of the guest's.
+        if stays || pages.len() as u64 != PAGES_PER_2M {
+            return;
+        }
+        if let Some(place) = slot.place.common_place(pages.clone()) {
+            self.whole(slot, place, pages);
+            return;
+        }
+        for (index, mask) in bitmap::masks(pages.clone()) {
+            let (fast, slow) = slot.place.words(index);
+            for (place, word) in [(Place::Fast, fast & mask), (Place::Slow, slow & mask)] {
+                bitmap::ones(word).for_each(|bit| self.part(slot, place, page_at(index, bit), pages.clone()));
+            }
         }
     }
 
@@ -169,8 +194,13 @@ impl Survey {
     }
 
     fn unit(&mut self, slot: &SlotView<'_>, place: Place, pages: Range<usize>) {
-        let (temperature, idle) = slot.heat.unit(pages.clone());
-        let turned = bitmap::masks(pages.clone()).any(|(index, mask)| self.turned(slot, index) & mask != 0);
+        self.part(slot, place, pages.clone(), pages);
+    }
+
+    /// Offers `pages`, which are judged as `all` are.
+    fn part(&mut self, slot: &SlotView<'_>, place: Place, pages: Range<usize>, all: Range<usize>) {
+        let (temperature, idle) = slot.heat.unit(all.clone());
+        let turned = bitmap::masks(all).any(|(index, mask)| self.turned(slot, index) & mask != 0);
         let (selection, key) = match place {
             Place::Fast if idle => (&mut self.fast, temperature),
             Place::Slow if turned => (&mut self.slow, TURNED),

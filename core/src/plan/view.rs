@@ -8,7 +8,7 @@ use crate::heat::{HeatMap, class_of};
 use crate::units::PAGE_BYTES;
 use crate::wire::{Class, MapRun, Place, StripCell};
 
-use super::{PlaceMap, Recent};
+use super::{Joined, PlaceMap, Recent};
 
 /// One memory slot. Heat and place count the same pages.
 #[derive(Clone, Copy, Debug)]
@@ -26,6 +26,8 @@ pub struct SlotView<'a> {
     pub recent: &'a Recent,
     /// What turned hot in the last rounds: it comes first, whatever it wins.
     pub turned: &'a Recent,
+    /// What moves whole, whatever the guest's tables say.
+    pub joined: &'a Joined,
 }
 
 impl SlotView<'_> {

@@ -103,7 +103,8 @@ impl Engine {
             }
             room_pages = room;
             moved.extend(units.iter().map(|unit| (*unit, target)));
-            let outcome = MoveOutcome { units: units.iter().map(|unit| (*unit, Ok(()))).collect() };
+            let units = units.iter().map(|unit| (*unit, Ok(()))).collect();
+            let outcome = MoveOutcome { units, ..MoveOutcome::default() };
             self.memory.record_moves(&outcome, target, now);
             moves.done(target, outcome.units.len(), bytes);
         }

@@ -125,4 +125,12 @@ impl Guest {
         self.share.seat.as_ref().map_or(Ok(()), |seat| seat.take(bytes, now))?;
         self.bucket.take(bytes, now)
     }
+
+    /// Takes bytes that have moved unasked out of both: what follows waits for them.
+    pub(super) fn charge(&mut self, bytes: u64, now: Duration) {
+        self.bucket.charge(bytes, now);
+        if let Some(seat) = &self.share.seat {
+            seat.charge(bytes, now);
+        }
+    }
 }
