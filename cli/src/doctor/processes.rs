@@ -24,21 +24,22 @@ pub struct LibvirtDaemon {
 }
 
 impl LibvirtDaemon {
-    /// The same, which systemd may have told to reload. Asks systemd.
+    /// The same, which systemd may have told to reload. Asks systemd when the unit's state
+    /// changed last, as it does at a reload: of the reload's command itself it forgets the
+    /// time whenever it reads its units anew.
     pub fn after_reload(self) -> Self {
         let mut command = Command::new("systemctl");
-        command.args(["show", &self.name, "--property=ExecReload", "--timestamp=unix"]);
+        command.args(["show", &self.name, "--property=StateChangeTimestamp", "--timestamp=unix"]);
         let shown = command.output().map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
-        let reloaded = shown.ok().and_then(|shown| reload_time(&shown));
+        let reloaded = shown.ok().and_then(|shown| change_time(&shown));
         Self { looked: self.looked.max(reloaded.unwrap_or(0)), ..self }
     }
 }
 
-/// When a unit was last told to reload, in seconds since 1970, as `systemctl show` says
-/// it; none when it never was, or by a systemd that writes it otherwise.
-fn reload_time(shown: &str) -> Option<u64> {
-    let (_, time) = shown.split_once("start_time=[@")?;
-    time.split_once(']')?.0.parse().ok()
+/// When a unit was last started or told to reload, in seconds since 1970, as `systemctl
+/// show` says it; none when it never was, or by a systemd that writes it otherwise.
+fn change_time(shown: &str) -> Option<u64> {
+    shown.trim().strip_prefix("StateChangeTimestamp=@")?.parse().ok()
 }
 
 /// What was found in `/proc`.
@@ -82,15 +83,9 @@ mod tests {
 
     #[test]
     fn systemd_says_when_it_had_a_daemon_reload() {
-        let shown = |time| {
-            format!(
-                "ExecReload={{ path=/bin/kill ; argv[]=/bin/kill -HUP $MAINPID ; ignore_errors=no ; \
-                 start_time=[{time}] ; stop_time=[{time}] ; pid=812 ; code=exited ; status=0 }}\n"
-            )
-        };
-        assert_eq!(reload_time(&shown("@1764201936")), Some(1_764_201_936));
-        for other in [shown("n/a"), shown("Fri 2026-11-27 00:25:36 UTC"), String::new()] {
-            assert_eq!(reload_time(&other), None, "{other}");
+        assert_eq!(change_time("StateChangeTimestamp=@1764201936\n"), Some(1_764_201_936));
+        for other in ["StateChangeTimestamp=\n", "StateChangeTimestamp=Fri 2026-11-27 00:25:36 UTC\n", ""] {
+            assert_eq!(change_time(other), None, "{other}");
         }
     }
 }
