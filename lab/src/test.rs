@@ -48,7 +48,16 @@ const AMD_RUNS: &[(&str, Flavour, &[&str])] = &[
     (
         "amd-place",
         Flavour::MAIN,
-        &["boot", "e2e-memfd", "e2e-thp", "e2e-excluded", "e2e-sampled", "e2e-slowed", "shared-dram"],
+        &[
+            "boot",
+            "e2e-memfd",
+            "e2e-thp",
+            "e2e-split",
+            "e2e-excluded",
+            "e2e-sampled",
+            "e2e-slowed",
+            "shared-dram",
+        ],
     ),
     (
         "amd-hook",

@@ -36,6 +36,7 @@ mod sampled;
 mod second_host;
 mod session;
 mod shared_dram;
+mod split;
 mod systemd;
 mod tiny;
 mod truth;
@@ -65,6 +66,7 @@ const SCENARIOS: &[(&str, Test)] = &[
     ("boot", boot::guest_runs_under_kvm),
     ("e2e-memfd", placement::memfd),
     ("e2e-thp", placement::huge_pages),
+    ("e2e-split", split::run),
     ("e2e-excluded", excluded::run),
     ("e2e-sampled", sampled::run),
     ("e2e-slowed", placement::slowed),

@@ -27,7 +27,7 @@ pub const MEMFD_POLICY: &str = "<ev:dram><ev:max unit='MiB'>37</ev:max></ev:dram
 /// block's 32, all of the same heat: what does not fit stays where it is, whosever
 /// it is. Of what fits besides, up to a tenth of the idle block's 64 MiB may be
 /// idle. So this holds for 84 to 93 MiB of hot units.
-const HUGE_POLICY: &str = "<ev:dram><ev:max unit='MiB'>90</ev:max></ev:dram>";
+pub const HUGE_POLICY: &str = "<ev:dram><ev:max unit='MiB'>90</ev:max></ev:dram>";
 
 /// Half of what will be hot; later more, while that slows the guest down.
 const SLOWED_POLICY: &str = "<ev:dram share='6%'/>";
@@ -38,8 +38,8 @@ const FIND_TIMEOUT: Duration = Duration::from_secs(60);
 const PLACE_TIMEOUT: Duration = Duration::from_secs(150);
 
 /// Node numbers of the emulated host.
-const FAST: i32 = 0;
-const SLOW: i32 = 1;
+pub const FAST: i32 = 0;
+pub const SLOW: i32 = 1;
 
 const HUGE_PAGES: u64 = 512;
 
@@ -180,7 +180,8 @@ fn promote(guest: &mut Domain, truth: &Truth) -> Result<String> {
     Ok(format!("{:.0} of 24 MiB came back", seen * 64.0))
 }
 
-fn share_on(node: i32, guest: &Domain, frames: &BTreeSet<u64>) -> Result<f64> {
+/// Share of these frames that lie on a node, by the host's kernel.
+pub fn share_on(node: i32, guest: &Domain, frames: &BTreeSet<u64>) -> Result<f64> {
     let nodes = truth::pages_by_node(guest.pid()?, &daemon::map(guest.name)?, frames)?;
     let on = nodes.get(&node).copied().unwrap_or(0);
     Ok(on as f64 / frames.len() as f64)
