@@ -25,7 +25,7 @@
 mod claim;
 mod fill;
 
-use crate::units::{Bytes, PAGE_BYTES, PAGES_PER_2M};
+use crate::units::{BYTES_PER_2M, Bytes};
 
 use fill::{Span, fill};
 
@@ -33,7 +33,7 @@ use fill::{Span, fill};
 pub const STEP_DIVISOR: u64 = 8;
 
 /// But a huge page at least.
-const SMALLEST_STEP: u64 = PAGES_PER_2M * PAGE_BYTES;
+const SMALLEST_STEP: u64 = BYTES_PER_2M;
 
 /// What one domain wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -24,7 +24,7 @@ use log::warn;
 use crate::plan::MoveUnit;
 use crate::process::Process;
 use crate::topology::{NodeMemory, NodeSet, TopologyError};
-use crate::units::{PAGE_BYTES, PAGES_PER_2M};
+use crate::units::{BYTES_PER_2M, PAGE_BYTES};
 use crate::wire::Refusal;
 
 pub use backoff::Backoff;
@@ -249,7 +249,7 @@ trait Pages: Send {
 }
 
 /// The largest page that may move: the largest unit of a plan.
-const LARGEST_PAGE: u64 = PAGES_PER_2M * PAGE_BYTES;
+const LARGEST_PAGE: u64 = BYTES_PER_2M;
 
 /// Moves pages with move_pages(2).
 pub struct KernelMover {

@@ -33,7 +33,7 @@
 use std::time::Duration;
 
 use crate::heat;
-use crate::units::{Bytes, BytesPerSecond, PAGE_BYTES, PAGES_PER_2M, Share};
+use crate::units::{BYTES_PER_2M, Bytes, BytesPerSecond, PAGE_BYTES, Share};
 
 /// Time to the second round, about which nothing is known yet.
 pub const FIRST_INTERVAL: Duration = Duration::from_secs(1);
@@ -52,7 +52,7 @@ const HALF_LIFE_DIVISOR: u32 = 4;
 const MOVE_DIVISOR: u64 = 4096;
 
 /// One huge page comes and one goes.
-const HUGE_PAIR_BYTES: u64 = 2 * PAGES_PER_2M * PAGE_BYTES;
+const HUGE_PAIR_BYTES: u64 = 2 * BYTES_PER_2M;
 
 /// Memory for which [`Limits::cpu`] holds once.
 const CPU_MEMORY: Bytes = Bytes(64 << 30);

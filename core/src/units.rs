@@ -16,6 +16,9 @@ pub const PAGE_BYTES: u64 = 4096;
 /// Pages of 4 KiB in a huge page of 2 MiB.
 pub const PAGES_PER_2M: u64 = 512;
 
+/// Size of such a page, in bytes.
+pub const BYTES_PER_2M: u64 = PAGES_PER_2M * PAGE_BYTES;
+
 /// Why a quantity could not be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UnitError {

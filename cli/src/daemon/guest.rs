@@ -21,7 +21,7 @@ use ept_virt_core::policy::{Excluded, Mode, Policy};
 use ept_virt_core::sampler::{Harvest, HarvestRequest, HarvestStats, MemSlot, Sampler, SamplerError};
 use ept_virt_core::samples::Sample;
 use ept_virt_core::topology::{Latencies, Tiers};
-use ept_virt_core::units::{Bytes, PAGE_BYTES, PAGES_PER_2M};
+use ept_virt_core::units::{BYTES_PER_2M, Bytes, PAGE_BYTES};
 use ept_virt_core::wire::{MoveTotals, Place, RoundStatus, SamplingStatus, SlowdownStatus};
 
 use super::sampling::{self, Sampling};
@@ -33,9 +33,6 @@ use share::Share;
 
 /// How long nothing is moved after the kernel forbade it.
 const HOLD: Duration = Duration::from_secs(30);
-
-/// Bytes of a huge page of 2 MiB.
-const HUGE_BYTES: u64 = PAGES_PER_2M * PAGE_BYTES;
 
 /// How long nothing goes to a tier that has no room for it, at first and at most.
 const FULL_WAITS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
@@ -578,7 +575,7 @@ impl Guest {
             plan.promote.clear();
             keep_bytes(&mut plan.demote, fast.saturating_sub(target));
         }
-        let none_leaves = fast >= target + HUGE_BYTES && plan.demote.is_empty() && !slow_is_closed;
+        let none_leaves = fast >= target + BYTES_PER_2M && plan.demote.is_empty() && !slow_is_closed;
         self.stays = none_leaves.then(|| memory.staying());
         let wanted = plan.demote.len();
         keep_bytes(&mut plan.demote, self.mover.room(&tiers.slow));

@@ -3,7 +3,7 @@
 
 use crate::migrate::MoveOutcome;
 use crate::sampler::MemSlot;
-use crate::units::{PAGE_BYTES, PAGES_PER_2M};
+use crate::units::{BYTES_PER_2M, PAGE_BYTES};
 use crate::wire::Place;
 
 use super::GuestMemory;
@@ -19,7 +19,7 @@ impl GuestMemory {
                 slot.recent.record(page..page + 1);
             }
             let end = info.hva + info.page_count * PAGE_BYTES;
-            let is_here = |hva: &&u64| **hva < end && info.hva < **hva + PAGES_PER_2M * PAGE_BYTES;
+            let is_here = |hva: &&u64| **hva < end && info.hva < **hva + BYTES_PER_2M;
             outcome.apart.iter().filter(is_here).for_each(|hva| slot.joined.remove(*hva));
             outcome.joined.iter().filter(is_here).for_each(|hva| slot.joined.insert(*hva));
         }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 use crate::sampler::Level;
-use crate::units::{PAGE_BYTES, PAGES_PER_2M};
+use crate::units::{BYTES_PER_2M, PAGE_BYTES, PAGES_PER_2M};
 
 use super::SlotView;
 
@@ -16,23 +16,20 @@ pub struct Joined {
     regions: BTreeSet<u64>,
 }
 
-/// Bytes of a region.
-const REGION_BYTES: u64 = PAGES_PER_2M * PAGE_BYTES;
-
 impl Joined {
     /// Takes note of the region that begins at `hva`.
     pub fn insert(&mut self, hva: u64) {
-        self.regions.insert(hva / REGION_BYTES);
+        self.regions.insert(hva / BYTES_PER_2M);
     }
 
     /// The region that begins at `hva` moves in parts.
     pub fn remove(&mut self, hva: u64) {
-        self.regions.remove(&(hva / REGION_BYTES));
+        self.regions.remove(&(hva / BYTES_PER_2M));
     }
 
     /// Whether the region around `hva` moves whole.
     pub fn contains(&self, hva: u64) -> bool {
-        self.regions.contains(&(hva / REGION_BYTES))
+        self.regions.contains(&(hva / BYTES_PER_2M))
     }
 }
 

@@ -12,7 +12,7 @@ use crate::memory::GuestMemory;
 use crate::plan::{PlaceCounts, Plan};
 use crate::policy::Excluded;
 use crate::sampler::{Harvest, Level, MemSlot};
-use crate::units::{Bytes, Share};
+use crate::units::{Bytes, PAGES_PER_2M, Share};
 use crate::wire::Place;
 
 const ROUND: Duration = Duration::from_secs(1);
