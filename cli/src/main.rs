@@ -24,6 +24,8 @@ mod record;
 mod samples;
 #[cfg(test)]
 mod schema_tests;
+#[cfg(test)]
+mod scratch;
 mod simulate;
 mod status;
 mod strip;

@@ -85,10 +85,11 @@ pub fn explain(error: &io::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::scratch::Scratch;
 
     #[test]
     fn a_process_has_one_daemon() {
-        let root = std::env::temp_dir().join(format!("ept-virt-claims-{}", std::process::id()));
+        let root = Scratch::new();
         let dir = root.join("run/claims");
         let mut first = Claim::take(&dir, 7).unwrap();
         let error = Claim::take(&dir, 7).map(drop).unwrap_err();
@@ -110,6 +111,5 @@ mod tests {
         assert!(second.holds(), "what is another's is not removed");
         drop(second);
         assert!(!dir.join("7").exists());
-        fs::remove_dir_all(&root).unwrap();
     }
 }

@@ -81,30 +81,14 @@ pub fn own_dir(path: &Path) -> io::Result<()> {
 mod tests {
     use std::os::unix::fs::{PermissionsExt, symlink};
     use std::os::unix::net::UnixListener;
-    use std::path::PathBuf;
 
     use super::*;
-
-    struct Dir(PathBuf);
-
-    impl Dir {
-        fn new(name: &str) -> Self {
-            let path = std::env::temp_dir().join(format!("ept-virt-files-{}-{name}", std::process::id()));
-            own_dir(&path).unwrap();
-            Self(path)
-        }
-    }
-
-    impl Drop for Dir {
-        fn drop(&mut self) {
-            let _ = fs::remove_dir_all(&self.0);
-        }
-    }
+    use crate::scratch::Scratch;
 
     #[test]
     fn no_link_is_followed() {
-        let dir = Dir::new("links");
-        let (victim, link) = (dir.0.join("victim"), dir.0.join("link"));
+        let dir = Scratch::new();
+        let (victim, link) = (dir.join("victim"), dir.join("link"));
         fs::write(&victim, "precious").unwrap();
         symlink(&victim, &link).unwrap();
         assert!(lock_alone(&link).is_err());
@@ -117,11 +101,11 @@ mod tests {
 
     #[test]
     fn only_sockets_are_removed_as_sockets() {
-        let dir = Dir::new("sockets");
-        let path = dir.0.join("socket");
+        let dir = Scratch::new();
+        let path = dir.join("socket");
         remove_socket(&path).unwrap();
         drop(UnixListener::bind(&path).unwrap());
-        let link = dir.0.join("link");
+        let link = dir.join("link");
         symlink(&path, &link).unwrap();
         assert!(remove_socket(&link).is_err());
         remove_socket(&path).unwrap();
@@ -134,8 +118,8 @@ mod tests {
 
     #[test]
     fn a_lock_has_one_holder() {
-        let dir = Dir::new("lock");
-        let path = dir.0.join("lock");
+        let dir = Scratch::new();
+        let path = dir.join("lock");
         let held = lock_alone(&path).unwrap();
         assert_eq!(lock_alone(&path).map(drop).unwrap_err().kind(), Io::WouldBlock);
         drop(held);
@@ -144,17 +128,17 @@ mod tests {
 
     #[test]
     fn a_directory_of_others_is_not_taken() {
-        let dir = Dir::new("dir");
-        let set = |mode| fs::set_permissions(&dir.0, fs::Permissions::from_mode(mode)).unwrap();
+        let dir = Scratch::new();
+        let set = |mode| fs::set_permissions(&*dir, fs::Permissions::from_mode(mode)).unwrap();
         for mode in [0o770, 0o702, 0o1777] {
             set(mode);
-            let error = own_dir(&dir.0).unwrap_err();
+            let error = own_dir(&dir).unwrap_err();
             assert!(error.to_string().contains("others may write"), "{error}");
         }
         set(0o755);
-        own_dir(&dir.0).unwrap();
-        let link = dir.0.join("link");
-        symlink(&dir.0, &link).unwrap();
+        own_dir(&dir).unwrap();
+        let link = dir.join("link");
+        symlink(&*dir, &link).unwrap();
         own_dir(&link).unwrap();
         if nix::unistd::geteuid().is_root() {
             std::os::unix::fs::lchown(&link, Some(65534), None).unwrap();

@@ -162,19 +162,13 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
+    use crate::scratch::Scratch;
 
     const UUID: &str = "6695eb01-f6a4-8304-79aa-97f2502e193f";
 
-    /// A directory of its own for each test; removed with the value.
-    struct Dir(PathBuf);
+    struct Dir(Scratch);
 
     impl Dir {
-        fn new(name: &str) -> Self {
-            let path = std::env::temp_dir().join(format!("ept-virt-holds-{}-{name}", std::process::id()));
-            files::own_dir(&path).unwrap();
-            Self(path)
-        }
-
         fn open(&self) -> Arc<Holds> {
             Arc::new(Holds::open(&self.0).unwrap())
         }
@@ -193,15 +187,9 @@ mod tests {
         }
     }
 
-    impl Drop for Dir {
-        fn drop(&mut self) {
-            let _ = fs::remove_dir_all(&self.0);
-        }
-    }
-
     #[test]
     fn what_is_asked_of_a_run_outlives_the_daemon() {
-        let dir = Dir::new("outlives");
+        let dir = Dir(Scratch::new());
         dir.open().keep(UUID, Some(3), Hold::Paused);
         let next = dir.reopen(3, Hold::Paused);
         for (uuid, id) in [(UUID, Some(4)), (UUID, None), ("other", Some(3))] {
@@ -215,7 +203,7 @@ mod tests {
 
     #[test]
     fn the_newest_is_written_last() {
-        let dir = Dir::new("newest");
+        let dir = Dir(Scratch::new());
         let holds = dir.open();
         for round in 0..50 {
             holds.keep(UUID, Some(round), Hold::Paused);
@@ -228,13 +216,13 @@ mod tests {
             thread::yield_now();
         }
         assert_eq!(dir.open().of(UUID, Some(49)), Hold::Stopped);
-        let names = fs::read_dir(&dir.0).unwrap().map(|entry| entry.unwrap().file_name());
+        let names = fs::read_dir(&*dir.0).unwrap().map(|entry| entry.unwrap().file_name());
         assert_eq!(names.collect::<Vec<_>>(), [FILE]);
     }
 
     #[test]
     fn who_ended_is_forgotten() {
-        let dir = Dir::new("ended");
+        let dir = Dir(Scratch::new());
         let holds = dir.open();
         holds.keep(UUID, Some(3), Hold::Paused);
         holds.retain(&BTreeSet::from([UUID.to_owned()]));
@@ -245,7 +233,7 @@ mod tests {
 
     #[test]
     fn a_file_of_no_use_holds_nothing_up() {
-        let dir = Dir::new("useless");
+        let dir = Dir(Scratch::new());
         let other_boot =
             format!(r#"{{"boot_id":"other","domains":{{"{UUID}":{{"id":3,"hold":"paused"}}}}}}"#);
         for text in ["", "[]", &other_boot, &"x".repeat(3 << 20)] {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 use std::os::unix::fs::PermissionsExt;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use ept_virt_core::sampler::MemSlot;
 
 use super::*;
+use crate::scratch::Scratch;
 
 const UUID: &str = "6695eb01-f6a4-8304-79aa-97f2502e193f";
 const HALF_LIFE: Duration = Duration::from_secs(30);
@@ -14,17 +14,17 @@ const HARVESTED_AT: Duration = Duration::from_secs(1000);
 
 /// A keeper in a directory of its own.
 struct Test {
+    _scratch: Scratch,
     dir: PathBuf,
     keeper: Option<Arc<Keeper>>,
 }
 
 impl Test {
     fn new() -> Self {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let dir = std::env::temp_dir().join(format!("ept-virt-keep-{}-{count}/state", std::process::id()));
+        let scratch = Scratch::new();
+        let dir = scratch.join("state");
         let keeper = Some(Arc::new(Keeper::open(&dir).unwrap()));
-        Self { dir, keeper }
+        Self { _scratch: scratch, dir, keeper }
     }
 
     fn file(&self) -> HeatFile {
@@ -46,12 +46,6 @@ impl Test {
         names.retain(|name| name != "lock");
         names.sort();
         names
-    }
-}
-
-impl Drop for Test {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(self.dir.parent().unwrap());
     }
 }
 

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-use std::path::PathBuf;
 use std::process::{Child, Command};
 
 use ept_virt_core::migrate::MoveOutcome;
@@ -11,6 +10,7 @@ use ept_virt_core::topology::{NodeSet, Tiers};
 
 use super::super::guest::share::SHORTEST_INTERVAL;
 use super::*;
+use crate::scratch::Scratch;
 
 /// A call that does not come back until it is let go.
 #[derive(Clone, Default)]
@@ -150,11 +150,11 @@ fn start_in(cell: &Arc<Cell>, interval: Duration, fault: Fault) -> (Worker, Slee
 }
 
 /// A directory for heat, which goes with the test.
-struct State(PathBuf, Arc<Keeper>);
+struct State(Scratch, Arc<Keeper>);
 
 impl State {
-    fn new(name: &str) -> Self {
-        let dir = std::env::temp_dir().join(format!("ept-virt-worker-{}-{name}", std::process::id()));
+    fn new() -> Self {
+        let dir = Scratch::new();
         let keeper = Arc::new(Keeper::open(&dir).unwrap());
         Self(dir, keeper)
     }
@@ -176,12 +176,6 @@ impl State {
 
     fn has_heat(&self) -> bool {
         self.0.join(format!("{UUID}.heat")).exists()
-    }
-}
-
-impl Drop for State {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 
@@ -316,7 +310,7 @@ fn all_are_asked_before_one_is_waited_for() {
 
 #[test]
 fn heat_is_kept_of_guests_that_go_on_alone() {
-    let state = State::new("alone");
+    let state = State::new();
     let (worker, mut child, cell) = state.start(Fault::None);
     wait_for("the first round", || rounds(&cell) == 1);
     child.end();
@@ -332,7 +326,7 @@ fn heat_is_kept_of_guests_that_go_on_alone() {
 
 #[test]
 fn a_worker_that_was_left_to_itself_keeps_no_heat() {
-    let state = State::new("left");
+    let state = State::new();
     let gate = Gate::default();
     // The second call is of the first round, which ends before it obeys.
     let (mut worker, _child, cell) = state.start(Fault::Hang(gate.clone(), 2));

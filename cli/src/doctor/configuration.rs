@@ -58,11 +58,12 @@ mod tests {
 
     use super::*;
     use crate::doctor::report::Verdict::{Fail, Ok, Warn};
+    use crate::scratch::Scratch;
 
     #[test]
     fn says_whether_a_daemon_would_start() {
-        let dir = std::env::temp_dir().join(format!("ept-virt-configuration-{}", std::process::id()));
-        let root = Root::new(&dir);
+        let dir = Scratch::new();
+        let root = Root::new(&*dir);
         let path = root.join(DEFAULT_CONFIG);
         let judge = || Configuration::read(&root).judge();
         assert_eq!(judge().verdict, Ok);
@@ -81,6 +82,5 @@ mod tests {
         // A folder is there, and not to be read as a file, for root as well.
         fs::create_dir(&path).unwrap();
         assert_eq!(judge().verdict, Warn);
-        fs::remove_dir_all(&dir).unwrap();
     }
 }

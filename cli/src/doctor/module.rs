@@ -128,25 +128,21 @@ fn is_replaced(root: &Root, release: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use ept_virt_core::sampler::EntryFormat;
-
     use super::*;
     use crate::doctor::report::Verdict::{Fail, Ok, Warn};
+    use crate::doctor::tests::LOADED;
 
     #[test]
     fn says_how_to_get_the_module() {
-        let info = ModuleInfo {
-            abi: (1, 2),
-            format: EntryFormat::Npt,
-            clear_dirty: true,
-            keep_young: true,
-            patched_kvm: false,
-        };
         let not_built = |has_headers| Module::NotBuilt { release: "6.12.1".into(), has_headers };
         for (module, verdict, words) in [
-            (Module::Ready(info), Ok, "ABI 1.2, for NPT"),
-            (Module::Ready(ModuleInfo { patched_kvm: true, ..info }), Ok, "NPT; KVM is patched for samples"),
-            (Module::Replaced(info), Warn, "for NPT; another is installed"),
+            (Module::Ready(LOADED), Ok, "ABI 1.2, for NPT"),
+            (
+                Module::Ready(ModuleInfo { patched_kvm: true, ..LOADED }),
+                Ok,
+                "NPT; KVM is patched for samples",
+            ),
+            (Module::Replaced(LOADED), Warn, "for NPT; another is installed"),
             (Module::NotForUs, Warn, "only root"),
             (Module::NotLoaded, Fail, "not loaded"),
             (not_built(true), Fail, "not built for Linux 6.12.1"),

@@ -19,22 +19,24 @@ fn libvirt(guests: Vec<libvirt::Guest>) -> LibvirtSays {
     LibvirtSays { uri: "qemu:///system".into(), versions: Ok(versions), guests: Some(guests) }
 }
 
+/// A module, as it answers.
+pub(super) const LOADED: ModuleInfo = ModuleInfo {
+    abi: (1, 2),
+    format: EntryFormat::Npt,
+    clear_dirty: true,
+    keep_young: true,
+    patched_kvm: false,
+};
+
 /// A host of two tiers on which all is well.
 fn good() -> Facts {
     let root = captured("amd-tiered");
     let mut status: Status = serde_json::from_str(include_str!("../../tests/fixtures/busy.json")).unwrap();
     status.daemon.version = env!("CARGO_PKG_VERSION").into();
     status.domains.retain(|domain| domain.name == "web-1");
-    let info = ModuleInfo {
-        abi: (1, 2),
-        format: EntryFormat::Npt,
-        clear_dirty: true,
-        keep_young: true,
-        patched_kvm: false,
-    };
     let guest = libvirt::Guest { name: "web-1".into(), allowed: "0-1".parse().ok() };
     let daemon = Daemon::Answers(Box::new(status));
-    let facts = Facts::read(&root, |_| Module::Ready(info), libvirt(vec![guest]), daemon);
+    let facts = Facts::read(&root, |_| Module::Ready(LOADED), libvirt(vec![guest]), daemon);
     settled(facts)
 }
 

@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use ept_virt_core::domain::{Version, Versions};
-use ept_virt_core::sampler::{EntryFormat, ModuleInfo, SamplerError};
+use ept_virt_core::sampler::SamplerError;
 use ept_virt_core::topology::{NodeSet, NumaBalancing, Tiers};
 use ept_virt_core::wire::{DomainState, Status};
 
@@ -13,6 +13,7 @@ use super::kvm::Vendor;
 use super::libvirt::Guest;
 use super::pages::Pool;
 use super::processes::LibvirtDaemon;
+use super::tests::LOADED;
 use super::*;
 use crate::hook::Found;
 
@@ -65,15 +66,8 @@ fn of_kvm() -> Vec<Check> {
 
 fn of_module() -> Vec<Check> {
     let other = SamplerError::WrongVersion { module_major: 2, module_minor: 0 };
-    let info = ModuleInfo {
-        abi: (1, 2),
-        format: EntryFormat::Npt,
-        clear_dirty: true,
-        keep_young: true,
-        patched_kvm: false,
-    };
     [
-        Module::Replaced(info),
+        Module::Replaced(LOADED),
         Module::NotForUs,
         Module::NotLoaded,
         Module::NotBuilt { release: "6.12.95+deb13-amd64".into(), has_headers: false },

@@ -113,21 +113,16 @@ fn cannot(what: &str, path: &Path, error: &io::Error) -> Failure {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use std::sync::atomic::{AtomicU32, Ordering};
-
     use ept_virt_core::wire::HOOK_MARK;
 
-    /// A directory of its own for each test; removed with the value.
-    struct Place(PathBuf);
+    use super::*;
+    use crate::scratch::Scratch;
+
+    struct Place(Scratch);
 
     impl Place {
         fn new() -> Self {
-            static COUNT: AtomicU32 = AtomicU32::new(0);
-            let count = COUNT.fetch_add(1, Ordering::Relaxed);
-            let dir = env::temp_dir().join(format!("ept-virt-hook-{}-{count}", std::process::id()));
-            fs::create_dir_all(&dir).unwrap();
-            Self(dir)
+            Self(Scratch::new())
         }
 
         fn hooks(&self) -> PathBuf {
@@ -155,12 +150,6 @@ mod tests {
 
         fn install(&self, version: &str) -> Result<String, Failure> {
             install(&self.hooks(), Some(&self.hook(version)), false)
-        }
-    }
-
-    impl Drop for Place {
-        fn drop(&mut self) {
-            let _ = fs::remove_dir_all(&self.0);
         }
     }
 
