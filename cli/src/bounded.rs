@@ -1,20 +1,30 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Waiting for what may never answer, as a libvirt that hangs.
 
-use std::sync::mpsc;
+use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::Duration;
+
+use log::warn;
 
 /// What `ask` returns, if it does so in time. Otherwise its thread is left to
 /// itself; it ends with the process at the latest.
 pub fn within<T: Send + 'static>(limit: Duration, ask: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    aside(ask).recv_timeout(limit).ok()
+}
+
+/// What `ask` will return, by a thread of its own. Disconnected: the thread could not be
+/// started, or failed.
+pub fn aside<T: Send + 'static>(ask: impl FnOnce() -> T + Send + 'static) -> Receiver<T> {
     let (sender, receiver) = mpsc::sync_channel(1);
     let asked = thread::Builder::new().name("asking".into()).spawn(move || {
-        // Nobody waits any more when the time is over.
+        // Nobody may be waiting any more.
         let _ = sender.send(ask());
     });
-    asked.ok()?;
-    receiver.recv_timeout(limit).ok()
+    if let Err(error) = asked {
+        warn!("cannot start a thread for what may not answer: {error}");
+    }
+    receiver
 }
 
 #[cfg(test)]

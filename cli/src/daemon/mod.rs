@@ -111,9 +111,7 @@ pub fn run(args: DaemonArgs) -> Result<(), Failure> {
     let keeper = keeper(&args.state_dir, STATE_LIMIT);
     let mut reconciler = Reconciler::new(&args.connect, Arc::clone(&shared), config, keeper);
     reconciler.ask(jobs);
-    if let Some(problem) = problem {
-        reconciler.misconfigured(problem);
-    }
+    reconciler.misconfigured(problem);
     info!("ept-virt {} follows {}", env!("CARGO_PKG_VERSION"), args.connect);
     follow(&mut reconciler, &shared, &server, &mailbox, &args);
     info!("stopping");
@@ -192,15 +190,13 @@ fn reload(reconciler: &mut Reconciler, server: &Server, path: &Path) {
             info!("read {}", path.display());
             let problem = open(server, &config);
             reconciler.configure(config);
-            if let Some(problem) = problem {
-                reconciler.misconfigured(problem);
-            }
+            reconciler.misconfigured(problem);
         }
         Err(error) => {
             error!("going on with the configuration as it was: {error}");
-            reconciler.misconfigured(format!(
-                "{error}; what was read before is in force, and no daemon starts with this"
-            ));
+            let problem =
+                format!("{error}; what was read before is in force, and no daemon starts with this");
+            reconciler.misconfigured(Some(problem));
         }
     }
     service::tell(&[NotifyState::Ready]);

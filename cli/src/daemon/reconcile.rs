@@ -101,12 +101,11 @@ impl Reconciler {
         }
         self.budget.configure(config.host);
         self.config = config;
-        self.misconfigured = None;
     }
 
-    /// Tells of a fault of the configuration, until there is another.
-    pub fn misconfigured(&mut self, problem: String) {
-        self.misconfigured = Some(problem);
+    /// What is wrong with the configuration, or nothing any more.
+    pub fn misconfigured(&mut self, problem: Option<String>) {
+        self.misconfigured = problem;
     }
 
     /// Looks at host and libvirt, and starts and stops workers accordingly.
@@ -423,7 +422,9 @@ impl Entry {
             Some(attempt) => (attempt, Duration::ZERO),
             None => {
                 let left = around.patience.saturating_duration_since(Instant::now());
-                (worker::attach_aside(domain, around.keeper), left.min(ATTACH_LIMIT))
+                let (domain, keeper) = (domain.clone(), around.keeper.cloned());
+                let attempt = bounded::aside(move || worker::attach(&domain, keeper.as_ref()));
+                (attempt, left.min(ATTACH_LIMIT))
             }
         };
         match attempt.recv_timeout(limit) {

@@ -94,25 +94,6 @@ pub fn attach(domain: &RunningDomain, keeper: Option<&Arc<Keeper>>) -> Result<At
     Ok(Attachment { process, sampler: Box::new(sampler), mover: Box::new(mover), claim, saver })
 }
 
-/// [`attach`] in a thread of its own, which may never end. Nothing is received when that
-/// could not be started.
-pub fn attach_aside(
-    domain: &RunningDomain,
-    keeper: Option<&Arc<Keeper>>,
-) -> mpsc::Receiver<Result<Attachment, Unattached>> {
-    let (sender, receiver) = mpsc::sync_channel(1);
-    let (domain, keeper) = (domain.clone(), keeper.cloned());
-    let name = domain.name.clone();
-    let spawned = thread::Builder::new().name("attach".into()).spawn(move || {
-        // Nobody waits any more for a domain that has ended.
-        let _ = sender.send(attach(&domain, keeper.as_ref()));
-    });
-    if let Err(error) = spawned {
-        warn!("cannot start a thread that attaches to domain {name:?}: {error}");
-    }
-    receiver
-}
-
 /// CLOCK_MONOTONIC, which all of a boot share, and which stands still while the
 /// host sleeps.
 fn monotonic() -> Duration {
