@@ -7,8 +7,6 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use nix::errno::Errno;
-use nix::mount::{MsFlags, mount};
 
 use super::daemon::{self, Daemon};
 use super::domain::{Domain, Memory};
@@ -17,7 +15,7 @@ use super::truth::{self, Truth};
 use crate::report::Outcome;
 
 const PARAMETER: &str = "/sys/module/kvm/parameters/nx_huge_pages";
-const DEBUG: &str = "/sys/kernel/debug";
+const SPLITS: &str = "/sys/kernel/debug/kvm/nx_lpage_splits";
 
 /// The daemon's sums may differ from the kernel's by what the guest freed meanwhile.
 const SLACK_BYTES: u64 = 1 << 20;
@@ -119,11 +117,6 @@ fn watch(guest: &Domain, truth: &Truth) -> Result<()> {
 
 /// Huge mappings that KVM keeps split now, of all VMs.
 fn splits() -> Result<u64> {
-    match mount(Some("debugfs"), DEBUG, Some("debugfs"), MsFlags::empty(), None::<&str>) {
-        Ok(()) | Err(Errno::EBUSY) => {}
-        Err(error) => return Err(error).context("mounting debugfs"),
-    }
-    let path = format!("{DEBUG}/kvm/nx_lpage_splits");
-    let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
-    text.trim().parse().with_context(|| format!("{path} says {text:?}"))
+    let text = fs::read_to_string(SPLITS).with_context(|| format!("reading {SPLITS}"))?;
+    text.trim().parse().with_context(|| format!("{SPLITS} says {text:?}"))
 }
